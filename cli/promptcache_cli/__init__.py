@@ -1,0 +1,1 @@
+"""The command line of promptcache: parses, calls the library, prints."""

@@ -1,0 +1,89 @@
+"""`promptcache build`."""
+
+from typing import Any
+
+import click
+
+from promptcache_cli import output
+from promptcache_cli.options import (
+    json_option,
+    max_size_option,
+    open_store,
+    prompt_options,
+    quiet_option,
+    store_option,
+)
+from promptcache_cli.prompts import PromptOptions
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@prompt_options
+@click.option("--name", help="Pin the prefix under this name, so that it stays")
+@store_option
+@max_size_option
+@json_option
+@quiet_option
+def build(
+    prompt: str | None,
+    model: str | None,
+    adapter_path: str | None,
+    system: str | None,
+    files: tuple[str, ...],
+    messages: list[dict[str, Any]] | None,
+    tools: list[dict[str, Any]] | None,
+    raw: bool,
+    name: str | None,
+    store_path: str | None,
+    max_size: int | None,
+    json_: bool,
+    quiet: bool,
+    **kv_options: Any,
+) -> None:
+    """Read a prefix once and save it
+
+    Without PROMPT, what comes before the user's text is saved: the system prompt,
+    the tools and the files. An interrupted build resumes where it stopped. Prints
+    the key.
+
+    Example:
+
+    \b
+        promptcache build -s @narrator.txt --name narrator
+        promptcache build -f manual.txt
+    """
+    from promptcache.generator import CachedGenerator
+
+    talk = output.Talk(quiet=quiet)
+    options = PromptOptions(prompt, system, files, messages, tools, raw)
+    options.check_prefix()
+    with open_store(store_path, max_size) as store:
+        generator = CachedGenerator.load(
+            model, adapter_path=adapter_path, store=store, announce=talk.say
+        )
+        with talk.progress("Reading", "tokens") as progress:
+            prefix = generator.build(
+                options.prefix_token_ids(generator.tokenizer),
+                name=name,
+                prompt_progress_callback=progress,
+                on_wait=lambda: talk.say("Waiting for another process to build this"),
+                **kv_options,
+            )
+    if json_:
+        output.json_data(
+            {
+                "key": prefix.key,
+                "name": prefix.name,
+                "model": prefix.model,
+                "num_tokens": prefix.num_tokens,
+                "cached_tokens": prefix.cached_tokens,
+                "nbytes": prefix.nbytes,
+                "seconds": prefix.seconds,
+            }
+        )
+        return
+    output.data(prefix.key)
+    talk.say(
+        f"{prefix.num_tokens} tokens of {prefix.model}, "
+        f"{prefix.cached_tokens} were there already, {prefix.seconds:.1f} s"
+    )

@@ -1,0 +1,167 @@
+"""`promptcache generate`."""
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from promptcache import UsageError
+from promptcache_cli import output
+from promptcache_cli.options import (
+    json_option,
+    max_size_option,
+    prompt_options,
+    quiet_option,
+    stacked,
+    store_option,
+)
+from promptcache_cli.prompts import PromptOptions
+
+if TYPE_CHECKING:
+    from promptcache import GenerationResponse
+
+sampling_options = stacked(
+    click.option(
+        "--max-tokens",
+        type=int,
+        default=256,
+        show_default=True,
+        help="Most tokens to generate, -1 for no limit",
+    ),
+    click.option("--temp", type=float, help="Sampling temperature  [default: greedy]"),
+    click.option("--top-p", type=float, help="Sample from the likeliest of this mass"),
+    click.option(
+        "--min-p", type=float, help="Least probability against the best token"
+    ),
+    click.option("--top-k", type=int, help="Sample from this many tokens"),
+    click.option("--seed", type=int, help="Seed for the sampling"),
+    click.option(
+        "--repetition-penalty", type=float, help="Penalty for repeated tokens"
+    ),
+    click.option(
+        "--repetition-context-size",
+        type=int,
+        default=20,
+        show_default=True,
+        help="How many tokens back the penalty looks",
+    ),
+)
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@prompt_options
+@sampling_options
+@click.option(
+    "--save/--no-save",
+    default=None,
+    help="Save the prompt, or not  [default: with 512 new tokens or more]",
+)
+@click.option("--no-cache", is_flag=True, help="Neither reuse nor save anything")
+@click.option("-u", "--usage", is_flag=True, help="Print one line of figures on stderr")
+@store_option
+@max_size_option
+@json_option
+@quiet_option
+def generate(
+    prompt: str | None,
+    model: str | None,
+    adapter_path: str | None,
+    system: str | None,
+    files: tuple[str, ...],
+    messages: list[dict[str, Any]] | None,
+    tools: list[dict[str, Any]] | None,
+    raw: bool,
+    save: bool | None,
+    no_cache: bool,
+    usage: bool,
+    store_path: str | None,
+    max_size: int | None,
+    json_: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Generate text, reusing the longest cached prefix of the prompt
+
+    Prints only the text. The answer is never saved.
+
+    Example:
+
+    \b
+        promptcache generate "Hello"
+        promptcache generate -s @narrator.txt -u "I open the door"
+        promptcache generate -f manual.txt "How do I reset it?"
+    """
+    prompt_options = PromptOptions(
+        _stdin_or(prompt), system, files, messages, tools, raw
+    )
+    prompt_options.check()
+    if options["max_tokens"] == 0:
+        raise UsageError("--max-tokens must not be 0, use -1 for no limit")
+    if no_cache and save:
+        raise UsageError("use just one of --no-cache and --save")
+    from promptcache.generator import CachedGenerator
+
+    talk = output.Talk(quiet=quiet)
+    generator = CachedGenerator.load(
+        model,
+        adapter_path=adapter_path,
+        store=store_path,
+        max_nbytes=max_size,
+        reuse=not no_cache,
+        save=False if no_cache else "auto" if save is None else save,
+        announce=talk.say,
+    )
+    with generator, talk.progress("Reading", "tokens") as progress:
+        responses = generator.stream_generate(
+            prompt_options.token_ids(generator.tokenizer),
+            prompt_progress_callback=progress,
+            **options,
+        )
+        taken = list(_streamed(responses, echo=not json_))
+    if json_:
+        output.json_data(_as_json(taken))
+    if usage:
+        click.echo(_usage(taken[-1]), err=True)
+
+
+def _stdin_or(prompt: str | None) -> str | None:
+    return sys.stdin.read() if prompt == "-" else prompt
+
+
+def _streamed(
+    responses: Iterator["GenerationResponse"], *, echo: bool
+) -> Iterator["GenerationResponse"]:
+    """Pass responses on, printing their text as it comes."""
+    for response in responses:
+        if echo:
+            click.echo(response.text, nl=False)
+        yield response
+    if echo:
+        click.echo()
+
+
+def _as_json(responses: list["GenerationResponse"]) -> dict[str, object]:
+    last = responses[-1]
+    return {
+        "text": "".join(response.text for response in responses),
+        "token_ids": [response.token for response in responses],
+        "prompt_tokens": last.prompt_tokens,
+        "cached_tokens": last.cached_tokens,
+        "generation_tokens": last.generation_tokens,
+        "finish_reason": last.finish_reason,
+        "load_seconds": last.load_seconds,
+        "prefill_seconds": last.prefill_seconds,
+        "ttft_seconds": last.ttft_seconds,
+        "key": last.key,
+    }
+
+
+def _usage(last: "GenerationResponse") -> str:
+    return (
+        f"{last.prompt_tokens} prompt tokens, {last.cached_tokens} cached, "
+        f"{last.prompt_tokens - last.cached_tokens} prefilled, "
+        f"{last.generation_tokens} generated, "
+        f"{last.ttft_seconds:.3f} s to the first token"
+    )

@@ -1,0 +1,71 @@
+"""The `promptcache` command."""
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from promptcache import PromptCacheError, __version__
+from promptcache_cli import output
+from promptcache_cli.build import build
+from promptcache_cli.generate import generate
+from promptcache_cli.ls import ls
+from promptcache_cli.path import path
+from promptcache_cli.pin import pin, unpin
+from promptcache_cli.prune import prune
+from promptcache_cli.rm import rm
+from promptcache_cli.show import show
+from promptcache_cli.verify import verify
+
+# As a shell reports a process that SIGINT ended.
+INTERRUPTED = 130
+
+
+class Group(click.Group):
+    """A group whose errors are one line on stderr and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command and exit."""
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except PromptCacheError as error:
+            code = _failed(str(error), error.exit_code)
+        except click.ClickException as error:
+            code = _failed(error.format_message().rstrip("."), error.exit_code)
+        except click.Abort:
+            click.echo("promptcache: interrupted", err=True)
+            code = INTERRUPTED
+        except BrokenPipeError:
+            # A reader such as `head` has enough; keep Python's exit silent too.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 1
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _failed(message: str, code: int) -> int:
+    click.echo(f"promptcache: error: {message}", err=True)
+    return code
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Never wait twice for the same prompt
+
+    promptcache keeps what a language model has read, the KV caches of prompt
+    prefixes, on disk, and resumes any later generation from the longest prefix
+    it has.
+
+    Example:
+
+    \b
+        promptcache build -s @narrator.txt --name narrator
+        promptcache generate -s @narrator.txt "I open the door"
+        promptcache ls
+    """
+    output.show_warnings()
+
+
+for command in (build, generate, ls, show, rm, pin, unpin, prune, verify, path):
+    cli.add_command(command)

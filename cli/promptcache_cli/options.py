@@ -1,0 +1,181 @@
+"""Options that several commands share."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from promptcache import PrefixStore, PromptCacheError, UsageError
+from promptcache.units import parse_age, parse_size
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Converted(click.ParamType[Any]):
+    """A value that a function of the library reads, with its error message."""
+
+    def __init__(self, name: str, convert: Callable[[str], Any]) -> None:
+        """Take the name to show in the help and the function."""
+        self.name = name
+        self._convert = convert
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Return the value, or fail in one line."""
+        try:
+            return self._convert(value) if isinstance(value, str) else value
+        except PromptCacheError as error:
+            self.fail(str(error), param, ctx)
+
+
+def read_text(text: str) -> str:
+    """Return text, or the content of `@FILE`, or stdin for `-`."""
+    if text == "-":
+        return sys.stdin.read()
+    return read_file(text[1:]) if text.startswith("@") else text
+
+
+def read_file(path: str) -> str:
+    """Return a file's text, stdin's for `-`.
+
+    Raises:
+        UsageError: It cannot be read, or is no text.
+    """
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no text in UTF-8") from error
+
+
+def read_json_list(path: str) -> list[dict[str, Any]]:
+    """Return the objects of a JSON list in a file.
+
+    Raises:
+        UsageError: The file holds something else.
+    """
+    try:
+        value = json.loads(read_file(path))
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
+        raise UsageError(f"{path} must hold a JSON list of objects")
+    return value
+
+
+SIZE = Converted("size", parse_size)
+AGE = Converted("age", parse_age)
+TEXT = Converted("text", read_text)
+TEXT_FILE = Converted("file", read_file)
+JSON_FILE = Converted("file", read_json_list)
+
+store_option = click.option(
+    "--store",
+    "store_path",
+    type=click.Path(file_okay=False),
+    metavar="DIRECTORY",
+    help="Folder of the store  [env: PROMPTCACHE_DIR]",
+)
+max_size_option = click.option(
+    "--max-size",
+    type=SIZE,
+    help="Most bytes for the whole store, such as 20GB  [env: PROMPTCACHE_MAX_SIZE; "
+    "default: 10GB]",
+)
+json_option = click.option("--json", "json_", is_flag=True, help="Print JSON")
+quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, help="Print data, warnings and errors only"
+)
+dry_run_option = click.option(
+    "-n", "--dry-run", is_flag=True, help="Show what would be done and do nothing"
+)
+yes_option = click.option(
+    "-y", "--yes", is_flag=True, help="Don't ask for confirmation"
+)
+
+
+def stacked(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Return one decorator that adds several options, the first on top."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+prompt_options = stacked(
+    click.option(
+        "-m",
+        "--model",
+        help="Folder or Hugging Face repository  [env: PROMPTCACHE_MODEL; "
+        "default: SmolLM2-135M-Instruct]",
+    ),
+    click.option(
+        "--adapter-path", metavar="DIRECTORY", help="Folder of a LoRA adapter"
+    ),
+    click.option("-s", "--system", type=TEXT, help="System prompt, or @FILE"),
+    click.option(
+        "-f",
+        "--file",
+        "files",
+        type=TEXT_FILE,
+        multiple=True,
+        help="Text to put before the prompt, - for stdin; repeatable",
+    ),
+    click.option(
+        "--messages", type=JSON_FILE, help="Chat messages, a JSON list of objects"
+    ),
+    click.option("--tools", type=JSON_FILE, help="Tools, a JSON list of objects"),
+    click.option("--raw", is_flag=True, help="Do not use the chat template"),
+    click.option(
+        "--kv-bits",
+        type=click.IntRange(2, 8),
+        help="Quantize keys and values to this many bits",
+    ),
+    click.option(
+        "--kv-group-size",
+        type=int,
+        default=64,
+        show_default=True,
+        help="Values that share a scale",
+    ),
+    click.option(
+        "--quantized-kv-start",
+        type=int,
+        default=5000,
+        show_default=True,
+        help="Quantize from this many tokens on",
+    ),
+    click.option(
+        "--prefill-step-size",
+        type=click.IntRange(1),
+        default=2048,
+        show_default=True,
+        help="Most prompt tokens to process at once",
+    ),
+)
+
+
+def open_store(store_path: str | None, max_nbytes: int | None = None) -> PrefixStore:
+    """Open the store, and tell if its index had to be rebuilt."""
+    store = PrefixStore(store_path, max_nbytes=max_nbytes)
+    if store.rebuilt:
+        click.echo(
+            "promptcache: warning: the index was missing or damaged and has been "
+            f"rebuilt from {store.rebuilt} blobs",
+            err=True,
+        )
+    return store
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask on a terminal; a script is not asked, a cache can be computed again."""
+    if not yes and sys.stdin.isatty():
+        click.confirm(question, abort=True, err=True)

@@ -1,0 +1,20 @@
+"""`promptcache path`."""
+
+import click
+
+from promptcache import location
+from promptcache_cli import output
+from promptcache_cli.options import store_option
+
+
+@click.command()
+@store_option
+def path(store_path: str | None) -> None:
+    """Print the store's folder
+
+    Example:
+
+    \b
+        du -sh "$(promptcache path)"
+    """
+    output.data(store_path or str(location.store_dir()))

@@ -1,0 +1,79 @@
+"""`promptcache rm`."""
+
+import click
+
+from promptcache import KeyNotFoundError, Prefix, PrefixStore
+from promptcache.units import format_size
+from promptcache_cli import output
+from promptcache_cli.options import (
+    confirm,
+    dry_run_option,
+    json_option,
+    open_store,
+    quiet_option,
+    store_option,
+    yes_option,
+)
+
+
+@click.command()
+@click.argument("keys", nargs=-1, required=True, metavar="KEY...")
+@store_option
+@json_option
+@quiet_option
+@dry_run_option
+@yes_option
+def rm(
+    keys: tuple[str, ...],
+    store_path: str | None,
+    json_: bool,
+    quiet: bool,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Remove prefixes by key or name, pinned ones too
+
+    What other prefixes share with them stays.
+
+    Example:
+
+    \b
+        promptcache rm 3f9c
+        promptcache ls -q | xargs promptcache rm -y
+    """
+    with open_store(store_path) as store:
+        prefixes = [store.resolve(key) for key in dict.fromkeys(keys)]
+        if not dry_run:
+            names = ", ".join(p.name or p.key[:12] for p in prefixes)
+            confirm(f"Remove {names}?", yes=yes)
+        removed = {} if dry_run else _remove(store, prefixes)
+        freed = sum(removed.values())
+        result = {
+            "removed": [
+                {"key": p.key, "reason": "asked for", "nbytes": removed.get(p.key, 0)}
+                for p in prefixes
+            ],
+            "freed_nbytes": freed,
+            "kept_nbytes": store.total_nbytes(),
+            "dry_run": dry_run,
+        }
+    if json_:
+        output.json_data(result)
+        return
+    for prefix in prefixes:
+        output.data(prefix.key)
+    verb = "Would remove" if dry_run else "Removed"
+    talk = output.Talk(quiet=quiet)
+    talk.say(f"{verb} {len(prefixes)}, freed {format_size(freed)}")
+
+
+def _remove(store: PrefixStore, prefixes: list[Prefix]) -> dict[str, int]:
+    """Remove prefixes and return the bytes that each freed."""
+    freed = {}
+    for prefix in prefixes:
+        try:
+            freed[prefix.key] = store.remove(prefix.key).freed_nbytes
+        except KeyNotFoundError:
+            # A step on the way to one that was removed before it.
+            freed[prefix.key] = 0
+    return freed

@@ -1,0 +1,81 @@
+"""promptcache remembers what a language model has already read.
+
+It keeps the KV caches of prompt prefixes on disk, content-addressed, and resumes
+any later generation from the longest prefix it has.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from promptcache.errors import (
+    DamagedBlobError,
+    DamagedIndexError,
+    KeyNotFoundError,
+    ModelError,
+    PromptCacheError,
+    PromptCacheWarning,
+    StoreError,
+    StoreFormatError,
+    StoreFullError,
+    UnsupportedCacheError,
+    UsageError,
+)
+from promptcache.types import (
+    Fingerprint,
+    Match,
+    Prefix,
+    PrefixReport,
+    PrunePlan,
+    PrunePolicy,
+    PruneReport,
+    VerifyReport,
+)
+
+if TYPE_CHECKING:
+    from promptcache.generator import CachedGenerator, GenerationResponse
+    from promptcache.store import PrefixStore
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CachedGenerator",
+    "DamagedBlobError",
+    "DamagedIndexError",
+    "Fingerprint",
+    "GenerationResponse",
+    "KeyNotFoundError",
+    "Match",
+    "ModelError",
+    "Prefix",
+    "PrefixReport",
+    "PrefixStore",
+    "PromptCacheError",
+    "PromptCacheWarning",
+    "PrunePlan",
+    "PrunePolicy",
+    "PruneReport",
+    "StoreError",
+    "StoreFormatError",
+    "StoreFullError",
+    "UnsupportedCacheError",
+    "UsageError",
+    "VerifyReport",
+]
+
+# Imported on first use: the generator imports mlx_lm, which takes a second.
+_MODULE_BY_NAME = {
+    "CachedGenerator": "promptcache.generator",
+    "GenerationResponse": "promptcache.generator",
+    "PrefixStore": "promptcache.store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_BY_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_MODULE_BY_NAME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULE_BY_NAME])

@@ -1,0 +1,65 @@
+"""The errors that promptcache raises, one class for each thing that can go wrong.
+
+    PromptCacheError
+    ├── UsageError
+    │   └── KeyNotFoundError
+    ├── ModelError
+    │   └── UnsupportedCacheError
+    └── StoreError
+        ├── StoreFormatError
+        ├── DamagedIndexError
+        ├── StoreFullError
+        └── DamagedBlobError
+
+Messages are one sentence without a full stop that says what to do next.
+"""
+
+
+class PromptCacheError(Exception):
+    """Something that a user, a disk or a model caused, told in one line."""
+
+    exit_code = 1
+
+
+class UsageError(PromptCacheError):
+    """The request itself makes no sense."""
+
+    exit_code = 2
+
+
+class KeyNotFoundError(UsageError):
+    """No prefix, or more than one, goes by the given key or name."""
+
+    exit_code = 1
+
+
+class ModelError(PromptCacheError):
+    """A model cannot be found, downloaded or loaded."""
+
+
+class UnsupportedCacheError(ModelError):
+    """A model keeps its state in a cache class that promptcache cannot store."""
+
+
+class StoreError(PromptCacheError):
+    """The store cannot be opened, read or written."""
+
+
+class StoreFormatError(StoreError):
+    """The store was written by a newer promptcache."""
+
+
+class DamagedIndexError(StoreError):
+    """The index is no database any more; it can be rebuilt from the blobs."""
+
+
+class StoreFullError(StoreError):
+    """Nothing more may be evicted and the size limit would be exceeded."""
+
+
+class DamagedBlobError(StoreError):
+    """A blob is missing, truncated or does not hold what was written."""
+
+
+class PromptCacheWarning(UserWarning):
+    """The cache had trouble and generation went on without it."""

@@ -1,0 +1,602 @@
+"""CachedGenerator: match, load, stream the rest, save."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.generate import GenerationResponse as PlainResponse
+from mlx_lm.generate import generation_stream, wired_limit
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+from promptcache import codec, loading, rendering
+from promptcache.errors import StoreError, UnsupportedCacheError, UsageError
+from promptcache.fingerprint import make_fingerprint
+from promptcache.prefill import DEFAULT_STEP_SIZE, KVSettings, prefill
+from promptcache.resuming import resume
+from promptcache.saving import QuietSaver, Saver, warn
+from promptcache.store import PrefixStore
+from promptcache.types import Fingerprint, Match, Prefix
+
+# Below this, prefilling again costs less than it is worth to keep: a second on
+# the slow machines, and 24 MB of SmolLM2's cache.
+AUTO_SAVE_TOKENS = 512
+
+SavePolicy = bool | Literal["auto"]
+Progress = Callable[[int, int], None]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+# What makes mlx-lm keep state besides one cache that the token ids decide.
+UNCACHED_OPTIONS = {"draft_model", "input_embeddings"}
+
+
+@dataclass
+class GenerationResponse(PlainResponse):  # type: ignore[misc]
+    """One step of a generation: mlx-lm's response and what the cache did.
+
+    `prompt_tokens` counts the whole prompt. `prompt_tps` is the speed at which the
+    tokens that were not cached were processed.
+
+    Attributes:
+        cached_tokens: Tokens of the prompt that were not processed again.
+        load_seconds: Time to match the prompt and to load what is cached.
+        prefill_seconds: From then to the first token.
+        key: With the last response, the key of the longest stored prefix of the
+            prompt, or None.
+    """
+
+    cached_tokens: int = 0
+    load_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    key: str | None = None
+
+    @property
+    def ttft_seconds(self) -> float:
+        """Return the time from the start of matching to the first token."""
+        return self.load_seconds + self.prefill_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltPrefix(Prefix):
+    """A prefix that `build` made sure of.
+
+    Attributes:
+        cached_tokens: Tokens that were in the store before.
+        seconds: Time it took, without loading the model.
+    """
+
+    cached_tokens: int = 0
+    seconds: float = 0.0
+
+
+class CachedGenerator:
+    """Generates like mlx-lm, resuming every prompt from its longest cached prefix.
+
+    Trouble with the store never breaks a generation: it becomes one
+    `PromptCacheWarning` and a prefill. `build` raises instead.
+
+    Attributes:
+        model: The mlx-lm model.
+        tokenizer: Its tokenizer.
+        store: The store, or None if it cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        store: PrefixStore | str | Path | None = None,
+        max_nbytes: int | None = None,
+        save: SavePolicy = "auto",
+        reuse: bool = True,
+        namespace: str = "",
+        identity: loading.ModelIdentity | None = None,
+    ) -> None:
+        """Wrap a model that is loaded already.
+
+        Args:
+            model: A model of mlx-lm.
+            tokenizer: Its tokenizer.
+            store: A store to share, or the folder of one to open; the default
+                folder if None.
+            max_nbytes: Size limit of a store opened here; see `PrefixStore`.
+            save: Whether to save the prompts that are read: True for all, "auto" for
+                those with at least 512 new tokens.
+            reuse: Whether to look for cached prefixes.
+            namespace: Prefixes are found only under the namespace they were saved in.
+            identity: What the model is, if known; else its parameters are hashed
+                on first use.
+        """
+        self.model = model
+        self.tokenizer = tokenizer
+        self.store: PrefixStore | None = None
+        self._save: SavePolicy = save
+        self._reuse = reuse
+        self._namespace = namespace
+        self._identity = identity
+        self._fingerprints: dict[KVSettings, Fingerprint] = {}
+        self._store_error: StoreError | None = None
+        self._owns_store = not isinstance(store, PrefixStore)
+        if isinstance(store, PrefixStore):
+            self.store = store
+        elif reuse or save:
+            self._open_store(store, max_nbytes)
+
+    def _open_store(self, path: str | Path | None, max_nbytes: int | None) -> None:
+        try:
+            self.store = PrefixStore(path, max_nbytes=max_nbytes)
+        except StoreError as error:
+            self._store_error = error
+            warn(f"going on without the store: {error}")
+            return
+        if self.store.rebuilt:
+            warn(
+                f"the index of {self.store.path} was missing or damaged and has been "
+                f"rebuilt from {self.store.rebuilt} blobs"
+            )
+
+    @classmethod
+    def load(
+        cls,
+        path_or_hf_repo: str | Path | None = None,
+        *,
+        adapter_path: str | Path | None = None,
+        store: PrefixStore | str | Path | None = None,
+        max_nbytes: int | None = None,
+        save: SavePolicy = "auto",
+        reuse: bool = True,
+        namespace: str = "",
+        announce: Callable[[str], None] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a model like `mlx_lm.load` does, and wrap it.
+
+        Args:
+            path_or_hf_repo: A folder or a hub repository, else `PROMPTCACHE_MODEL`,
+                else the embedded default, SmolLM2-135M-Instruct.
+            adapter_path: The folder of a LoRA adapter.
+            store: See `CachedGenerator`.
+            max_nbytes: See `CachedGenerator`.
+            save: See `CachedGenerator`.
+            reuse: See `CachedGenerator`.
+            namespace: See `CachedGenerator`.
+            announce: Called with a line for people before something takes long.
+            kwargs: Further arguments of `mlx_lm.load`.
+
+        Raises:
+            ModelError: The model cannot be found or loaded.
+        """
+        model, tokenizer, identity = loading.load(
+            path_or_hf_repo, adapter_path=adapter_path, announce=announce, **kwargs
+        )
+        return cls(
+            model,
+            tokenizer,
+            store=store,
+            max_nbytes=max_nbytes,
+            save=save,
+            reuse=reuse,
+            namespace=namespace,
+            identity=identity,
+        )
+
+    def close(self) -> None:
+        """Close the store, unless it was handed in."""
+        if self.store is not None and self._owns_store:
+            self.store.close()
+            self.store = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def fingerprint(self, kv: KVSettings | None = None) -> Fingerprint:
+        """Return what KV values depend on, besides the token ids."""
+        kv = kv or KVSettings()
+        if kv.bits is None:
+            # Group size and start mean nothing without bits.
+            kv = KVSettings()
+        if kv not in self._fingerprints:
+            if self._identity is None:
+                self._identity = loading.identify(self.model)
+            parts = {
+                **self._identity.parts,
+                "kv_bits": str(kv.bits or ""),
+                "kv_group_size": str(kv.group_size if kv.bits else ""),
+                "quantized_kv_start": str(kv.start if kv.bits else ""),
+                "layout": loading.hash_layout(make_prompt_cache(self.model)),
+                "namespace": self._namespace,
+            }
+            self._fingerprints[kv] = make_fingerprint(
+                parts, model=self._identity.name, source=self._identity.source
+            )
+        return self._fingerprints[kv]
+
+    def match(
+        self,
+        prompt: rendering.Prompt,
+        *,
+        tools: Sequence[rendering.Message] | None = None,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        quantized_kv_start: int = 5000,
+    ) -> Match:
+        """Return what a generation of this prompt would reuse.
+
+        The last token is never part of it: the model has to read something.
+
+        Raises:
+            UsageError: The prompt is empty, or no prompt.
+            StoreError: The store cannot be read.
+        """
+        token_ids = rendering.to_token_ids(self.tokenizer, prompt, tools=tools)
+        kv = KVSettings(kv_bits, kv_group_size, quantized_kv_start)
+        store = self._usable_store()
+        return store.lookup(token_ids, self.fingerprint(kv), limit=len(token_ids) - 1)
+
+    def _usable_store(self) -> PrefixStore:
+        if self.store is None:
+            raise self._store_error or StoreError("this generator has no store")
+        return self.store
+
+    # Building
+
+    def build(
+        self,
+        prompt: rendering.Prompt | None = None,
+        *,
+        system: str | None = None,
+        tools: Sequence[rendering.Message] | None = None,
+        name: str | None = None,
+        prefill_step_size: int = DEFAULT_STEP_SIZE,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        quantized_kv_start: int = 5000,
+        prompt_progress_callback: Progress | None = None,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> BuiltPrefix:
+        """Make sure that a prefix is stored, piece by piece, and pin it if named.
+
+        What is stored already is not computed again, so that an interrupted build
+        resumes. Of two processes that build the same prefix one waits.
+
+        Args:
+            prompt: Text, token ids or chat messages to store in full.
+            system: A system prompt. Without a prompt, what comes before the user's
+                message is stored.
+            tools: Tools for the chat template.
+            name: Pin the prefix under this name.
+            prefill_step_size: Most tokens to process at once, and to lose when
+                interrupted.
+            kv_bits: See `mlx_lm.generate.generate_step`.
+            kv_group_size: See `mlx_lm.generate.generate_step`.
+            quantized_kv_start: See `mlx_lm.generate.generate_step`.
+            prompt_progress_callback: Called with tokens processed and their total.
+            on_wait: Called when another process builds the same prefix.
+
+        Raises:
+            UnsupportedCacheError: The model's cache cannot be stored.
+            UsageError: There is nothing to build.
+            StoreError: The store cannot be written.
+        """
+        token_ids = self._build_token_ids(prompt, system, tools)
+        kv = KVSettings(kv_bits, kv_group_size, quantized_kv_start)
+        cache = make_prompt_cache(self.model)
+        codec.check_supported(cache)
+        store = self._usable_store()
+        fingerprint = self.fingerprint(kv)
+        started = time.perf_counter()
+        with store.building(store.key_of(token_ids, fingerprint), on_wait):
+            match = store.lookup(token_ids, fingerprint)
+            if match.cached_tokens < len(token_ids):
+                match = resume(store, match, cache, token_ids)
+            saver = Saver(store, fingerprint, token_ids, cache)
+            with wired_limit(self.model, [generation_stream]):
+                prefill(
+                    self.model,
+                    cache,
+                    token_ids,
+                    start=match.cached_tokens,
+                    end=len(token_ids),
+                    step_size=prefill_step_size,
+                    kv=kv,
+                    on_piece=lambda _, stop: saver.save(stop),
+                    on_progress=prompt_progress_callback,
+                )
+            # Lists the prefix also where nothing was missing.
+            key = saver.save(len(token_ids))
+        if name is not None:
+            store.pin(key, name)
+        prefix = next(p for p in store.prefixes() if p.key == key)
+        return BuiltPrefix(
+            **asdict(prefix),
+            cached_tokens=match.cached_tokens,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _build_token_ids(
+        self,
+        prompt: rendering.Prompt | None,
+        system: str | None,
+        tools: Sequence[rendering.Message] | None,
+    ) -> list[int]:
+        def render_with(text: str) -> list[int]:
+            messages = rendering.compose(system=system, user=text)
+            return rendering.render(self.tokenizer, messages, tools=tools)
+
+        if prompt is None:
+            if system is None and not tools:
+                raise UsageError("there is nothing to build, give a prompt or a system")
+            return rendering.stable_prefix(render_with)
+        if isinstance(prompt, str) and (system is not None or tools):
+            return render_with(prompt)
+        if rendering.is_messages(prompt):
+            prompt = rendering.compose(system=system, messages=prompt)
+        return rendering.to_token_ids(self.tokenizer, prompt, tools=tools)
+
+    # Generating
+
+    def generate(self, prompt: rendering.Prompt, **kwargs: Any) -> str:
+        """Return the whole answer; see `stream_generate`."""
+        return "".join(r.text for r in self.stream_generate(prompt, **kwargs))
+
+    def stream_generate(
+        self,
+        prompt: rendering.Prompt,
+        max_tokens: int = 256,
+        *,
+        tools: Sequence[rendering.Message] | None = None,
+        save: SavePolicy | None = None,
+        reuse: bool | None = None,
+        temp: float | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        top_k: int | None = None,
+        repetition_penalty: float | None = None,
+        repetition_context_size: int = 20,
+        seed: int | None = None,
+        sampler: Callable[[mx.array], mx.array] | None = None,
+        logits_processors: list[LogitsProcessor] | None = None,
+        prefill_step_size: int = DEFAULT_STEP_SIZE,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        quantized_kv_start: int = 5000,
+        prompt_progress_callback: Progress | None = None,
+        **kwargs: Any,
+    ) -> Iterator[GenerationResponse]:
+        """Generate token by token, like `mlx_lm.stream_generate`.
+
+        The answer is never saved. Closing the generator early saves the prompt all
+        the same, if the policy says so and it was read in full.
+
+        Args:
+            prompt: Text, token ids or chat messages.
+            max_tokens: Most tokens to generate, -1 for no limit.
+            tools: Tools for the chat template.
+            save: Overrides the generator's policy.
+            reuse: Overrides whether to look for cached prefixes.
+            temp: Sampling temperature, 0 for greedy; see `make_sampler`.
+            top_p: See `mlx_lm.sample_utils.make_sampler`.
+            min_p: See `mlx_lm.sample_utils.make_sampler`.
+            top_k: See `mlx_lm.sample_utils.make_sampler`.
+            repetition_penalty: Penalty for repeated tokens of the whole prompt and
+                the answer; see `mlx_lm.sample_utils.make_logits_processors`.
+            repetition_context_size: How many tokens back it looks.
+            seed: Seed for the sampling.
+            sampler: A sampler in place of the one that `temp` and so on make.
+            logits_processors: Called with the token ids of the whole prompt and the
+                answer, shape `(tokens,)`, and the logits, shape `(1, vocabulary)`.
+            prefill_step_size: Most prompt tokens to process at once.
+            kv_bits: See `mlx_lm.generate.generate_step`.
+            kv_group_size: See `mlx_lm.generate.generate_step`.
+            quantized_kv_start: See `mlx_lm.generate.generate_step`.
+            prompt_progress_callback: Called with the prompt tokens done so far,
+                cached ones included, and their total.
+            kwargs: Further arguments of `mlx_lm.generate.generate_step`.
+
+        Raises:
+            UsageError: The arguments make no sense.
+        """
+        if max_tokens == 0:
+            raise UsageError("max_tokens must not be 0, use -1 for no limit")
+        if "prompt_cache" in kwargs:
+            raise UsageError("prompt_cache is what CachedGenerator takes care of")
+        if seed is not None:
+            mx.random.seed(seed)
+        processors = make_logits_processors(
+            repetition_penalty=repetition_penalty,
+            repetition_context_size=repetition_context_size,
+        )
+        run = _Run(
+            token_ids=rendering.to_token_ids(self.tokenizer, prompt, tools=tools),
+            save=self._save if save is None else save,
+            reuse=self._reuse if reuse is None else reuse,
+            logits_processors=[*processors, *(logits_processors or [])],
+            step_size=prefill_step_size,
+            kv=KVSettings(kv_bits, kv_group_size, quantized_kv_start),
+            on_progress=prompt_progress_callback,
+            options={
+                "max_tokens": max_tokens,
+                "sampler": sampler or _sampler(temp, top_p, min_p, top_k),
+                **kwargs,
+            },
+        )
+        return self._stream(run)
+
+    def _stream(self, run: "_Run") -> Iterator[GenerationResponse]:
+        started = time.perf_counter()
+        start = self._start(run)
+        loaded = time.perf_counter()
+        prefill_seconds: float | None = None
+        key = start.match.key
+        try:
+            self._prefill(run, start)
+            with contextlib.closing(self._decode(run, start)) as responses:
+                for response in responses:
+                    if prefill_seconds is None:
+                        prefill_seconds = time.perf_counter() - loaded
+                    if response.finish_reason is not None:
+                        key = start.saver.finish(len(run.token_ids)) or key
+                    yield _response(
+                        response,
+                        num_tokens=len(run.token_ids),
+                        cached_tokens=start.match.cached_tokens,
+                        load_seconds=loaded - started,
+                        prefill_seconds=prefill_seconds,
+                        key=None if response.finish_reason is None else key,
+                    )
+        finally:
+            if prefill_seconds is not None:
+                start.saver.finish(len(run.token_ids))
+            if self.store is not None and start.match.slices:
+                with contextlib.suppress(StoreError):
+                    self.store.touch(start.match)
+
+    def _start(self, run: "_Run") -> "_Start":
+        """Find and load what is cached, and decide whether to save."""
+        if run.options.keys() & UNCACHED_OPTIONS:
+            if self._uses_store(run):
+                options = " and ".join(sorted(run.options.keys() & UNCACHED_OPTIONS))
+                warn(f"going on without the store: it does not work with {options}")
+            return _Start(None, Match(), QuietSaver(None))
+        cache = make_prompt_cache(self.model, run.options.get("max_kv_size"))
+        if self.store is None or not self._uses_store(run):
+            return _Start(cache, Match(), QuietSaver(None))
+        try:
+            codec.check_supported(cache)
+            fingerprint = self.fingerprint(run.kv)
+            match = self._resume(run, fingerprint, cache)
+        except (UnsupportedCacheError, StoreError) as error:
+            warn(f"going on without the store: {error}")
+            return _Start(cache, Match(), QuietSaver(None))
+        num_new = len(run.token_ids) - match.cached_tokens
+        wanted = num_new >= AUTO_SAVE_TOKENS if run.save == "auto" else run.save
+        saver = Saver(self.store, fingerprint, run.token_ids, cache)
+        return _Start(cache, match, QuietSaver(saver if wanted else None))
+
+    def _uses_store(self, run: "_Run") -> bool:
+        return bool(run.reuse or run.save)
+
+    def _resume(self, run: "_Run", fingerprint: Fingerprint, cache: list[Any]) -> Match:
+        assert self.store is not None
+        if not run.reuse:
+            return Match()
+        # The last token stays, because the model has to read something.
+        limit = len(run.token_ids) - 1
+        match = self.store.lookup(run.token_ids, fingerprint, limit=limit)
+        return resume(self.store, match, cache, run.token_ids)
+
+    def _prefill(self, run: "_Run", start: "_Start") -> None:
+        """Read the prompt up to its last token, saving full pieces."""
+        if start.cache is None:
+            return
+        cache = start.cache
+
+        def on_piece(_: int, stop: int) -> None:
+            # The rest is saved after the answer, where it delays nothing; but rows
+            # that are about to be quantized must be kept as they are now.
+            if stop % run.step_size == 0 or run.kv.quantizes(cache, stop):
+                start.saver.save(stop)
+
+        with wired_limit(self.model, [generation_stream]):
+            prefill(
+                self.model,
+                cache,
+                run.token_ids,
+                start=start.match.cached_tokens,
+                end=len(run.token_ids) - 1,
+                step_size=run.step_size,
+                kv=run.kv,
+                on_piece=on_piece,
+                on_progress=run.on_progress,
+            )
+
+    def _decode(self, run: "_Run", start: "_Start") -> Any:
+        """Return mlx-lm's stream over the rest of the prompt and the answer."""
+        num_read = 0 if start.cache is None else len(run.token_ids) - 1
+        processors = _over_whole_prompt(run.logits_processors, run.token_ids[:num_read])
+        return mlx_lm.stream_generate(
+            self.model,
+            self.tokenizer,
+            run.token_ids[num_read:],
+            prompt_cache=start.cache,
+            logits_processors=processors or None,
+            prefill_step_size=run.step_size,
+            kv_bits=run.kv.bits,
+            kv_group_size=run.kv.group_size,
+            quantized_kv_start=run.kv.start,
+            **run.options,
+        )
+
+
+class _Run(NamedTuple):
+    """What one generation was asked for."""
+
+    token_ids: list[int]
+    save: SavePolicy
+    reuse: bool
+    logits_processors: list[LogitsProcessor]
+    step_size: int
+    kv: KVSettings
+    on_progress: Progress | None
+    options: dict[str, Any]
+
+
+class _Start(NamedTuple):
+    """Where one generation starts: its cache, and what the cache already holds."""
+
+    cache: list[Any] | None
+    match: Match
+    saver: QuietSaver
+
+
+def _sampler(
+    temp: float | None, top_p: float | None, min_p: float | None, top_k: int | None
+) -> Callable[[mx.array], mx.array]:
+    sampler: Callable[[mx.array], mx.array] = make_sampler(
+        temp or 0.0, top_p or 0.0, min_p or 0.0, top_k=top_k or 0
+    )
+    return sampler
+
+
+def _over_whole_prompt(
+    processors: list[LogitsProcessor], token_ids: list[int]
+) -> list[LogitsProcessor]:
+    """Return processors that see the tokens mlx-lm did not process itself, too."""
+    if not token_ids:
+        return processors
+    read = mx.array(token_ids)
+
+    def over_whole_prompt(processor: LogitsProcessor) -> LogitsProcessor:
+        return lambda tokens, logits: processor(mx.concatenate([read, tokens]), logits)
+
+    return [over_whole_prompt(processor) for processor in processors]
+
+
+def _response(
+    response: PlainResponse,
+    *,
+    num_tokens: int,
+    cached_tokens: int,
+    load_seconds: float,
+    prefill_seconds: float,
+    key: str | None,
+) -> GenerationResponse:
+    """Return mlx-lm's response with what is true of the whole prompt."""
+    values = {f.name: getattr(response, f.name) for f in fields(response)}
+    values["prompt_tokens"] = num_tokens
+    values["prompt_tps"] = (num_tokens - cached_tokens) / prefill_seconds
+    return GenerationResponse(
+        **values,
+        cached_tokens=cached_tokens,
+        load_seconds=load_seconds,
+        prefill_seconds=prefill_seconds,
+        key=key,
+    )

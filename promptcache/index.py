@@ -1,0 +1,510 @@
+"""The index: which segments and prefixes the store has, in SQLite.
+
+It is derived from the blobs and can be rebuilt from them. Segments form a radix
+tree: `parent_id` 0 is the root, and a child starts anywhere inside its parent.
+"""
+
+import contextlib
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from promptcache.chain import Chain
+from promptcache.errors import DamagedIndexError, StoreError, StoreFormatError
+from promptcache.types import Fingerprint, Leaf, Prefix, SegmentInfo, SegmentRow
+
+SCHEMA_VERSION = 1
+ROOT_ID = 0
+# Writers queue behind each other; a save holds the lock for milliseconds.
+TIMEOUT_SECONDS = 30
+
+SEGMENT_COLUMNS = "id, key, parent_id, start, end, nbytes, token_ids"
+
+
+class Index:
+    """The rows of one store.
+
+    Invariants:
+        Every write happens inside `writing()`.
+        A segment's parent exists as long as the segment does.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the index, creating it where there is none.
+
+        Raises:
+            StoreFormatError: A newer promptcache wrote it.
+            StoreError: It cannot be opened, or is damaged.
+        """
+        self.path = path
+        self.read_only = False
+        self._lock = threading.RLock()
+        with _translated():
+            self._connection = self._connect()
+            self.is_new = self._prepare()
+
+    def _connect(self) -> sqlite3.Connection:
+        try:
+            # Created by hand, because SQLite would follow the umask.
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+            connection = _open(f"file:{_quoted(self.path)}")
+            _switch_to_wal(connection)
+        except (OSError, sqlite3.OperationalError):
+            return self._connect_read_only()
+        return connection
+
+    def _connect_read_only(self) -> sqlite3.Connection:
+        if not self.path.exists():
+            raise StoreError(f"the index {self.path} cannot be created")
+        self.read_only = True
+        # `immutable` reads where no -shm file can be made; it must not be used
+        # while a WAL holds rows that it would not see.
+        wal = self.path.with_name(f"{self.path.name}-wal")
+        mode = "mode=ro" if wal.exists() and wal.stat().st_size else "immutable=1"
+        return _open(f"file:{_quoted(self.path)}?{mode}")
+
+    def _prepare(self) -> bool:
+        """Check the schema's version, create the tables; return whether it did."""
+        if self._version() == SCHEMA_VERSION:
+            return False
+        self._refuse_newer()
+        if self.read_only:
+            raise StoreError(f"the index {self.path} is empty and cannot be written")
+        with self.writing():
+            if self._version() == SCHEMA_VERSION:
+                return False
+            self._refuse_newer()
+            _create_tables(self._connection)
+            self._execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        return True
+
+    def _version(self) -> int:
+        return int(self._execute("PRAGMA user_version").fetchone()[0])
+
+    def _refuse_newer(self) -> None:
+        if (found := self._version()) > SCHEMA_VERSION:
+            raise StoreFormatError(
+                f"the store {self.path.parent} has format {found} and this promptcache "
+                f"reads up to {SCHEMA_VERSION}, upgrade promptcache"
+            )
+
+    def close(self) -> None:
+        """Close the connection; the last one to do so folds the WAL back in."""
+        with self._lock:
+            self._connection.close()
+
+    def shrink(self) -> None:
+        """Give the room of deleted rows and of the WAL back to the disk."""
+        with self._lock, contextlib.suppress(StoreError):
+            self._execute("PRAGMA incremental_vacuum").fetchall()
+            self._execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the write lock for a transaction. Raises StoreError."""
+        with self._lock:
+            if self._connection.in_transaction:
+                yield
+                return
+            self._execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._connection.rollback()
+                raise
+            with _translated():
+                self._connection.commit()
+
+    def _execute(self, sql: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
+        with self._lock, _translated():
+            return self._connection.execute(sql, parameters)
+
+    def _all(
+        self, sql: str, parameters: Sequence[object] = ()
+    ) -> list[tuple[Any, ...]]:
+        with self._lock, _translated():
+            return self._connection.execute(sql, parameters).fetchall()
+
+    def is_sound(self) -> bool:
+        """Return whether SQLite finds its own file sound."""
+        try:
+            return self._all("PRAGMA quick_check") == [("ok",)]
+        except StoreError:
+            return False
+
+    # Looking things up
+
+    def has_block(self, block_hash: int) -> bool:
+        """Return whether some segment covers the block boundary of this hash."""
+        sql = "SELECT 1 FROM blocks WHERE hash = ? LIMIT 1"
+        return self._execute(sql, [block_hash]).fetchone() is not None
+
+    def segments_at_block(self, block_hash: int) -> list[int]:
+        """Return the ids of the segments that cover the boundary of this hash."""
+        sql = "SELECT segment_id FROM blocks WHERE hash = ?"
+        return [_int(row[0]) for row in self._all(sql, [block_hash])]
+
+    def path_to(self, segment_id: int) -> list[SegmentRow]:
+        """Return a segment with its ancestors, the root's child first."""
+        sql = f"""
+            WITH RECURSIVE path(id) AS (
+                VALUES (?)
+                UNION ALL
+                SELECT parent_id FROM segments JOIN path USING (id) WHERE parent_id
+            )
+            SELECT {SEGMENT_COLUMNS} FROM segments JOIN path USING (id)
+            ORDER BY start
+        """
+        return [SegmentRow(*row) for row in self._all(sql, [segment_id])]
+
+    def children(
+        self, parent_id: int, fingerprint: str, token_id_by_start: Mapping[int, int]
+    ) -> list[SegmentRow]:
+        """Return the children at given starts that begin with given token ids."""
+        wanted = ", ".join("(?, ?)" for _ in token_id_by_start)
+        sql = f"""
+            WITH wanted(start, first_token) AS (VALUES {wanted})
+            SELECT {SEGMENT_COLUMNS} FROM wanted
+            JOIN segments USING (start, first_token)
+            WHERE parent_id = ? AND fingerprint_id =
+                (SELECT id FROM fingerprints WHERE digest = ?)
+        """
+        pairs = [value for pair in token_id_by_start.items() for value in pair]
+        rows = self._all(sql, [*pairs, parent_id, fingerprint])
+        return [SegmentRow(*row) for row in rows]
+
+    def segment_id(self, key: str) -> int | None:
+        """Return the id of a segment, or None."""
+        row = self._execute("SELECT id FROM segments WHERE key = ?", [key]).fetchone()
+        return row and _int(row[0])
+
+    def segment_keys(self) -> set[str]:
+        """Return the keys of all segments."""
+        return {str(row[0]) for row in self._all("SELECT key FROM segments")}
+
+    def leaves(self) -> list[Leaf]:
+        """Return all segments as eviction sees them."""
+        sql = """
+            SELECT s.id, s.key, s.parent_id, s.nbytes, s.used_at, EXISTS (
+                SELECT 1 FROM prefixes p
+                WHERE p.segment_id = s.id AND p.name IS NOT NULL
+            ), f.model
+            FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
+        """
+        return [Leaf._make([*row[:5], bool(row[5]), row[6]]) for row in self._all(sql)]
+
+    def segments_over(self, position: int) -> list[int]:
+        """Return the ids of the segments in which a prefix of this length ends."""
+        sql = "SELECT id FROM segments WHERE start < ? AND end >= ?"
+        return [_int(row[0]) for row in self._all(sql, [position, position])]
+
+    def fingerprint_of(self, segment_id: int) -> Fingerprint:
+        """Return the fingerprint that a segment was computed under."""
+        sql = """
+            SELECT digest, model, source, parts FROM fingerprints
+            WHERE id = (SELECT fingerprint_id FROM segments WHERE id = ?)
+        """
+        digest, model, source, parts = self._execute(sql, [segment_id]).fetchone()
+        return Fingerprint(digest, model, source, json.loads(parts))
+
+    # Prefixes
+
+    def prefixes(self) -> list[tuple[Prefix, int]]:
+        """Return all prefixes, the last used first, each with its segment's id.
+
+        A leaf that no prefix ends in, left by an interrupted build, counts as one.
+        `nbytes` is not known here and 0.
+        """
+        sql = """
+            SELECT p.key, p.name, f.model, p.num_tokens, p.created_at, p.used_at,
+                p.hits, p.segment_id
+            FROM prefixes p JOIN segments s ON s.id = p.segment_id
+            JOIN fingerprints f ON f.id = s.fingerprint_id
+            UNION ALL
+            SELECT s.key, NULL, f.model, s.end, s.created_at, s.used_at, 0, s.id
+            FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
+            WHERE NOT EXISTS (SELECT 1 FROM segments c WHERE c.parent_id = s.id)
+            AND NOT EXISTS (SELECT 1 FROM prefixes p WHERE p.segment_id = s.id)
+            ORDER BY 6 DESC, 1
+        """
+        return [(_prefix(*row[:-1]), row[-1]) for row in self._all(sql)]
+
+    def add_prefix(
+        self, key: str, segment_id: int, num_tokens: int, *, now: float
+    ) -> None:
+        """List a prefix; one that is listed already stays as it is."""
+        sql = """
+            INSERT INTO prefixes
+                (key, segment_id, num_tokens, created_at, used_at, hits)
+            VALUES (?, ?, ?, ?, ?, 0)
+            ON CONFLICT (key) DO NOTHING
+        """
+        with self.writing():
+            self._execute(sql, [key, segment_id, num_tokens, now, now])
+
+    def remove_prefix(self, key: str) -> None:
+        """Stop listing a prefix; its segments stay."""
+        with self.writing():
+            self._execute("DELETE FROM prefixes WHERE key = ?", [key])
+
+    def set_name(self, key: str, name: str | None) -> None:
+        """Name a listed prefix, or take its name away; a name moves to it."""
+        with self.writing():
+            if name is not None:
+                sql = "UPDATE prefixes SET name = NULL WHERE name = ?"
+                self._execute(sql, [name])
+            self._execute("UPDATE prefixes SET name = ? WHERE key = ?", [name, key])
+
+    def names(self) -> dict[str, tuple[str, int]]:
+        """Return the key and the number of tokens of each pin by its name."""
+        sql = "SELECT name, key, num_tokens FROM prefixes WHERE name IS NOT NULL"
+        return {str(n): (str(k), _int(t)) for n, k, t in self._all(sql)}
+
+    def touch(
+        self, segment_keys: Sequence[str], cached_tokens: int, *, now: float
+    ) -> None:
+        """Note a hit on a path of segments that reused so many tokens.
+
+        It counts for the longest prefix that was reused in full, else for the
+        shortest one that was reused in part.
+        """
+        marks = ", ".join("?" for _ in segment_keys)
+        with self.writing():
+            self._execute(
+                f"UPDATE segments SET used_at = ? WHERE key IN ({marks})",
+                [now, *segment_keys],
+            )
+            self._execute(
+                f"""
+                UPDATE prefixes SET hits = hits + 1, used_at = ? WHERE key = (
+                    SELECT p.key FROM prefixes p JOIN segments s ON s.id = p.segment_id
+                    WHERE s.key IN ({marks})
+                    ORDER BY p.num_tokens > ?, abs(? - p.num_tokens) LIMIT 1
+                )
+                """,
+                [now, *segment_keys, cached_tokens, cached_tokens],
+            )
+
+    # Adding and removing segments
+
+    def add_segment(self, info: SegmentInfo, chain: Chain, *, nbytes: int) -> None:
+        """Add a segment of a chain whose blob and parent are in place."""
+        with self.writing():
+            parent_id = self.segment_id(info.parent_key) if info.parent_key else ROOT_ID
+            assert parent_id is not None
+            cursor = self._execute(
+                """
+                INSERT INTO segments (key, parent_id, fingerprint_id, start, end,
+                    first_token, nbytes, created_at, used_at, token_ids)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                """,
+                [
+                    info.key,
+                    parent_id,
+                    self._fingerprint_id(info.fingerprint),
+                    info.start,
+                    info.end,
+                    chain.token_id(info.start),
+                    nbytes,
+                    info.created_at,
+                    info.created_at,
+                    chain.span(info.start, info.end),
+                ],
+            )
+            segment_id = _int(cursor.lastrowid)
+            with _translated():
+                self._connection.executemany(
+                    "INSERT INTO blocks (hash, segment_id) VALUES (?, ?)",
+                    [(h, segment_id) for h in chain.block_hashes(info.start, info.end)],
+                )
+            if info.is_prefix:
+                self.add_prefix(info.key, segment_id, info.end, now=info.created_at)
+
+    def _fingerprint_id(self, fingerprint: Fingerprint) -> int:
+        self._execute(
+            """
+            INSERT INTO fingerprints (digest, model, source, parts)
+            VALUES (?, ?, ?, ?)
+            ON CONFLICT (digest) DO UPDATE
+            SET model = excluded.model, source = excluded.source
+            """,
+            [
+                fingerprint.digest,
+                fingerprint.model,
+                fingerprint.source,
+                json.dumps(dict(fingerprint.parts), sort_keys=True),
+            ],
+        )
+        sql = "SELECT id FROM fingerprints WHERE digest = ?"
+        return _int(self._execute(sql, [fingerprint.digest]).fetchone()[0])
+
+    def remove_leaf(self, key: str) -> bool:
+        """Remove a segment without children and the prefixes that end in it.
+
+        Return whether it went: one that got children or a pin meanwhile stays.
+        """
+        with self.writing():
+            segment_id = self.segment_id(key)
+            if segment_id is None or self.num_children(segment_id):
+                return False
+            if self._is_pinned(segment_id):
+                return False
+            self._delete([segment_id])
+        return True
+
+    def remove_subtree(self, key: str) -> list[str]:
+        """Remove a segment with all that hangs on it; return the keys."""
+        sql = """
+            WITH RECURSIVE tree(id) AS (
+                SELECT id FROM segments WHERE key = ?
+                UNION ALL
+                SELECT s.id FROM segments s JOIN tree ON s.parent_id = tree.id
+            )
+            SELECT id, key FROM segments JOIN tree USING (id)
+        """
+        with self.writing():
+            rows = self._all(sql, [key])
+            self._delete([_int(row[0]) for row in rows])
+        return [str(row[1]) for row in rows]
+
+    def _delete(self, segment_ids: Iterable[int]) -> None:
+        for segment_id in segment_ids:
+            self._execute("DELETE FROM blocks WHERE segment_id = ?", [segment_id])
+            self._execute("DELETE FROM prefixes WHERE segment_id = ?", [segment_id])
+            self._execute("DELETE FROM segments WHERE id = ?", [segment_id])
+
+    def num_children(self, segment_id: int) -> int:
+        """Return how many segments hang on a segment."""
+        sql = "SELECT count(*) FROM segments WHERE parent_id = ?"
+        return _int(self._execute(sql, [segment_id]).fetchone()[0])
+
+    def _is_pinned(self, segment_id: int) -> bool:
+        sql = """
+            SELECT count(*) FROM prefixes
+            WHERE segment_id = ? AND name IS NOT NULL
+        """
+        return bool(self._execute(sql, [segment_id]).fetchone()[0])
+
+
+def _create_tables(connection: sqlite3.Connection) -> None:
+    """Create the schema inside the transaction that is open."""
+    # Imported here because it costs 0.2 s, which `ls` has not.
+    import sqlite_utils
+
+    database = sqlite_utils.Database(connection)
+    database["fingerprints"].create(
+        {"id": int, "digest": str, "model": str, "source": str, "parts": str},
+        pk="id",
+        not_null={"digest", "model", "parts"},
+    )
+    database["fingerprints"].create_index(["digest"], unique=True)
+    database["segments"].create(
+        {
+            "id": int,
+            "key": str,
+            "parent_id": int,
+            "fingerprint_id": int,
+            "start": int,
+            "end": int,
+            "first_token": int,
+            "nbytes": int,
+            "created_at": float,
+            "used_at": float,
+            "token_ids": bytes,
+        },
+        pk="id",
+        foreign_keys=[("fingerprint_id", "fingerprints", "id")],
+    )
+    database["segments"].create_index(["key"], unique=True)
+    # Finds the child that continues a prompt at a token, and whether a segment
+    # has children.
+    database["segments"].create_index(["parent_id", "start", "first_token"])
+    database.execute(
+        "CREATE TABLE blocks (hash INTEGER, segment_id INTEGER,"
+        " PRIMARY KEY (hash, segment_id)) WITHOUT ROWID"
+    )
+    database["blocks"].create_index(["segment_id"])
+    database["prefixes"].create(
+        {
+            "key": str,
+            "segment_id": int,
+            "num_tokens": int,
+            "name": str,
+            "created_at": float,
+            "used_at": float,
+            "hits": int,
+        },
+        pk="key",
+        foreign_keys=[("segment_id", "segments", "id")],
+    )
+    database["prefixes"].create_index(["name"], unique=True)
+    database["prefixes"].create_index(["segment_id"])
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise StoreError(f"the index cannot be used ({error})") from error
+    except sqlite3.DatabaseError as error:
+        raise DamagedIndexError(
+            f"the index is damaged ({error}), run `promptcache verify`"
+        ) from error
+    except sqlite3.Error as error:
+        raise StoreError(f"the index cannot be used ({error})") from error
+
+
+def _open(uri: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        uri,
+        uri=True,
+        timeout=TIMEOUT_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    # Has an effect before the first table only: freed pages can be given back.
+    connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
+    return connection
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    """Turn WAL on, waiting for others: SQLite does not wait for this by itself."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            busy = error.sqlite_errorcode == sqlite3.SQLITE_BUSY
+            if not busy or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _quoted(path: Path) -> str:
+    return (
+        str(path.absolute()).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    )
+
+
+def _prefix(
+    key: str,
+    name: str | None,
+    model: str,
+    num_tokens: int,
+    created_at: float,
+    used_at: float,
+    hits: int,
+) -> Prefix:
+    return Prefix(key, name, model, num_tokens, 0, created_at, used_at, hits)
+
+
+def _int(value: object) -> int:
+    assert isinstance(value, int)
+    return value

@@ -1,0 +1,199 @@
+"""Loading: a model with its tokenizer and what identifies it."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from promptcache import default_model, location
+from promptcache import fingerprint as fp
+from promptcache.errors import ModelError
+
+SCALARS = (bool, int, float, str)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What a model is, apart from how a run uses it.
+
+    Attributes:
+        name: Its name for people.
+        source: The folder or hub repository it came from, or None.
+        parts: The parts of a fingerprint that come from the model.
+    """
+
+    name: str
+    source: str | None
+    parts: Mapping[str, str]
+
+
+def load(
+    path_or_hf_repo: str | Path | None = None,
+    *,
+    adapter_path: str | Path | None = None,
+    announce: Callable[[str], None] | None = None,
+    **kwargs: Any,
+) -> tuple[Any, Any, ModelIdentity]:
+    """Load a model and its tokenizer with `mlx_lm.load`, and identify it.
+
+    Args:
+        path_or_hf_repo: A folder or a hub repository, else `PROMPTCACHE_MODEL`,
+            else the embedded default.
+        adapter_path: The folder of a LoRA adapter.
+        announce: Called with a line for people before something takes long.
+        kwargs: Further arguments of `mlx_lm.load`.
+
+    Raises:
+        ModelError: The model cannot be found or loaded.
+    """
+    import mlx_lm
+
+    wanted = str(path_or_hf_repo or location.model_name() or default_model.NAME)
+    source = _source(wanted, announce)
+    adapter = None if adapter_path is None else Path(adapter_path).expanduser()
+    if adapter is not None and not (adapter / "adapter_config.json").exists():
+        raise ModelError(
+            f"adapter {adapter_path} not found, it has no adapter_config.json"
+        )
+    try:
+        model, tokenizer, config = mlx_lm.load(
+            source,
+            adapter_path=None if adapter is None else str(adapter),
+            return_config=True,
+            **kwargs,
+        )
+        folder = _folder(source)
+    except Exception as error:
+        # The loader, the hub and the model's own code raise whatever they like.
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ModelError(f"model {wanted!r} cannot be loaded: {reason}") from error
+    parts = {
+        **_folder_parts(model, folder, config, adapter),
+        "dtype": _dtypes(model),
+    }
+    return model, tokenizer, ModelIdentity(_name(wanted), source, parts)
+
+
+def load_tokenizer(source: str | None) -> Any:
+    """Return the tokenizer of a folder or hub repository that is on this machine.
+
+    Raises:
+        ModelError: It is not.
+    """
+    from mlx_lm.utils import load_tokenizer
+
+    if source is None:
+        raise ModelError("the model was loaded by the caller")
+    try:
+        return load_tokenizer(_folder(source))
+    except Exception as error:
+        # The hub and the tokenizer's own code raise whatever they like.
+        raise ModelError(f"the tokenizer of {source} is not here") from error
+
+
+def _source(wanted: str, announce: Callable[[str], None] | None) -> str:
+    """Return the folder or repository to hand to mlx-lm."""
+    if wanted == default_model.NAME:
+        return str(default_model.ensure_default_model(announce=announce))
+    path = Path(wanted).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if path.exists() or wanted.startswith((".", "/", "~")) or wanted.count("/") > 1:
+        raise ModelError(f"model {wanted!r} not found, there is no such folder")
+    return wanted
+
+
+def _folder(source: str) -> Path:
+    from mlx_lm.utils import hf_repo_to_path
+
+    return Path(source) if Path(source).is_dir() else hf_repo_to_path(source)
+
+
+def _name(wanted: str) -> str:
+    """Return a folder's name, or a hub repository as it is."""
+    path = Path(wanted).expanduser()
+    return path.resolve().name if path.is_dir() else wanted
+
+
+def _folder_parts(
+    model: Any, folder: Path, config: Mapping[str, Any], adapter: Path | None
+) -> dict[str, str]:
+    memo = location.file_hashes_path()
+    try:
+        return {
+            "weights": fp.hash_weights(folder, memo),
+            "config": fp.hash_config(config),
+            "adapter": "" if adapter is None else fp.hash_adapter(adapter, memo),
+            "implementation": _implementation(model, folder, config),
+        }
+    except OSError as error:
+        raise ModelError(f"model files in {folder} cannot be read ({error})") from error
+
+
+def _implementation(model: Any, folder: Path, config: Mapping[str, Any]) -> str:
+    if model_file := config.get("model_file"):
+        return fp.hash_source_file(folder / str(model_file))
+    return fp.hash_implementation(type(model).__module__)
+
+
+def _dtypes(model: Any) -> str:
+    from mlx.utils import tree_flatten
+
+    parameters = tree_flatten(model.parameters())
+    return ",".join(sorted({str(array.dtype) for _, array in parameters}))
+
+
+def identify(model: Any) -> ModelIdentity:
+    """Identify a model that came from no known folder, by its content.
+
+    Its parameters, its arguments and the plain attributes of its modules count.
+    """
+    parts = {
+        "weights": _hash_parameters(model),
+        "config": fp.hash_json(_attributes(model)),
+        "adapter": "",
+        "implementation": fp.hash_implementation(type(model).__module__),
+        "dtype": _dtypes(model),
+    }
+    arguments = getattr(model, "args", None)
+    name = str(getattr(arguments, "model_type", type(model).__module__))
+    return ModelIdentity(name, None, parts)
+
+
+def _hash_parameters(model: Any) -> str:
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    checksum = xxhash.xxh3_128()
+    for name, array in sorted(tree_flatten(model.parameters())):
+        contiguous = mx.contiguous(array)
+        mx.eval(contiguous)
+        checksum.update(f"{name} {array.dtype} {array.shape}".encode())
+        checksum.update(memoryview(contiguous))
+    return checksum.hexdigest()
+
+
+def _attributes(model: Any) -> list[Any]:
+    """Return the model's arguments and each module's class and plain attributes."""
+    arguments = getattr(model, "args", None)
+    return [
+        json.loads(json.dumps(vars(arguments) if arguments else None, default=str)),
+        *sorted(
+            [name, type(module).__qualname__, *_scalars(module)]
+            for name, module in model.named_modules()
+        ),
+    ]
+
+
+def _scalars(module: Any) -> Iterator[str]:
+    for name, value in sorted(vars(module).items()):
+        if isinstance(value, SCALARS) and name not in ("_no_grad", "_training"):
+            yield f"{name}={value!r}"
+
+
+def hash_layout(cache: Sequence[Any]) -> str:
+    """Return a hash over the classes and the plain attributes of a fresh cache."""
+    return fp.hash_json([[type(c).__name__, *_scalars(c)] for c in cache])

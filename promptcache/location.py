@@ -1,0 +1,48 @@
+"""Where things are kept on this machine, and the only reader of the environment."""
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+from promptcache.units import parse_size
+
+DEFAULT_MAX_NBYTES = 10 * 10**9
+
+
+def cache_dir() -> Path:
+    """Return the user's cache folder for promptcache, which may not exist yet."""
+    return Path(platformdirs.user_cache_dir("promptcache", appauthor=False))
+
+
+def store_dir() -> Path:
+    """Return the store's folder: `PROMPTCACHE_DIR`, else in the user's cache folder."""
+    if path := os.environ.get("PROMPTCACHE_DIR"):
+        return Path(path).expanduser()
+    return cache_dir() / "store"
+
+
+def models_dir() -> Path:
+    """Return the folder of models that promptcache converted itself."""
+    return cache_dir() / "models"
+
+
+def file_hashes_path() -> Path:
+    """Return the file that remembers the hashes of weight files already read."""
+    return cache_dir() / "file-hashes.json"
+
+
+def max_nbytes() -> int:
+    """Return the size limit in bytes: `PROMPTCACHE_MAX_SIZE`, else 10 GB.
+
+    Raises:
+        UsageError: `PROMPTCACHE_MAX_SIZE` is not a size.
+    """
+    if size := os.environ.get("PROMPTCACHE_MAX_SIZE"):
+        return parse_size(size)
+    return DEFAULT_MAX_NBYTES
+
+
+def model_name() -> str | None:
+    """Return the model named by `PROMPTCACHE_MODEL`, or None."""
+    return os.environ.get("PROMPTCACHE_MODEL") or None

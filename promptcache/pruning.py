@@ -1,0 +1,197 @@
+"""Pruning: which segments and files go, planned first and executed after.
+
+Blobs are removed under the write lock and after their rows, so that a crash leaves
+at worst an orphan, and a blob that somebody publishes again at the same moment is
+seen either here or there.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+from promptcache.blobs import BlobFolder
+from promptcache.errors import StoreError, StoreFullError
+from promptcache.eviction import plan_eviction
+from promptcache.index import ROOT_ID, Index
+from promptcache.types import (
+    Garbage,
+    Leaf,
+    Prefix,
+    PrunePlan,
+    PrunePolicy,
+    PruneReport,
+    Removal,
+)
+from promptcache.units import format_age, format_size
+
+
+def plan_prune(
+    index: Index, blobs: BlobFolder, policy: PrunePolicy, *, now: float
+) -> PrunePlan:
+    """Return what a prune by a policy would remove; nothing is changed."""
+    garbage = find_garbage(index, blobs)
+    segments = index.leaves()
+    removals = _unwanted(segments, policy, now)
+    total = blobs.total_nbytes()
+    if policy.max_nbytes is None:
+        return PrunePlan(tuple(removals), tuple(garbage), total)
+    over = total - policy.max_nbytes - _nbytes(removals) - _nbytes(garbage)
+    gone = {removal.key for removal in removals}
+    rest = [segment for segment in segments if segment.key not in gone]
+    reason = f"over the size limit of {format_size(policy.max_nbytes)}"
+    evicted = plan_eviction(rest, nbytes=over) if over > 0 else []
+    return PrunePlan(
+        (*removals, *_removals(evicted, reason)),
+        tuple(garbage),
+        total,
+        over_nbytes=max(over - _nbytes(evicted), 0),
+    )
+
+
+def _unwanted(
+    segments: Collection[Leaf], policy: PrunePolicy, now: float
+) -> list[Removal]:
+    """Return what goes by model and by age, each segment once."""
+    removals: list[Removal] = []
+    if policy.model is not None:
+        of_model = plan_eviction(segments, may_go=lambda s: s.model == policy.model)
+        removals += _removals(of_model, f"of model {policy.model}")
+    if policy.older_than is not None:
+        gone = {removal.key for removal in removals}
+        rest = [segment for segment in segments if segment.key not in gone]
+        oldest = now - policy.older_than
+        unused = plan_eviction(rest, may_go=lambda s: s.used_at < oldest)
+        removals += [
+            Removal(s.key, f"not used for {format_age(now - s.used_at)}", s.nbytes)
+            for s in unused
+        ]
+    return removals
+
+
+def _removals(segments: Iterable[Leaf], reason: str) -> list[Removal]:
+    return [Removal(segment.key, reason, segment.nbytes) for segment in segments]
+
+
+def _nbytes(items: Iterable[Removal | Garbage | Leaf]) -> int:
+    return sum(item.nbytes for item in items)
+
+
+def find_garbage(index: Index, blobs: BlobFolder) -> list[Garbage]:
+    """Return the files that nothing refers to."""
+    known = index.segment_keys()
+    orphans = [
+        Garbage(str(blobs.path(key).relative_to(blobs.root)), nbytes)
+        for key, nbytes in blobs.stored()
+        if key not in known
+    ]
+    return [*orphans, *blobs.garbage()]
+
+
+def execute(index: Index, blobs: BlobFolder, plan: PrunePlan) -> PruneReport:
+    """Do what a plan says, except for what got children or a pin meanwhile."""
+    for garbage in plan.garbage:
+        _sweep(index, blobs, garbage)
+    removals = [r for r in plan.removals if index.remove_leaf(r.key)]
+    remove_blobs(index, blobs, [removal.key for removal in removals])
+    return report(index, blobs, removals, plan.garbage)
+
+
+def _sweep(index: Index, blobs: BlobFolder, garbage: Garbage) -> None:
+    path = Path(garbage.path)
+    try:
+        if path.parts[0] == "blobs":
+            remove_blobs(index, blobs, [path.stem])
+        else:
+            blobs.sweep(garbage)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be removed ({error.strerror})") from error
+
+
+def remove_blobs(index: Index, blobs: BlobFolder, keys: Iterable[str]) -> None:
+    """Remove those of the blobs that no row refers to."""
+    with index.writing():
+        for key in keys:
+            if index.segment_id(key) is None:
+                blobs.remove(key)
+
+
+def report(
+    index: Index,
+    blobs: BlobFolder,
+    removals: Sequence[Removal],
+    garbage: Sequence[Garbage],
+) -> PruneReport:
+    """Return what was removed, after the index gave back its room too."""
+    index.shrink()
+    return PruneReport(
+        removals=tuple(removals),
+        garbage=tuple(garbage),
+        freed_nbytes=_nbytes(removals) + _nbytes(garbage),
+        kept_nbytes=blobs.total_nbytes(),
+    )
+
+
+def make_room(
+    index: Index, blobs: BlobFolder, *, nbytes: int, limit: int, protect: str | None
+) -> None:
+    """Sweep garbage, then evict, until so many bytes more fit.
+
+    Args:
+        nbytes: Room that is needed.
+        limit: Size limit of all files in bytes.
+        protect: Key of the segment that must stay, with its ancestors.
+
+    Raises:
+        StoreFullError: It cannot be had; nothing was evicted then.
+    """
+    if blobs.total_nbytes() + nbytes <= limit:
+        return
+    index.shrink()
+    garbage = find_garbage(index, blobs)
+    over = blobs.total_nbytes() + nbytes - limit - _nbytes(garbage)
+    protected = index.segment_id(protect) if protect else None
+    segments = index.leaves()
+    evicted = plan_eviction(
+        segments,
+        nbytes=max(over, 0),
+        protected=[] if protected is None else [protected],
+    )
+    if _nbytes(evicted) < over:
+        raise StoreFullError(_full_message(segments, nbytes, limit))
+    removals = _removals(evicted, "makes room")
+    execute(index, blobs, PrunePlan(tuple(removals), tuple(garbage), 0))
+
+
+def _full_message(segments: Collection[Leaf], nbytes: int, limit: int) -> str:
+    room = f"{format_size(nbytes)} do not fit into the limit of {format_size(limit)}"
+    evictable = {segment.id for segment in plan_eviction(segments)}
+    pinned = _nbytes(s for s in segments if s.id not in evictable)
+    if pinned:
+        return f"{room} because {format_size(pinned)} are pinned, unpin some of it"
+    return f"{room}, raise it with --max-size or PROMPTCACHE_MAX_SIZE"
+
+
+class Tree:
+    """The segments and the prefixes that end in them, to tell who needs whom."""
+
+    def __init__(
+        self, segments: Iterable[Leaf], prefixes: Iterable[tuple[Prefix, int]]
+    ) -> None:
+        """Take all segments, and all prefixes with their segments' ids."""
+        self._by_id = {segment.id: segment for segment in segments}
+        self._needed_by: dict[int, set[str | int]] = {}
+        for segment in self._by_id.values():
+            self._needed_by.setdefault(segment.parent_id, set()).add(segment.id)
+        for prefix, segment_id in prefixes:
+            self._needed_by.setdefault(segment_id, set()).add(prefix.key)
+
+    def freed(self, key: str, segment_id: int) -> list[Leaf]:
+        """Return the segments that only this prefix needs, the deepest first."""
+        freed: list[Leaf] = []
+        needed_by: set[str | int] = {key}
+        while segment_id != ROOT_ID:
+            if self._needed_by.get(segment_id, set()) - needed_by:
+                break
+            freed.append(self._by_id[segment_id])
+            needed_by = {segment_id}
+            segment_id = self._by_id[segment_id].parent_id
+        return freed

@@ -1,0 +1,156 @@
+"""Rendering: text and chat messages to token ids.
+
+The whole prompt is always tokenized at once. Text prefixes are not token prefixes:
+tokenizers merge across any seam.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeGuard
+
+from promptcache.chain import common_length, pack
+from promptcache.errors import UsageError
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+# Two user messages that share no first token, to find where a template stops
+# depending on what the user says.
+PROBES = ("Hello", "42 reasons why")
+
+
+def to_token_ids(
+    tokenizer: Any, prompt: Prompt, *, tools: Sequence[Message] | None = None
+) -> list[int]:
+    """Return the token ids of text, of chat messages, or of token ids.
+
+    Text is tokenized as it is, like mlx-lm's `stream_generate` does; chat messages
+    go through the model's chat template, with the start of the answer appended.
+
+    Raises:
+        UsageError: The prompt is empty, or no prompt.
+    """
+    if isinstance(prompt, str):
+        token_ids = encode_text(tokenizer, prompt)
+    elif is_messages(prompt):
+        token_ids = render(tokenizer, prompt, tools=tools)
+    else:
+        token_ids = [int(token_id) for token_id in _flat(prompt)]
+    if not token_ids:
+        raise UsageError("the prompt is empty, give it at least one token")
+    return token_ids
+
+
+def is_messages(prompt: Any) -> TypeGuard[Sequence[Message]]:
+    """Return whether a prompt is a list of chat messages."""
+    return (
+        isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+    )
+
+
+def _flat(prompt: Any) -> list[Any]:
+    """Return the ids of a sequence, of an mlx array or of a numpy array."""
+    token_ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    if not all(isinstance(token_id, int) and token_id >= 0 for token_id in token_ids):
+        raise UsageError("a prompt is text, token ids or a list of chat messages")
+    return token_ids
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of text, with the tokenizer's BOS unless it is there."""
+    bos = tokenizer.bos_token
+    add_special_tokens = bos is None or not text.startswith(bos)
+    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+def compose(
+    *,
+    system: str | None = None,
+    messages: Sequence[Message] = (),
+    documents: Sequence[str] = (),
+    user: str | None = None,
+) -> list[Message]:
+    """Return chat messages from what a command line gives.
+
+    Documents come before the question, so that a second question about the same
+    documents finds them cached.
+    """
+    first = [{"role": "system", "content": system}] if system is not None else []
+    parts = [*documents, user] if user is not None else [*documents]
+    last = [{"role": "user", "content": "\n\n".join(parts)}] if parts else []
+    return [*first, *messages, *last]
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Message] | None = None,
+) -> list[int]:
+    """Return the token ids of chat messages and the start of the answer.
+
+    A model without a chat template gets the contents one after the other. Where the
+    template has no system role, the system message goes before the first user's.
+
+    Raises:
+        UsageError: The messages are not such, or the template refuses them.
+    """
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise UsageError("each message needs a role and content")
+    if not getattr(tokenizer, "has_chat_template", tokenizer.chat_template):
+        contents = (_content(message) for message in messages)
+        return encode_text(tokenizer, "\n\n".join(contents))
+    try:
+        return _apply_template(tokenizer, messages, tools)
+    except Exception as error:
+        # Templates raise whatever they like; the second try shows the reason.
+        if messages[0]["role"] != "system" or len(messages) < 2:
+            raise UsageError(
+                f"the chat template refuses the messages: {error}"
+            ) from error
+    try:
+        return _apply_template(tokenizer, _without_system(messages), tools)
+    except Exception as error:
+        raise UsageError(f"the chat template refuses the messages: {error}") from error
+
+
+def _apply_template(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Message] | None
+) -> list[int]:
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tools=list(tools) if tools else None,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _without_system(messages: Sequence[Message]) -> list[Message]:
+    system, first, *rest = messages
+    content = f"{_content(system)}\n\n{_content(first)}"
+    return [{**first, "content": content}, *rest]
+
+
+def _content(message: Message) -> str:
+    """Return a message's text, also where content is a list of parts."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content)
+
+
+def stable_prefix(render_with: Callable[[str], list[int]]) -> list[int]:
+    """Return the token ids that do not depend on what the user says.
+
+    Renders two prompts that differ in the user's text only and returns what they
+    have in common: the end of a system prompt is no place that a template tells.
+
+    Raises:
+        UsageError: They share nothing.
+    """
+    left, right = (render_with(probe) for probe in PROBES)
+    shared = left[: common_length(pack(left), pack(right))]
+    if not shared:
+        raise UsageError("the prompt is empty before the user's text, nothing to build")
+    return shared

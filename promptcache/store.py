@@ -1,0 +1,461 @@
+"""The store: the one owner of index and blobs.
+
+It never sees a tensor: whoever saves hands over a function that encodes a range of
+tokens, and whoever loads gets the path of a blob.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+import filelock
+
+from promptcache import location, pruning, recovery
+from promptcache.blobs import BlobFolder
+from promptcache.chain import Chain, unpack
+from promptcache.errors import (
+    DamagedBlobError,
+    DamagedIndexError,
+    KeyNotFoundError,
+    StoreError,
+    UsageError,
+)
+from promptcache.index import Index
+from promptcache.matching import longest_match
+from promptcache.types import (
+    BlobHeader,
+    EncodedSegment,
+    Fingerprint,
+    Match,
+    Prefix,
+    PrefixReport,
+    PrunePlan,
+    PrunePolicy,
+    PruneReport,
+    Removal,
+    SegmentInfo,
+    SegmentReport,
+    SegmentSlice,
+    VerifyReport,
+)
+
+# mlx-lm's prefill step: what an interrupted build loses at most, and what a match
+# that ends inside a segment reads for nothing.
+MAX_SEGMENT_TOKENS = 2048
+# How often a save starts again because another process evicted what it hangs on.
+SAVE_ATTEMPTS = 3
+
+Encode = Callable[[int, int], EncodedSegment]
+
+
+class PrefixStore:
+    """Prefixes on disk: found by token ids, kept under a size limit.
+
+    Invariants:
+        A row refers only to a blob that is durably in place.
+        A row is deleted before its blob.
+        Only leaves are evicted, pinned prefixes and their ancestors never.
+        All files of the store fit into `max_nbytes` after every save.
+    """
+
+    def __init__(
+        self, path: str | Path | None = None, *, max_nbytes: int | None = None
+    ) -> None:
+        """Open a store, creating it where there is none.
+
+        An index that is missing or damaged is rebuilt from the blobs; `rebuilt`
+        then tells how many segments it got back.
+
+        Args:
+            path: The folder, else `PROMPTCACHE_DIR`, else in the user's cache folder.
+            max_nbytes: Size limit of all files in bytes, else
+                `PROMPTCACHE_MAX_SIZE`, else 10 GB.
+
+        Raises:
+            StoreFormatError: A newer promptcache wrote it.
+            StoreError: It cannot be opened.
+        """
+        self.path = Path(path).expanduser() if path else location.store_dir()
+        self.max_nbytes = location.max_nbytes() if max_nbytes is None else max_nbytes
+        self.rebuilt = 0
+        self._blobs = BlobFolder(self.path)
+        try:
+            self._blobs.create()
+        except OSError as error:
+            if not (self.path / "index.db").exists():
+                raise StoreError(
+                    f"the store {self.path} cannot be created ({error.strerror})"
+                ) from error
+        self._index = self._open_index()
+
+    def _open_index(self) -> Index:
+        path = self.path / "index.db"
+        try:
+            index = Index(path)
+        except DamagedIndexError:
+            recovery.set_index_aside(self._blobs)
+            index = Index(path)
+        if index.is_new:
+            self.rebuilt += recovery.rebuild(index, self._blobs)
+        return index
+
+    @property
+    def is_read_only(self) -> bool:
+        """Return whether nothing can be saved here."""
+        return self._index.read_only
+
+    def close(self) -> None:
+        """Close the index; the store cannot be used any more."""
+        self._index.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # Reading
+
+    def lookup(
+        self,
+        token_ids: Sequence[int],
+        fingerprint: Fingerprint,
+        *,
+        limit: int | None = None,
+    ) -> Match:
+        """Return the longest cached prefix of token ids, of at most `limit` tokens.
+
+        Raises:
+            StoreError: The index cannot be read.
+        """
+        chain = Chain(fingerprint.digest, token_ids)
+        stop = len(chain) if limit is None else max(min(limit, len(chain)), 0)
+        return longest_match(self._index, chain, limit=stop)
+
+    def key_of(self, token_ids: Sequence[int], fingerprint: Fingerprint) -> str:
+        """Return the key that a prefix has, or would have."""
+        return Chain(fingerprint.digest, token_ids).key_at(len(token_ids))
+
+    def open_blob(self, part: SegmentSlice) -> tuple[Path, BlobHeader]:
+        """Return the path and the verified header of a matched segment's blob.
+
+        Raises:
+            DamagedBlobError: It is missing or does not hold this segment.
+            StoreFormatError: A newer promptcache wrote it.
+        """
+        header = self._blobs.read_header(part.key)
+        if (header.info.start, header.info.end) != (part.start, part.end):
+            raise DamagedBlobError("blob holds another range of tokens")
+        return self._blobs.path(part.key), header
+
+    def touch(self, match: Match) -> None:
+        """Note that a match was reused. Raises StoreError."""
+        keys = [part.key for part in match.slices]
+        self._index.touch(keys, match.cached_tokens, now=time.time())
+
+    def give_up(self, key: str) -> None:
+        """Forget a segment that cannot be used, with all that hangs on it.
+
+        Its blob moves to `quarantine/`. Raises StoreError.
+        """
+        recovery.give_up(self._index, self._blobs, key)
+
+    def prefixes(self) -> list[Prefix]:
+        """Return what was built or saved, the last used first. Raises StoreError."""
+        tree = self._tree()
+        return [
+            replace(prefix, nbytes=sum(s.nbytes for s in tree.freed(prefix.key, id_)))
+            for prefix, id_ in self._index.prefixes()
+        ]
+
+    def _tree(self) -> pruning.Tree:
+        return pruning.Tree(self._index.leaves(), self._index.prefixes())
+
+    def resolve(self, key_or_name: str) -> Prefix:
+        """Return the prefix with a name, a key or an unambiguous start of one.
+
+        Raises:
+            KeyNotFoundError: There is none, or more than one.
+        """
+        return self._resolve(key_or_name)[0]
+
+    def _resolve(self, key_or_name: str) -> tuple[Prefix, int]:
+        found = [
+            (prefix, segment_id)
+            for prefix, segment_id in self._index.prefixes()
+            if (key_or_name and prefix.key.startswith(key_or_name))
+            or key_or_name == prefix.name
+        ]
+        exact = [f for f in found if key_or_name in (f[0].name, f[0].key)]
+        if len(found) > 1 and not exact:
+            raise KeyNotFoundError(
+                f"key {key_or_name!r} is ambiguous, {len(found)} keys begin with it: "
+                f"{', '.join(prefix.key[:12] for prefix, _ in found[:4])}"
+            )
+        if not found:
+            raise KeyNotFoundError(
+                f"no prefix has the key or name {key_or_name!r}, "
+                "`promptcache ls` lists them"
+            )
+        return (exact or found)[0]
+
+    def report(self, key_or_name: str) -> PrefixReport:
+        """Return all that is known of a prefix.
+
+        Raises:
+            KeyNotFoundError: There is no such prefix.
+            DamagedBlobError: One of its blobs cannot be read.
+        """
+        prefix, segment_id = self._resolve(key_or_name)
+        rows = self._index.path_to(segment_id)
+        freed = self._tree().freed(prefix.key, segment_id)
+        return PrefixReport(
+            prefix=replace(prefix, nbytes=sum(s.nbytes for s in freed)),
+            fingerprint=self._index.fingerprint_of(segment_id),
+            segments=tuple(
+                SegmentReport(
+                    row.key,
+                    row.start,
+                    row.end,
+                    row.nbytes,
+                    self._blobs.read_header(row.key).layout,
+                )
+                for row in rows
+            ),
+            token_ids=unpack(recovery.joined(rows, prefix.num_tokens)),
+        )
+
+    def total_nbytes(self) -> int:
+        """Return the size of all files of the store."""
+        return self._blobs.total_nbytes()
+
+    # Saving
+
+    def save(
+        self,
+        token_ids: Sequence[int],
+        fingerprint: Fingerprint,
+        encode: Encode,
+        *,
+        is_prefix: bool = True,
+    ) -> str:
+        """Save what is not stored yet of a prefix; return its key.
+
+        Args:
+            token_ids: The whole prefix.
+            fingerprint: What its KV values depend on.
+            encode: Returns the state of a token range `[start, end)`; it is called
+                for the ranges that are missing only.
+            is_prefix: Whether to list its end, or keep it as a step on the way.
+
+        Raises:
+            StoreFullError: It does not fit and nothing more may be evicted.
+            StoreError: It cannot be written.
+        """
+        assert token_ids, "an empty prefix has no state"
+        if self.is_read_only:
+            raise StoreError(f"the store {self.path} is read-only")
+        chain = Chain(fingerprint.digest, token_ids)
+        for _ in range(SAVE_ATTEMPTS):
+            try:
+                if self._save(chain, fingerprint, encode, is_prefix=is_prefix):
+                    return chain.key_at(len(chain))
+            except OSError as error:
+                raise StoreError(
+                    f"cannot write to the store {self.path} ({error.strerror})"
+                ) from error
+        raise StoreError("other processes evict faster than this one can save")
+
+    def _save(
+        self, chain: Chain, fingerprint: Fingerprint, encode: Encode, *, is_prefix: bool
+    ) -> bool:
+        """Add what is missing; return False if an ancestor went away meanwhile."""
+        match = longest_match(self._index, chain, limit=len(chain))
+        parent_key = match.key
+        for start, end in _cuts(match.cached_tokens, len(chain)):
+            info = SegmentInfo(
+                key=chain.key_at(end),
+                parent_key=parent_key,
+                fingerprint=fingerprint,
+                start=start,
+                end=end,
+                is_prefix=is_prefix and end == len(chain),
+                created_at=time.time(),
+            )
+            if not self._add(info, encode(start, end), chain):
+                return False
+            parent_key = info.key
+        assert parent_key is not None
+        return not is_prefix or self._list_prefix(chain, parent_key)
+
+    def _add(self, info: SegmentInfo, segment: EncodedSegment, chain: Chain) -> bool:
+        """Publish a blob, then add its row if its parent is still there."""
+        nbytes = sum(tensor.data.nbytes for tensor in segment.tensors)
+        self._make_room(nbytes, protect=info.parent_key)
+        nbytes = self._blobs.publish(info, segment)
+        with self._index.writing():
+            if self._index.segment_id(info.key) is None:
+                if info.parent_key and self._index.segment_id(info.parent_key) is None:
+                    return False
+                # Until now it was an orphan that a prune may have swept.
+                if not self._blobs.exists(info.key):
+                    return False
+                self._index.add_segment(info, chain, nbytes=nbytes)
+        # The header and the rows took room that nobody asked for.
+        self._make_room(0, protect=info.key)
+        return True
+
+    def _make_room(self, nbytes: int, *, protect: str | None) -> None:
+        pruning.make_room(
+            self._index,
+            self._blobs,
+            nbytes=nbytes,
+            limit=self.max_nbytes,
+            protect=protect,
+        )
+
+    def _list_prefix(self, chain: Chain, segment_key: str) -> bool:
+        with self._index.writing():
+            segment_id = self._index.segment_id(segment_key)
+            if segment_id is None:
+                return False
+            key = chain.key_at(len(chain))
+            self._index.add_prefix(key, segment_id, len(chain), now=time.time())
+        return True
+
+    @contextlib.contextmanager
+    def building(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Hold the lock for computing a prefix, so that only one process does.
+
+        `on_wait` is called when another process holds it. The lock of a process
+        that dies is released. Raises StoreError.
+        """
+        if self.is_read_only:
+            raise StoreError(f"the store {self.path} is read-only")
+        lock = filelock.FileLock(self._blobs.lock_path(key), mode=0o600)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            on_wait()
+            lock.acquire()
+        except OSError as error:
+            raise StoreError(
+                f"cannot write to the store {self.path} ({error.strerror})"
+            ) from error
+        try:
+            yield
+        finally:
+            self._blobs.remove_lock(key)
+            lock.release()
+
+    # Pins
+
+    def pin(self, key_or_name: str, name: str) -> Prefix:
+        """Name a prefix, so that eviction keeps it with its ancestors; return it.
+
+        A prefix has one name. A name that another prefix has moves to this one.
+
+        Raises:
+            KeyNotFoundError: There is no such prefix.
+            UsageError: The name cannot be one.
+        """
+        if not name.strip() or not name.isprintable():
+            raise UsageError(f"{name!r} cannot be a name, use printable characters")
+        with self._index.writing():
+            prefix, segment_id = self._resolve(key_or_name)
+            self._index.add_prefix(
+                prefix.key, segment_id, prefix.num_tokens, now=time.time()
+            )
+            self._index.set_name(prefix.key, name)
+            recovery.write_pins(self._index, self._blobs)
+        return self.resolve(prefix.key)
+
+    def unpin(self, name: str) -> Prefix:
+        """Take a name away, so that its prefix may be evicted; return the prefix.
+
+        Raises:
+            KeyNotFoundError: No prefix has this name.
+        """
+        with self._index.writing():
+            if name not in self._index.names():
+                raise KeyNotFoundError(
+                    f"no prefix is pinned as {name!r}, `promptcache ls` lists the names"
+                )
+            key, _ = self._index.names()[name]
+            self._index.set_name(key, None)
+            recovery.write_pins(self._index, self._blobs)
+        return self.resolve(key)
+
+    # Removing and verifying
+
+    def remove(self, key_or_name: str) -> PruneReport:
+        """Remove a prefix, even a pinned one, and the segments only it needs.
+
+        Raises:
+            KeyNotFoundError: There is no such prefix.
+            StoreError: It cannot be removed.
+        """
+        with self._index.writing():
+            prefix, segment_id = self._resolve(key_or_name)
+            freed = self._tree().freed(prefix.key, segment_id)
+            self._index.remove_prefix(prefix.key)
+            for segment in freed:
+                self._index.remove_leaf(segment.key)
+            if prefix.pinned:
+                recovery.write_pins(self._index, self._blobs)
+        removals = [Removal(prefix.key, "removed", sum(s.nbytes for s in freed))]
+        pruning.remove_blobs(self._index, self._blobs, [s.key for s in freed])
+        return pruning.report(self._index, self._blobs, removals, [])
+
+    def plan_prune(self, policy: PrunePolicy, *, now: float | None = None) -> PrunePlan:
+        """Return what a prune by a policy would remove; nothing is changed.
+
+        Raises StoreError.
+        """
+        now = time.time() if now is None else now
+        return pruning.plan_prune(self._index, self._blobs, policy, now=now)
+
+    def execute(self, plan: PrunePlan) -> PruneReport:
+        """Do what a plan says, except for what got used or pinned meanwhile.
+
+        Raises:
+            StoreError: A file cannot be removed.
+        """
+        return pruning.execute(self._index, self._blobs, plan)
+
+    def verify(
+        self,
+        *,
+        fix: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> VerifyReport:
+        """Read every blob in full and compare it with its checksums and the index.
+
+        Sound blobs that the index does not know are added to it if their
+        ancestors are there.
+
+        Args:
+            fix: Set damaged blobs aside and forget the segments that need them.
+            progress: Called with the number of blobs checked and their total.
+
+        Raises:
+            StoreError: The index cannot be read or written.
+        """
+        if not self._index.is_sound():
+            self._index.close()
+            recovery.set_index_aside(self._blobs)
+            self._index = self._open_index()
+        report = recovery.verify(self._index, self._blobs, fix=fix, progress=progress)
+        rebuilt, self.rebuilt = self.rebuilt, 0
+        return replace(report, rebuilt=report.rebuilt + rebuilt)
+
+
+def _cuts(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield the segments of a range, cut at multiples of the longest one."""
+    while start < end:
+        stop = min(start - start % MAX_SEGMENT_TOKENS + MAX_SEGMENT_TOKENS, end)
+        yield start, stop
+        start = stop

@@ -1,0 +1,294 @@
+"""The values that cross modules, all frozen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Everything besides the token ids that KV values depend on.
+
+    Attributes:
+        digest: 32 hex digits over `parts`, the first parent of every chain hash.
+        model: The model's name for people; not part of the digest.
+        source: The folder or hub repository it was loaded from, or None.
+        parts: What the digest covers, by name, so that two can be compared.
+    """
+
+    digest: str
+    model: str
+    source: str | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
+
+
+class SegmentSlice(NamedTuple):
+    """The rows `[start, stop)` to take from the segment `[start, end)`."""
+
+    key: str
+    start: int
+    stop: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest cached prefix of a prompt.
+
+    Attributes:
+        slices: The segments to load, from the root; each starts where the
+            one before it stops.
+    """
+
+    slices: tuple[SegmentSlice, ...] = ()
+
+    @property
+    def cached_tokens(self) -> int:
+        """Return the length of the matched prefix in tokens."""
+        return self.slices[-1].stop if self.slices else 0
+
+    @property
+    def key(self) -> str | None:
+        """Return the key of the deepest segment, or None without a match."""
+        return self.slices[-1].key if self.slices else None
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor as plain bytes.
+
+    Attributes:
+        name: Its name in the blob.
+        dtype: Its dtype in safetensors' spelling, such as `BF16`.
+        shape: Its shape.
+        data: Its bytes, contiguous, row-major, little-endian.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+class TensorSpec(NamedTuple):
+    """What a blob's header says of a tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentInfo:
+    """What a blob says of its segment.
+
+    Attributes:
+        key: Chain hash at `end`, in hex.
+        parent_key: The segment this one hangs on, or None for a root.
+        fingerprint: What the KV values depend on.
+        start: First token of the range `[start, end)`.
+        end: The token after the last.
+        is_prefix: Whether a prompt that was built or saved ends here.
+        created_at: Unix time.
+    """
+
+    key: str
+    parent_key: str | None
+    fingerprint: Fingerprint
+    start: int
+    end: int
+    is_prefix: bool
+    created_at: float
+
+
+class EncodedSegment(NamedTuple):
+    """The state of a token range as the codec hands it over: layout and tensors."""
+
+    layout: str
+    tensors: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class BlobHeader:
+    """The verified header of a blob.
+
+    Attributes:
+        info: The segment.
+        layout: The layers' layout, which only the codec understands.
+        tensors: The tensors in the order of their bytes.
+        data_checksum: XXH3-128 of the data in hex.
+        data_start: Where the data begins in the file.
+    """
+
+    info: SegmentInfo
+    layout: str
+    tensors: tuple[TensorSpec, ...]
+    data_checksum: str
+    data_start: int
+
+
+class SegmentRow(NamedTuple):
+    """A segment as the index knows it; `token_ids` are little-endian uint32."""
+
+    id: int
+    key: str
+    parent_id: int
+    start: int
+    end: int
+    nbytes: int
+    token_ids: bytes
+
+
+class Leaf(NamedTuple):
+    """What eviction has to know of a segment; `parent_id` 0 is the root."""
+
+    id: int
+    key: str
+    parent_id: int
+    nbytes: int
+    used_at: float
+    pinned: bool
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A prefix that was built or saved, as `ls` shows it.
+
+    Attributes:
+        key: Chain hash at its end, in hex.
+        name: Its pin, or None.
+        model: The model's name.
+        num_tokens: Length of the whole prefix.
+        nbytes: What removing it would free.
+        created_at: Unix time.
+        used_at: Unix time of the last hit.
+        hits: How often it was reused.
+    """
+
+    key: str
+    name: str | None
+    model: str
+    num_tokens: int
+    nbytes: int
+    created_at: float
+    used_at: float
+    hits: int
+
+    @property
+    def pinned(self) -> bool:
+        """Return whether eviction keeps it."""
+        return self.name is not None
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentReport:
+    """One segment of a prefix, as `show` tells it."""
+
+    key: str
+    start: int
+    end: int
+    nbytes: int
+    layers: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixReport:
+    """One prefix with all that is known of it; `token_ids` is the whole prefix."""
+
+    prefix: Prefix
+    fingerprint: Fingerprint
+    segments: tuple[SegmentReport, ...]
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrunePolicy:
+    """What `prune` may take away.
+
+    Attributes:
+        max_nbytes: Evict until all files of the store fit into this.
+        older_than: Evict what was not used for this many seconds.
+        model: Evict everything of this model.
+    """
+
+    max_nbytes: int | None = None
+    older_than: float | None = None
+    model: str | None = None
+
+
+class Removal(NamedTuple):
+    """A segment to evict, and why."""
+
+    key: str
+    reason: str
+    nbytes: int
+
+
+class Garbage(NamedTuple):
+    """A file that nothing refers to; `path` is relative to the store."""
+
+    path: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrunePlan:
+    """What a prune would do; executing it is a second step.
+
+    Attributes:
+        removals: Segments to evict, leaves first.
+        garbage: Files to sweep.
+        total_nbytes: Size of all files of the store before.
+        over_nbytes: By how much the limit would still be exceeded.
+    """
+
+    removals: tuple[Removal, ...]
+    garbage: tuple[Garbage, ...]
+    total_nbytes: int
+    over_nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What a prune did, measured."""
+
+    removals: tuple[Removal, ...]
+    garbage: tuple[Garbage, ...]
+    freed_nbytes: int
+    kept_nbytes: int
+
+
+class Damage(NamedTuple):
+    """A blob that cannot be used, and what is wrong with it."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a verification found.
+
+    Attributes:
+        checked: Blobs read in full.
+        damaged: Blobs that do not hold what was written.
+        quarantined: Keys of blobs set aside earlier, until prune sweeps them.
+        orphans: Sound blobs that the index did not know.
+        missing: Keys of segments of the index whose blob is gone.
+        rebuilt: Segments that were added to the index from their blobs.
+        fixed: Whether what was damaged or missing has been taken out.
+    """
+
+    checked: int
+    damaged: tuple[Damage, ...]
+    quarantined: tuple[str, ...]
+    orphans: int
+    missing: tuple[str, ...]
+    rebuilt: int
+    fixed: bool
+
+    @property
+    def is_sound(self) -> bool:
+        """Return whether everything the index lists can be used now."""
+        return self.fixed or not (self.damaged or self.missing)
