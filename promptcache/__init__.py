@@ -31,7 +31,8 @@ from promptcache.types import (
 )
 
 if TYPE_CHECKING:
-    from promptcache.generator import CachedGenerator, GenerationResponse
+    from promptcache.generation import GenerationResponse
+    from promptcache.generator import CachedGenerator
     from promptcache.store import PrefixStore
 
 __version__ = "0.1.0"
@@ -64,7 +65,7 @@ __all__ = [
 # Imported on first use: the generator imports mlx_lm, which takes a second.
 _MODULE_BY_NAME = {
     "CachedGenerator": "promptcache.generator",
-    "GenerationResponse": "promptcache.generator",
+    "GenerationResponse": "promptcache.generation",
     "PrefixStore": "promptcache.store",
 }
 

@@ -1,63 +1,33 @@
 """CachedGenerator: match, load, stream the rest, save."""
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Self
 
 import mlx.core as mx
-import mlx_lm
-from mlx_lm.generate import GenerationResponse as PlainResponse
 from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from promptcache import codec, loading, rendering
-from promptcache.errors import StoreError, UnsupportedCacheError, UsageError
+from promptcache.decoding import LogitsProcessor, Sampler
+from promptcache.errors import StoreError, UsageError
 from promptcache.fingerprint import make_fingerprint
+from promptcache.generation import (
+    Generation,
+    GenerationResponse,
+    Progress,
+    Request,
+    SavePolicy,
+)
 from promptcache.prefill import DEFAULT_STEP_SIZE, KVSettings, prefill
 from promptcache.resuming import resume
-from promptcache.saving import QuietSaver, Saver, warn
+from promptcache.saving import Saver, warn
 from promptcache.store import PrefixStore
 from promptcache.types import Fingerprint, Match, Prefix
-
-# Below this, prefilling again costs less than it is worth to keep: a second on
-# the slow machines, and 24 MB of SmolLM2's cache.
-AUTO_SAVE_TOKENS = 512
-
-SavePolicy = bool | Literal["auto"]
-Progress = Callable[[int, int], None]
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
-# What makes mlx-lm keep state besides one cache that the token ids decide.
-UNCACHED_OPTIONS = {"draft_model", "input_embeddings"}
-
-
-@dataclass
-class GenerationResponse(PlainResponse):  # type: ignore[misc]
-    """One step of a generation: mlx-lm's response and what the cache did.
-
-    `prompt_tokens` counts the whole prompt. `prompt_tps` is the speed at which the
-    tokens that were not cached were processed.
-
-    Attributes:
-        cached_tokens: Tokens of the prompt that were not processed again.
-        load_seconds: Time to match the prompt and to load what is cached.
-        prefill_seconds: From then to the first token.
-        key: With the last response, the key of the longest stored prefix of the
-            prompt, or None.
-    """
-
-    cached_tokens: int = 0
-    load_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    key: str | None = None
-
-    @property
-    def ttft_seconds(self) -> float:
-        """Return the time from the start of matching to the first token."""
-        return self.load_seconds + self.prefill_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +83,8 @@ class CachedGenerator:
                 on first use.
         """
         self.model = model
+        if not isinstance(tokenizer, TokenizerWrapper):
+            tokenizer = TokenizerWrapper(tokenizer)
         self.tokenizer = tokenizer
         self.store: PrefixStore | None = None
         self._save: SavePolicy = save
@@ -414,189 +386,27 @@ class CachedGenerator:
             repetition_penalty=repetition_penalty,
             repetition_context_size=repetition_context_size,
         )
-        run = _Run(
+        request = Request(
             token_ids=rendering.to_token_ids(self.tokenizer, prompt, tools=tools),
+            max_tokens=max_tokens,
             save=self._save if save is None else save,
             reuse=self._reuse if reuse is None else reuse,
+            sampler=sampler or _sampler(temp, top_p, min_p, top_k),
             logits_processors=[*processors, *(logits_processors or [])],
             step_size=prefill_step_size,
             kv=KVSettings(kv_bits, kv_group_size, quantized_kv_start),
-            on_progress=prompt_progress_callback,
-            options={
-                "max_tokens": max_tokens,
-                "sampler": sampler or _sampler(temp, top_p, min_p, top_k),
-                **kwargs,
-            },
+            on_progress=prompt_progress_callback or (lambda done, total: None),
+            options=kwargs,
         )
-        return self._stream(run)
-
-    def _stream(self, run: "_Run") -> Iterator[GenerationResponse]:
-        started = time.perf_counter()
-        start = self._start(run)
-        loaded = time.perf_counter()
-        prefill_seconds: float | None = None
-        key = start.match.key
-        try:
-            self._prefill(run, start)
-            with contextlib.closing(self._decode(run, start)) as responses:
-                for response in responses:
-                    if prefill_seconds is None:
-                        prefill_seconds = time.perf_counter() - loaded
-                    if response.finish_reason is not None:
-                        key = start.saver.finish(len(run.token_ids)) or key
-                    yield _response(
-                        response,
-                        num_tokens=len(run.token_ids),
-                        cached_tokens=start.match.cached_tokens,
-                        load_seconds=loaded - started,
-                        prefill_seconds=prefill_seconds,
-                        key=None if response.finish_reason is None else key,
-                    )
-        finally:
-            if prefill_seconds is not None:
-                start.saver.finish(len(run.token_ids))
-            if self.store is not None and start.match.slices:
-                with contextlib.suppress(StoreError):
-                    self.store.touch(start.match)
-
-    def _start(self, run: "_Run") -> "_Start":
-        """Find and load what is cached, and decide whether to save."""
-        if run.options.keys() & UNCACHED_OPTIONS:
-            if self._uses_store(run):
-                options = " and ".join(sorted(run.options.keys() & UNCACHED_OPTIONS))
-                warn(f"going on without the store: it does not work with {options}")
-            return _Start(None, Match(), QuietSaver(None))
-        cache = make_prompt_cache(self.model, run.options.get("max_kv_size"))
-        if self.store is None or not self._uses_store(run):
-            return _Start(cache, Match(), QuietSaver(None))
-        try:
-            codec.check_supported(cache)
-            fingerprint = self.fingerprint(run.kv)
-            match = self._resume(run, fingerprint, cache)
-        except (UnsupportedCacheError, StoreError) as error:
-            warn(f"going on without the store: {error}")
-            return _Start(cache, Match(), QuietSaver(None))
-        num_new = len(run.token_ids) - match.cached_tokens
-        wanted = num_new >= AUTO_SAVE_TOKENS if run.save == "auto" else run.save
-        saver = Saver(self.store, fingerprint, run.token_ids, cache)
-        return _Start(cache, match, QuietSaver(saver if wanted else None))
-
-    def _uses_store(self, run: "_Run") -> bool:
-        return bool(run.reuse or run.save)
-
-    def _resume(self, run: "_Run", fingerprint: Fingerprint, cache: list[Any]) -> Match:
-        assert self.store is not None
-        if not run.reuse:
-            return Match()
-        # The last token stays, because the model has to read something.
-        limit = len(run.token_ids) - 1
-        match = self.store.lookup(run.token_ids, fingerprint, limit=limit)
-        return resume(self.store, match, cache, run.token_ids)
-
-    def _prefill(self, run: "_Run", start: "_Start") -> None:
-        """Read the prompt up to its last token, saving full pieces."""
-        if start.cache is None:
-            return
-        cache = start.cache
-
-        def on_piece(_: int, stop: int) -> None:
-            # The rest is saved after the answer, where it delays nothing; but rows
-            # that are about to be quantized must be kept as they are now.
-            if stop % run.step_size == 0 or run.kv.quantizes(cache, stop):
-                start.saver.save(stop)
-
-        with wired_limit(self.model, [generation_stream]):
-            prefill(
-                self.model,
-                cache,
-                run.token_ids,
-                start=start.match.cached_tokens,
-                end=len(run.token_ids) - 1,
-                step_size=run.step_size,
-                kv=run.kv,
-                on_piece=on_piece,
-                on_progress=run.on_progress,
-            )
-
-    def _decode(self, run: "_Run", start: "_Start") -> Any:
-        """Return mlx-lm's stream over the rest of the prompt and the answer."""
-        num_read = 0 if start.cache is None else len(run.token_ids) - 1
-        processors = _over_whole_prompt(run.logits_processors, run.token_ids[:num_read])
-        return mlx_lm.stream_generate(
-            self.model,
-            self.tokenizer,
-            run.token_ids[num_read:],
-            prompt_cache=start.cache,
-            logits_processors=processors or None,
-            prefill_step_size=run.step_size,
-            kv_bits=run.kv.bits,
-            kv_group_size=run.kv.group_size,
-            quantized_kv_start=run.kv.start,
-            **run.options,
-        )
-
-
-class _Run(NamedTuple):
-    """What one generation was asked for."""
-
-    token_ids: list[int]
-    save: SavePolicy
-    reuse: bool
-    logits_processors: list[LogitsProcessor]
-    step_size: int
-    kv: KVSettings
-    on_progress: Progress | None
-    options: dict[str, Any]
-
-
-class _Start(NamedTuple):
-    """Where one generation starts: its cache, and what the cache already holds."""
-
-    cache: list[Any] | None
-    match: Match
-    saver: QuietSaver
+        return Generation(
+            self.model, self.tokenizer, self.store, self.fingerprint, request
+        ).stream()
 
 
 def _sampler(
     temp: float | None, top_p: float | None, min_p: float | None, top_k: int | None
-) -> Callable[[mx.array], mx.array]:
-    sampler: Callable[[mx.array], mx.array] = make_sampler(
+) -> Sampler:
+    sampler: Sampler = make_sampler(
         temp or 0.0, top_p or 0.0, min_p or 0.0, top_k=top_k or 0
     )
     return sampler
-
-
-def _over_whole_prompt(
-    processors: list[LogitsProcessor], token_ids: list[int]
-) -> list[LogitsProcessor]:
-    """Return processors that see the tokens mlx-lm did not process itself, too."""
-    if not token_ids:
-        return processors
-    read = mx.array(token_ids)
-
-    def over_whole_prompt(processor: LogitsProcessor) -> LogitsProcessor:
-        return lambda tokens, logits: processor(mx.concatenate([read, tokens]), logits)
-
-    return [over_whole_prompt(processor) for processor in processors]
-
-
-def _response(
-    response: PlainResponse,
-    *,
-    num_tokens: int,
-    cached_tokens: int,
-    load_seconds: float,
-    prefill_seconds: float,
-    key: str | None,
-) -> GenerationResponse:
-    """Return mlx-lm's response with what is true of the whole prompt."""
-    values = {f.name: getattr(response, f.name) for f in fields(response)}
-    values["prompt_tokens"] = num_tokens
-    values["prompt_tps"] = (num_tokens - cached_tokens) / prefill_seconds
-    return GenerationResponse(
-        **values,
-        cached_tokens=cached_tokens,
-        load_seconds=load_seconds,
-        prefill_seconds=prefill_seconds,
-        key=key,
-    )

@@ -68,7 +68,14 @@ def save_model(folder: Path, config: dict[str, object], *, seed: int = 0) -> Pat
 def save_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
     """Save a tokenizer with one token a byte, and a few merges across spaces."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n"), ("an", "d"), ("Ċ", "Ċ")]
+    merges = [
+        ("t", "h"),
+        ("th", "e"),
+        ("Ġ", "the"),
+        ("a", "n"),
+        ("an", "d"),
+        ("Ċ", "Ċ"),
+    ]
     tokens = [*alphabet, *("".join(pair) for pair in merges)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
