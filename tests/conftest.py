@@ -1,0 +1,60 @@
+"""Fixtures: real tiny models, a real store, a clean environment."""
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import tiny
+
+from promptcache import PrefixStore
+from promptcache.generator import CachedGenerator
+
+
+def pytest_report_header() -> list[str]:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm"))
+    return [f"{versions}, SQLite {sqlite3.sqlite_version}"]
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep every test away from the user's own store and settings."""
+    monkeypatch.setenv("PROMPTCACHE_DIR", str(tmp_path / "store"))
+    monkeypatch.delenv("PROMPTCACHE_MAX_SIZE", raising=False)
+    monkeypatch.delenv("PROMPTCACHE_MODEL", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def make_model(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Path]:
+    """Return a function that saves a tiny random model of an architecture."""
+    configs = {"llama": tiny.LLAMA, "gemma3_text": tiny.GEMMA3}
+    folders: dict[str, Path] = {}
+
+    def make(name: str = "llama") -> Path:
+        if name not in folders:
+            folder = tmp_path_factory.mktemp("models") / name
+            folders[name] = tiny.save_model(folder, configs[name])
+        return folders[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_dir(make_model: Callable[[str], Path]) -> Path:
+    """A two-layer Llama with random weights and a byte-level tokenizer."""
+    return make_model("llama")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[PrefixStore]:
+    with PrefixStore(tmp_path / "store") as store:
+        yield store
+
+
+@pytest.fixture
+def generator(model_dir: Path, store: PrefixStore) -> CachedGenerator:
+    return CachedGenerator.load(model_dir, store=store)
