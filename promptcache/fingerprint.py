@@ -4,11 +4,11 @@ A fingerprint changes when the values could change and only then: paths, file
 times, names and unrelated releases of mlx-lm do not matter.
 """
 
-import ast
 import hashlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,12 @@ STATE_VERSION = "1"
 # Keys of config.json that name things and change no value.
 NEUTRAL_CONFIG_KEYS = {"_name_or_path", "transformers_version", "eos_token_id"}
 MODELS_PACKAGE = "mlx_lm.models"
+# `from .x import …` and `from . import x, y`. Parsing the sources would take 35 ms,
+# which every start would pay.
+FROM_IMPORT = re.compile(
+    r"^\s*from\s+(\.\w*|mlx_lm\.models[\w.]*)\s+import\s+(\([^)]*\)|[^\n#]*)",
+    re.MULTILINE,
+)
 
 
 def make_fingerprint(
@@ -119,7 +125,7 @@ def hash_implementation(module: str) -> str:
         if name in sources:
             continue
         source = _read_source(name)
-        sources[name] = hashlib.sha256(source).hexdigest()
+        sources[name] = hashlib.sha256(source.encode()).hexdigest()
         pending.extend(_imported_modules(source, name))
     return hash_json(sources)
 
@@ -129,28 +135,26 @@ def hash_source_file(path: Path) -> str:
     return hash_json(hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def _read_source(module: str) -> bytes:
+def _read_source(module: str) -> str:
     try:
         spec = importlib.util.find_spec(module)
-        return Path(spec.origin).read_bytes() if spec and spec.origin else b""
+        return Path(spec.origin).read_text("utf-8") if spec and spec.origin else ""
     except (ImportError, ValueError, OSError):
-        return b""
+        return ""
 
 
-def _imported_modules(source: bytes, module: str) -> Iterator[str]:
+def _imported_modules(source: str, module: str) -> Iterator[str]:
+    """Yield the modules of `mlx_lm.models` that a module of it imports."""
     if not module.startswith(f"{MODELS_PACKAGE}."):
         return
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
-            yield from _from_import(node)
-
-
-def _from_import(node: ast.ImportFrom) -> Iterator[str]:
-    """Yield the modules of `mlx_lm.models` that `from … import …` names."""
-    if node.level != 1 and not (node.module or "").startswith(MODELS_PACKAGE):
-        return
-    name = (node.module or "").removeprefix(MODELS_PACKAGE).strip(".")
-    if name:
-        yield f"{MODELS_PACKAGE}.{name}"
-    else:
-        yield from (f"{MODELS_PACKAGE}.{alias.name}" for alias in node.names)
+    for package, names in FROM_IMPORT.findall(source):
+        name = package.removeprefix(MODELS_PACKAGE).strip(".")
+        if name:
+            yield f"{MODELS_PACKAGE}.{name}"
+        else:
+            aliases = names.strip("()").split(",")
+            yield from (
+                f"{MODELS_PACKAGE}.{alias.split()[0]}"
+                for alias in aliases
+                if alias.strip()
+            )

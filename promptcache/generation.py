@@ -230,7 +230,6 @@ class Generation:
         """Read the prompt but for its end; return how many tokens the cache holds."""
         request, cache = self._request, start.cache
         cached_tokens = start.match.cached_tokens
-        request.on_progress(cached_tokens, request.num_tokens)
         end = request.num_tokens - 1
         is_short = request.num_tokens - cached_tokens <= JOINED_TOKENS
         if cached_tokens and is_short and not request.kv.quantizes(cache, end):

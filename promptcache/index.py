@@ -53,6 +53,8 @@ class Index:
             # Created by hand, because SQLite would follow the umask.
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             connection = _open(f"file:{_quoted(self.path)}")
+            # Has an effect before the first table only: freed pages can be given back.
+            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
             _switch_to_wal(connection)
         except (OSError, sqlite3.OperationalError):
             return self._connect_read_only()
@@ -461,16 +463,13 @@ def _translated() -> Iterator[None]:
 
 
 def _open(uri: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(
+    return sqlite3.connect(
         uri,
         uri=True,
         timeout=TIMEOUT_SECONDS,
         isolation_level=None,
         check_same_thread=False,
     )
-    # Has an effect before the first table only: freed pages can be given back.
-    connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
-    return connection
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:

@@ -69,6 +69,8 @@ def load(
     except Exception as error:
         # The loader, the hub and the model's own code raise whatever they like.
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        if not Path(source).is_dir():
+            reason = f"it is no folder here, and the hub does not give it ({reason})"
         raise ModelError(f"model {wanted!r} cannot be loaded: {reason}") from error
     parts = {
         **_folder_parts(model, folder, config, adapter),

@@ -66,12 +66,15 @@ def prefill(
         step_size: Most tokens in a piece.
         kv: When to quantize keys and values, as mlx-lm does after a piece.
         on_piece: Called with each `[start, end)` done, before it is quantized.
-        on_progress: Called with the number of tokens processed so far and `end`.
+        on_progress: Called with the number of tokens the cache holds, `start` at first,
+            and `end`.
     """
     import mlx.core as mx
     from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
 
     kv = kv or KVSettings()
+    if on_progress:
+        on_progress(start, end)
     with mx.stream(generation_stream):
         for first, stop in pieces(start, end, step_size):
             model(mx.array(token_ids[first:stop])[None], cache=cache)

@@ -21,6 +21,7 @@ from promptcache.errors import (
     DamagedIndexError,
     KeyNotFoundError,
     StoreError,
+    StoreFullError,
     UsageError,
 )
 from promptcache.index import Index
@@ -304,9 +305,17 @@ class PrefixStore:
                 if not self._blobs.exists(info.key):
                     return False
                 self._index.add_segment(info, chain, nbytes=nbytes)
-        # The header and the rows took room that nobody asked for.
-        self._make_room(0, protect=info.key)
+        self._make_room_after(info.key)
         return True
+
+    def _make_room_after(self, key: str) -> None:
+        """Make up for the header and the rows, which nobody asked room for."""
+        try:
+            self._make_room(0, protect=key)
+        except StoreFullError:
+            self._index.remove_leaf(key)
+            pruning.remove_blobs(self._index, self._blobs, [key])
+            raise
 
     def _make_room(self, nbytes: int, *, protect: str | None) -> None:
         pruning.make_room(

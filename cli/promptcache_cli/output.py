@@ -48,7 +48,8 @@ class Talk:
     def progress(self, label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         """Show a bar while something long runs; on a terminal only.
 
-        Yields a function to call with how much is done and the total.
+        Yields a function to call with how much is done and the total; the bar goes
+        away when all is done.
         """
         if self._quiet or not sys.stderr.isatty():
             yield lambda done, total: None
@@ -61,6 +62,9 @@ class Talk:
                 # What was there from the start does not count for the speed.
                 first.append(done)
                 bar.update(task, total=total - first[0], completed=done - first[0])
+                if done == total:
+                    # What comes next may print on the same terminal.
+                    bar.stop()
 
             yield update
 

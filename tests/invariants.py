@@ -1,0 +1,128 @@
+"""What must be true of every store at any time, read from its real files."""
+
+import sqlite3
+import struct
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from segments import expected_digests, expected_key
+
+from promptcache.blobs import BlobFolder
+from promptcache.store import PrefixStore
+
+
+class Row(NamedTuple):
+    """A row of the table of segments."""
+
+    id: int
+    key: str
+    parent_id: int
+    digest: str
+    start: int
+    end: int
+    first_token: int
+    nbytes: int
+    token_ids: bytes
+
+
+def check_invariants(store: PrefixStore | Path) -> None:
+    """Assert what must be true of a store after every operation."""
+    folder = store if isinstance(store, Path) else store.path
+    rows = read_rows(folder)
+    check_modes(folder)
+    check_blobs(folder, rows)
+    check_tree(rows)
+    check_hashes(folder, rows)
+    check_prefixes(folder, rows)
+
+
+def read_rows(folder: Path) -> dict[int, Row]:
+    """Return all segments by id."""
+    sql = """
+        SELECT s.id, key, parent_id, digest, start, end, first_token, nbytes, token_ids
+        FROM segments s JOIN fingerprints f ON f.id = fingerprint_id
+    """
+    num_segments = query(folder, "SELECT count(*) FROM segments")[0][0]
+    rows = {row[0]: Row(*row) for row in query(folder, sql)}
+    assert len(rows) == num_segments, "a segment without a fingerprint"
+    return rows
+
+
+def query(folder: Path, sql: str) -> list[tuple[object, ...]]:
+    """Return what a query finds in the real index."""
+    uri = f"file:{folder / 'index.db'}?mode=ro"
+    with closing(sqlite3.connect(uri, uri=True)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def check_modes(folder: Path) -> None:
+    """Assert that nobody else can read anything."""
+    for path in [folder, *folder.rglob("*")]:
+        # Another process may be at work.
+        if path.exists():
+            mode = path.stat().st_mode & 0o777
+            assert mode == (0o700 if path.is_dir() else 0o600), path
+
+
+def check_blobs(folder: Path, rows: dict[int, Row]) -> None:
+    """Assert that every row has a sound blob that says the same."""
+    blobs = BlobFolder(folder)
+    for row in rows.values():
+        info = blobs.check(row.key).info
+        parent_key = rows[row.parent_id].key if row.parent_id else None
+        assert (info.key, info.parent_key) == (row.key, parent_key)
+        assert (info.start, info.end) == (row.start, row.end)
+        assert info.fingerprint.digest == row.digest
+        assert blobs.path(row.key).stat().st_size == row.nbytes
+
+
+def check_tree(rows: dict[int, Row]) -> None:
+    """Assert that the segments are radix trees."""
+    for row in rows.values():
+        assert row.start < row.end
+        assert len(row.token_ids) == 4 * (row.end - row.start)
+        assert row.first_token == struct.unpack("<I", row.token_ids[:4])[0]
+        if row.parent_id:
+            parent = rows[row.parent_id]
+            assert parent.start < row.start <= parent.end
+            assert parent.digest == row.digest
+        else:
+            assert row.start == 0
+    edges = Counter(
+        (row.parent_id, row.digest, row.start, row.first_token) for row in rows.values()
+    )
+    assert not edges or max(edges.values()) == 1, "two segments for the same tokens"
+
+
+def path_token_ids(rows: dict[int, Row], segment_id: int) -> list[int]:
+    """Return the token ids from the root to a segment's end."""
+    row = rows[segment_id]
+    before = path_token_ids(rows, row.parent_id) if row.parent_id else []
+    own = struct.unpack(f"<{row.end - row.start}I", row.token_ids)
+    return [*before[: row.start], *own]
+
+
+def check_hashes(folder: Path, rows: dict[int, Row]) -> None:
+    """Assert that keys and blocks are the chain hashes of the whole path."""
+    wanted: set[tuple[object, ...]] = set()
+    for row in rows.values():
+        token_ids = path_token_ids(rows, row.id)
+        assert row.key == expected_key(row.digest, token_ids)
+        digests = expected_digests(row.digest, token_ids)
+        for i in range(row.start // 32 + 1, row.end // 32 + 1):
+            wanted.add((struct.unpack("<q", digests[i][:8])[0], row.id))
+    assert set(query(folder, "SELECT hash, segment_id FROM blocks")) == wanted
+
+
+def check_prefixes(folder: Path, rows: dict[int, Row]) -> None:
+    """Assert that every listed prefix ends inside its segment."""
+    sql = "SELECT key, segment_id, num_tokens FROM prefixes"
+    for key, segment_id, num_tokens in query(folder, sql):
+        assert isinstance(segment_id, int)
+        assert isinstance(num_tokens, int)
+        row = rows[segment_id]
+        assert row.start < num_tokens <= row.end
+        token_ids = path_token_ids(rows, segment_id)[:num_tokens]
+        assert key == expected_key(row.digest, token_ids)

@@ -1,0 +1,183 @@
+"""Segments of plain bytes, so that a store can be tested without a model.
+
+Every value of a segment says which token at which position it belongs to.
+"""
+
+import hashlib
+import os
+import struct
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import xxhash
+
+from promptcache.blobs import BlobFolder
+from promptcache.store import Encode, PrefixStore
+from promptcache.types import (
+    EncodedSegment,
+    Fingerprint,
+    Match,
+    SegmentInfo,
+    Tensor,
+)
+
+
+def fingerprint(model: str = "tiny") -> Fingerprint:
+    """Return a fingerprint that only depends on a model's name."""
+    digest = xxhash.xxh3_128_hexdigest(model.encode())
+    return Fingerprint(digest, model, f"some/{model}", {"weights": model})
+
+
+TINY = fingerprint()
+
+
+def tokens(num_tokens: int, *, first: int = 0) -> list[int]:
+    """Return token ids that count up."""
+    return list(range(first, first + num_tokens))
+
+
+def values(token_ids: Sequence[int], start: int, end: int) -> array[float]:
+    """Return the values that stand for the KV rows `[start, end)`."""
+    return array("f", (1000 * token_ids[i] + i for i in range(start, end)))
+
+
+def encoder(token_ids: Sequence[int], *, width: int = 1) -> Encode:
+    """Return an `encode` for these token ids; each row has `width` floats."""
+
+    def encode(start: int, end: int) -> EncodedSegment:
+        ids = struct.pack(f"<{end - start}I", *token_ids[start:end])
+        rows = array("f")
+        for value in values(token_ids, start, end):
+            rows.extend([value] * width)
+        tensors = [
+            Tensor("token_ids", "U32", (end - start,), memoryview(ids)),
+            Tensor("rows", "F32", (end - start, width), memoryview(rows).cast("B")),
+        ]
+        return EncodedSegment('[{"kind":"delta"}]', tensors)
+
+    return encode
+
+
+def save(
+    store: PrefixStore,
+    token_ids: Sequence[int],
+    model: Fingerprint = TINY,
+    *,
+    width: int = 1,
+    is_prefix: bool = True,
+) -> str:
+    """Save a prefix with fake values and return its key."""
+    encode = encoder(token_ids, width=width)
+    return store.save(token_ids, model, encode, is_prefix=is_prefix)
+
+
+def cached_tokens(
+    store: PrefixStore, token_ids: Sequence[int], model: Fingerprint = TINY
+) -> int:
+    """Return the length of the longest cached prefix of token ids."""
+    return store.lookup(token_ids, model).cached_tokens
+
+
+def publish(folder: BlobFolder, token_ids: Sequence[int]) -> str:
+    """Publish the blob of one root segment and return its key."""
+    key = expected_key(TINY.digest, token_ids)
+    info = SegmentInfo(key, None, TINY, 0, len(token_ids), True, 1234.5)
+    folder.publish(info, encoder(token_ids)(0, len(token_ids)))
+    return key
+
+
+def expected_digests(digest: str, token_ids: Sequence[int]) -> list[bytes]:
+    """Return the chain hash at each block boundary, as the format defines it."""
+    digests = [bytes.fromhex(digest)]
+    for start in range(0, len(token_ids) - 31, 32):
+        block = struct.pack("<32I", *token_ids[start : start + 32])
+        digests.append(xxhash.xxh3_128_digest(digests[-1] + block))
+    return digests
+
+
+def expected_key(digest: str, token_ids: Sequence[int]) -> str:
+    """Return the key of a prefix, as the format defines it."""
+    last = expected_digests(digest, token_ids)[-1]
+    rest = token_ids[len(token_ids) - len(token_ids) % 32 :]
+    if rest:
+        last = xxhash.xxh3_128_digest(last + struct.pack(f"<{len(rest)}I", *rest))
+    return last.hex()
+
+
+def shared_length(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return how many leading token ids two sequences share, one by one."""
+    length = 0
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+def longest_shared(token_ids: Sequence[int], stored: Iterable[Sequence[int]]) -> int:
+    """Return the longest prefix that token ids share with any of the stored."""
+    return max((shared_length(token_ids, other) for other in stored), default=0)
+
+
+def check_match(store: PrefixStore, match: Match, token_ids: Sequence[int]) -> None:
+    """Assert that a match's blobs hold the values of these very token ids."""
+    position = 0
+    for part in match.slices:
+        assert part.start == position < part.stop <= part.end
+        path, header = store.open_blob(part)
+        first = header.data_start
+        for spec in header.tensors:
+            nbytes = 4 * spec.shape[0] * (spec.shape[1] if len(spec.shape) > 1 else 1)
+            if spec.name == "rows":
+                width = spec.shape[1]
+                rows = array("f", path.read_bytes()[first : first + nbytes])
+                wanted = values(token_ids, part.start, part.stop)
+                taken = rows[: (part.stop - part.start) * width : width]
+                assert taken == wanted
+            first += nbytes
+        position = part.stop
+    assert position == match.cached_tokens
+
+
+def blob_nbytes(store: PrefixStore) -> int:
+    """Return the size of all blobs on disk."""
+    return sum(path.stat().st_size for path in blob_paths(store))
+
+
+def blob_paths(store: PrefixStore) -> list[Path]:
+    """Return the paths of all blobs on disk."""
+    return sorted(store.path.glob("blobs/*/*.safetensors"))
+
+
+def blob_path(store: PrefixStore, key: str) -> Path:
+    """Return where the blob of a key has to be."""
+    return store.path / "blobs" / key[:2] / f"{key}.safetensors"
+
+
+def files_nbytes(folder: Path) -> int:
+    """Return the size of all files below a folder."""
+    return sum(p.lstat().st_size for p in folder.rglob("*") if not p.is_dir())
+
+
+def tree_hash(folder: Path) -> str:
+    """Return a hash of the names and contents of all files below a folder.
+
+    SQLite's `-shm` holds the locks of readers, it is no content.
+    """
+    found = hashlib.sha256()
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            if not name.endswith("-shm"):
+                path = Path(parent, name)
+                found.update(str(path.relative_to(folder)).encode())
+                found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def flip(path: Path, position: int = -1) -> None:
+    """Change one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0xFF
+    path.write_bytes(data)

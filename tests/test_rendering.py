@@ -1,0 +1,378 @@
+"""Prompts of every kind become the token ids that mlx-lm would read."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from mlx_lm.utils import load_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from promptcache import UsageError
+from promptcache.rendering import (
+    compose,
+    encode_text,
+    is_messages,
+    render,
+    stable_prefix,
+    to_token_ids,
+)
+
+REAL_TEMPLATES = Path(__file__).parents[2] / "shared" / "data" / "chat-templates"
+SYSTEM = "You narrate. Answer briefly, in one sentence."
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "roll",
+            "description": "Roll a die",
+            "parameters": {
+                "type": "object",
+                "properties": {"sides": {"type": "integer", "description": "Faces"}},
+                "required": ["sides"],
+            },
+        },
+    }
+]
+WITHOUT_SYSTEM_ROLE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<|{{ message.role }}|>{{ message.content }}<|end|>"
+    "{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def make_tokenizer(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Any]:
+    """Return a function that makes a tokenizer with a chat template."""
+
+    def make(
+        chat_template: str | None = tiny.CHAT_TEMPLATE, *, adds_bos: bool = False
+    ) -> Any:
+        folder = tmp_path_factory.mktemp("tokenizer")
+        tiny.save_tokenizer(folder, chat_template)
+        if adds_bos:
+            add_bos(folder / "tokenizer.json")
+        return load_tokenizer(folder)
+
+    return make
+
+
+def add_bos(path: Path) -> None:
+    """Let a tokenizer put BOS before every text, as Llama's does."""
+    tokenizer = Tokenizer.from_file(str(path))
+    bos = ("<|bos|>", tokenizer.token_to_id("<|bos|>"))
+    tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[bos]
+    )
+    tokenizer.save(str(path))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(make_tokenizer: Callable[..., Any]) -> Any:
+    return make_tokenizer()
+
+
+# Kinds of prompts
+
+
+def test_text_is_tokenized_as_it_is(tokenizer: Any) -> None:
+    token_ids = to_token_ids(tokenizer, "and the\n\nend")
+
+    assert tokenizer.convert_ids_to_tokens(token_ids) == [
+        "and",
+        "Ġthe",
+        "ĊĊ",
+        *"end",
+    ]
+
+
+def test_text_is_not_put_into_the_chat_template(tokenizer: Any) -> None:
+    assert tokenizer.decode(to_token_ids(tokenizer, "Hello")) == "Hello"
+
+
+def test_messages_go_through_the_chat_template(tokenizer: Any) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": "Hello"},
+    ]
+
+    token_ids = to_token_ids(tokenizer, messages)
+
+    text = "<|system|>Be brief<|end|><|user|>Hello<|end|><|assistant|>"
+    assert tokenizer.decode(token_ids) == text
+    assert token_ids[0] == tokenizer.convert_tokens_to_ids("<|system|>")
+
+
+def test_tools_go_through_the_chat_template(tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+
+    token_ids = to_token_ids(tokenizer, messages, tools=TOOLS)
+
+    text = tokenizer.decode(token_ids)
+    assert text.startswith("<|tools|>[{")
+    assert '"name": "roll"' in text
+
+
+@pytest.mark.parametrize("make", [list, tuple, mx.array, np.array])
+def test_token_ids_of_every_kind_stay_as_they_are(
+    tokenizer: Any, make: Callable[[list[int]], Any]
+) -> None:
+    token_ids = to_token_ids(tokenizer, make([3, 1, 2]))
+
+    assert token_ids == [3, 1, 2]
+    assert all(type(token_id) is int for token_id in token_ids)
+
+
+def test_token_ids_are_copied(tokenizer: Any) -> None:
+    given = [3, 1, 2]
+
+    token_ids = to_token_ids(tokenizer, given)
+    given.append(4)
+
+    assert token_ids == [3, 1, 2]
+
+
+@pytest.mark.parametrize("prompt", ["", [], (), mx.array([], dtype=mx.int32)])
+def test_empty_prompt_is_refused(tokenizer: Any, prompt: Any) -> None:
+    with pytest.raises(UsageError, match="empty"):
+        to_token_ids(tokenizer, prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [[1.5], ["a"], [[1, 2]], [-1], [None], {"role": "user", "content": "Hello"}],
+    ids=str,
+)
+def test_what_is_no_prompt_is_refused(tokenizer: Any, prompt: Any) -> None:
+    with pytest.raises(UsageError):
+        to_token_ids(tokenizer, prompt)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"content": "Hello"}],
+        [{"role": "user", "content": "Hello"}, "Hello"],
+        [{"role": "user", "content": "Hello"}, {}],
+    ],
+    ids=str,
+)
+def test_messages_without_a_role_are_refused(tokenizer: Any, messages: Any) -> None:
+    with pytest.raises(UsageError, match="role"):
+        to_token_ids(tokenizer, messages)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("Hello", False),
+        ([], False),
+        ([1, 2], False),
+        ([{"role": "user", "content": ""}], True),
+        (({"role": "user", "content": ""},), True),
+        (mx.array([1]), False),
+    ],
+)
+def test_messages_are_told_from_other_prompts(prompt: Any, expected: bool) -> None:
+    assert is_messages(prompt) is expected
+
+
+# BOS
+
+
+def test_bos_comes_once_before_text(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer(adds_bos=True)
+
+    token_ids = encode_text(tokenizer, "Hello")
+
+    assert tokenizer.decode(token_ids) == "<|bos|>Hello"
+
+
+def test_bos_that_is_there_is_not_repeated(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer(adds_bos=True)
+
+    token_ids = encode_text(tokenizer, "<|bos|>Hello")
+
+    assert tokenizer.decode(token_ids) == "<|bos|>Hello"
+
+
+def test_bos_of_a_template_comes_once(make_tokenizer: Callable[..., Any]) -> None:
+    template = "{{ bos_token }}" + tiny.CHAT_TEMPLATE
+    tokenizer = make_tokenizer(template, adds_bos=True)
+
+    token_ids = render(tokenizer, [{"role": "user", "content": "Hello"}])
+
+    text = "<|bos|><|user|>Hello<|end|><|assistant|>"
+    assert tokenizer.decode(token_ids) == text
+
+
+# Templates that lack something
+
+
+def test_system_goes_before_the_first_user_where_there_is_no_system_role(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    tokenizer = make_tokenizer(WITHOUT_SYSTEM_ROLE)
+
+    token_ids = render(tokenizer, compose(system="Be brief", user="Hello"))
+
+    assert tokenizer.decode(token_ids) == "<|user|>Be brief\n\nHello<|end|>"
+
+
+def test_stable_prefix_of_a_template_without_system_role_ends_after_the_system(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    tokenizer = make_tokenizer(WITHOUT_SYSTEM_ROLE)
+
+    prefix = stable_prefix(
+        lambda text: render(tokenizer, compose(system="S", user=text))
+    )
+
+    assert tokenizer.decode(prefix) == "<|user|>S\n\n"
+
+
+def test_system_alone_is_refused_where_there_is_no_system_role(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    tokenizer = make_tokenizer(WITHOUT_SYSTEM_ROLE)
+
+    with pytest.raises(UsageError, match="no system role"):
+        render(tokenizer, compose(system="Be brief"))
+
+
+def test_reason_of_a_template_that_refuses_is_told(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    tokenizer = make_tokenizer("{{ raise_exception('roles must alternate') }}")
+
+    with pytest.raises(UsageError, match="roles must alternate"):
+        render(tokenizer, compose(system="Be brief", user="Hello"))
+
+
+def test_model_without_a_template_gets_the_contents(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    tokenizer = make_tokenizer(None, adds_bos=True)
+
+    token_ids = to_token_ids(tokenizer, compose(system="Be brief", user="Hello"))
+
+    assert tokenizer.decode(token_ids) == "<|bos|>Be brief\n\nHello"
+
+
+def test_contents_in_parts_are_joined_without_a_template(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    tokenizer = make_tokenizer(None)
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+
+    token_ids = to_token_ids(tokenizer, [{"role": "user", "content": parts}])
+
+    assert tokenizer.decode(token_ids) == "Hello"
+
+
+# Composing
+
+
+def test_documents_come_before_the_question() -> None:
+    messages = compose(system="S", documents=["one", "two"], user="why")
+
+    assert messages == [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "one\n\ntwo\n\nwhy"},
+    ]
+
+
+def test_given_messages_stand_between_system_and_user() -> None:
+    given = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+    messages = compose(system="S", messages=given, user="c")
+
+    assert [m["content"] for m in messages] == ["S", "a", "b", "c"]
+
+
+def test_nothing_composes_to_nothing() -> None:
+    assert compose() == []
+
+
+# The stable prefix
+
+
+def test_stable_prefix_ends_where_the_user_speaks(tokenizer: Any) -> None:
+    prefix = stable_prefix(
+        lambda text: render(tokenizer, compose(system=SYSTEM, user=text), tools=TOOLS)
+    )
+
+    text = tokenizer.decode(prefix)
+    assert text.endswith(f"<|system|>{SYSTEM}<|end|><|user|>")
+    assert text.startswith("<|tools|>")
+
+
+def test_prompt_that_shares_nothing_has_no_stable_prefix(tokenizer: Any) -> None:
+    with pytest.raises(UsageError, match="nothing to build"):
+        stable_prefix(lambda text: encode_text(tokenizer, text))
+
+
+USER_MESSAGES = (
+    "I open the door",
+    "What now?",
+    "Zebra",
+    "once upon a time",
+    "Äpfel und Birnen",
+)
+
+
+def contains(token_ids: Sequence[int], part: Sequence[int]) -> bool:
+    last = len(token_ids) - len(part)
+    return any(
+        list(token_ids[i : i + len(part)]) == list(part) for i in range(last + 1)
+    )
+
+
+@pytest.mark.parametrize(
+    "path", sorted(REAL_TEMPLATES.glob("*.jinja")), ids=lambda path: path.stem
+)
+def test_stable_prefix_of_a_real_template_holds_for_other_messages(
+    make_tokenizer: Callable[..., Any], path: Path
+) -> None:
+    tokenizer = make_tokenizer(path.read_text())
+    messages = compose(system=SYSTEM, user="x")
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:
+        # Templates raise whatever they like.
+        pytest.skip(f"no system role: {error}")
+    if SYSTEM not in text:
+        pytest.skip("no system role")
+
+    def render_with(text: str) -> list[int]:
+        return render(tokenizer, compose(system=SYSTEM, user=text))
+
+    prefix = stable_prefix(render_with)
+
+    assert contains(prefix, encode_text(tokenizer, SYSTEM))
+    for message in USER_MESSAGES:
+        rendered = render_with(message)
+        assert rendered[: len(prefix)] == prefix
+        assert contains(rendered[len(prefix) :], encode_text(tokenizer, message))
+
+
+@pytest.mark.skipif(not REAL_TEMPLATES.exists(), reason="templates are not here")
+def test_most_real_templates_have_a_system_role(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    rendered = []
+    for path in REAL_TEMPLATES.glob("*.jinja"):
+        tokenizer = make_tokenizer(path.read_text())
+        messages = compose(system=SYSTEM, user="Hello")
+        rendered.append(tokenizer.decode(render(tokenizer, messages)))
+
+    assert sum(SYSTEM in text for text in rendered) == len(rendered) >= 20

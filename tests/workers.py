@@ -1,0 +1,139 @@
+"""What other processes do to a store: `python workers.py JOB FOLDER [NUMBER]`."""
+
+import itertools
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from subprocess import PIPE, Popen
+
+from segments import TINY, save, tokens
+
+from promptcache.blobs import BlobFolder
+from promptcache.chain import Chain
+from promptcache.index import Index
+from promptcache.store import PrefixStore
+from promptcache.types import EncodedSegment, PrunePolicy, SegmentInfo, Tensor
+
+
+def start(job: str, folder: Path, number: int = 0) -> "Popen[str]":
+    """Start another process that does a job."""
+    command = [sys.executable, __file__, job, str(folder), str(number)]
+    return Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
+
+
+def finish(processes: list["Popen[str]"]) -> list[str]:
+    """Let processes begin their work at once, and return what they print."""
+    for process in processes:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n", process.communicate()
+    outputs = []
+    for process in processes:
+        assert process.stdin
+        process.stdin.close()
+        process.stdin = None
+    for process in processes:
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert not errors
+        outputs.append(output)
+    return outputs
+
+
+def ready() -> None:
+    """Wait until everybody is ready."""
+    print("ready", flush=True)
+    sys.stdin.read()
+
+
+def prompt_of(seed: int) -> list[int]:
+    """Return a prompt that forks from others at random places."""
+    random_ = random.Random(seed)
+    fork = random_.randrange(1, 100)
+    return [*tokens(fork), *(random_.randrange(1000) for _ in range(30))]
+
+
+def open_index(folder: Path, number: int) -> None:
+    """Open the same new index as everybody else."""
+    ready()
+    print(Index(folder / "index.db").is_new)
+
+
+def open_store(folder: Path, number: int) -> None:
+    """Open the same store as everybody else, and save something."""
+    ready()
+    with PrefixStore(folder) as store:
+        print(save(store, [number, *tokens(40)]))
+
+
+def add_rows(folder: Path, number: int) -> None:
+    """Add and remove rows as fast as possible."""
+    ready()
+    index = Index(folder / "index.db")
+    for i in range(60):
+        token_ids = [number, i, *tokens(40)]
+        chain = Chain(TINY.digest, token_ids)
+        key = chain.key_at(len(chain))
+        info = SegmentInfo(key, None, TINY, 0, len(chain), True, 1.0)
+        index.add_segment(info, chain, nbytes=1)
+        if i % 2:
+            assert index.remove_leaf(key)
+    index.close()
+
+
+def save_some(folder: Path, number: int) -> None:
+    """Save prompts that fork from those of other processes."""
+    ready()
+    with PrefixStore(folder) as store:
+        for i in range(25):
+            print(save(store, prompt_of(100 * number + i)), flush=True)
+
+
+def save_forever(folder: Path, number: int) -> None:
+    """Save prompts until killed; print the number of each one that is saved."""
+    with PrefixStore(folder) as store:
+        for i in itertools.count(number):
+            save(store, prompt_of(i), width=8)
+            print(i, flush=True)
+
+
+def prune_some(folder: Path, number: int) -> None:
+    """Sweep garbage again and again while others save."""
+    ready()
+    deadline = time.monotonic() + 2
+    with PrefixStore(folder) as store:
+        while time.monotonic() < deadline:
+            store.execute(store.plan_prune(PrunePolicy()))
+
+
+def save_for_a_while(folder: Path, number: int) -> None:
+    """Save prompts while others prune."""
+    ready()
+    deadline = time.monotonic() + 2
+    with PrefixStore(folder) as store:
+        for i in itertools.count(number):
+            if time.monotonic() > deadline:
+                break
+            save(store, prompt_of(i))
+            print(i)
+
+
+def hold_build(folder: Path, number: int) -> None:
+    """Hold the lock of a build until killed."""
+    with PrefixStore(folder) as store, store.building("ab" * 16, lambda: None):
+        print("ready", flush=True)
+        sys.stdin.read()
+
+
+def publish_much(folder: Path, number: int) -> None:
+    """Publish a blob of many bytes, which takes a moment."""
+    data = memoryview(bytes(number))
+    segment = EncodedSegment("[]", [Tensor("token_ids", "U8", (number,), data)])
+    info = SegmentInfo("ab" * 16, None, TINY, 0, number, True, 1.0)
+    BlobFolder(folder).publish(info, segment)
+
+
+if __name__ == "__main__":
+    os.umask(0)
+    globals()[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
