@@ -8,13 +8,14 @@ token. Rows are kept as they lie in memory, without padding.
 import json
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
-from promptcache.errors import DamagedBlobError, UnsupportedCacheError
+from promptcache.errors import DamagedBlobError, StoreError, UnsupportedCacheError
 from promptcache.types import BlobHeader, EncodedSegment, SegmentSlice, Tensor
 
 if TYPE_CHECKING:
@@ -180,15 +181,15 @@ def load(
     Raises:
         DamagedBlobError: The blob does not hold what was written, or is of other
             tokens.
+        StoreError: It cannot be read now, or does not fit into memory.
     """
     import mlx.core as mx
 
     try:
         arrays = mx.load(str(path))
-        assert isinstance(arrays, dict)
         mx.eval(arrays)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise DamagedBlobError(f"blob cannot be read ({error})") from None
+    except (RuntimeError, MemoryError) as error:
+        raise StoreError(f"blob cannot be read ({error})") from error
     checksum = xxhash.xxh3_128()
     for spec in header.tensors:
         checksum.update(memoryview(arrays[spec.name]))
@@ -208,38 +209,43 @@ def load(
     return LoadedSegment(layers, rows)
 
 
-def restore(cache: Sequence[Any], segments: Sequence[LoadedSegment], room: int) -> None:
-    """Fill a fresh cache with the rows of consecutive segments from token 0.
+def restore(
+    cache: Sequence[Any], segments: Sequence[LoadedSegment], room: int
+) -> list[Any]:
+    """Return a cache filled with the rows of consecutive segments from token 0.
 
     Where only some of the segments are quantized, the layer becomes quantized as a
     whole: quantization is by row, so that it does not matter when it happened.
 
     Args:
-        cache: What `make_prompt_cache` returned; it is modified.
+        cache: What `make_prompt_cache` returned; it is not modified.
         segments: The rows, from the root.
         room: For how many tokens in all to allocate, so that the suffix and the
             first decode steps need not copy everything again.
 
     Raises:
         DamagedBlobError: The segments are of another layout.
+        StoreError: The cache does not fit into memory.
     """
     import mlx.core as mx
 
     if any(len(segment.layers) != len(cache) for segment in segments):
         raise DamagedBlobError("blob has another number of layers")
-    arrays = []
-    for i, layer in enumerate(cache):
-        parts = [(segment.layers[i], segment.rows[i]) for segment in segments]
-        restored = _restored(layer, parts, room)
-        cache[i] = restored  # type: ignore[index]
-        arrays.append(_arrays(restored))
-    mx.eval(arrays)
+    restored = [
+        _restored(copy(layer), [(s.layers[i], s.rows[i]) for s in segments], room)
+        for i, layer in enumerate(cache)
+    ]
+    try:
+        mx.eval([_arrays(layer) for layer in restored])
+    except (RuntimeError, MemoryError) as error:
+        raise StoreError(f"cached rows do not fit into memory ({error})") from error
+    return restored
 
 
 def _restored(
     layer: Any, parts: list[tuple[LayerLayout, list["mx.array"]]], room: int
 ) -> Any:
-    """Return a layer's cache object, filled."""
+    """Return an empty layer filled, or a quantized one in its place."""
     from mlx_lm.models.cache import QuantizedKVCache
 
     quantized = next((la for la, _ in parts if la.bits), None)

@@ -70,8 +70,9 @@ def hash_files(paths: Iterable[Path], memo: Path) -> str:
     read once and remembered in `memo` by path, size, mtime and inode.
     """
     known = _read_memo(memo)
+    num_known = len(known)
     digests = [_hash_file(path, known) for path in paths]
-    if known != _read_memo(memo):
+    if len(known) > num_known:
         _write_memo(memo, known)
     return hash_json(sorted(digests))
 
@@ -101,7 +102,11 @@ def _read_memo(memo: Path) -> dict[str, str]:
 
 
 def _write_memo(memo: Path, known: dict[str, str]) -> None:
-    """Remember hashes; not being able to only costs reading the files again."""
+    """Remember hashes of files that are still there.
+
+    Not being able to only costs reading the files again.
+    """
+    known = {i: d for i, d in known.items() if Path(i.rsplit(":", 3)[0]).exists()}
     tmp = memo.with_name(f"{memo.name}.{os.getpid()}")
     try:
         memo.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

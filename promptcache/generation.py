@@ -19,7 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from promptcache import codec
 from promptcache.decoding import LogitsProcessor, Sampler, Step, decode
 from promptcache.errors import StoreError, UnsupportedCacheError
-from promptcache.prefill import KVSettings, prefill
+from promptcache.prefill import Cuts, KVSettings, prefill, quantize
 from promptcache.resuming import resume
 from promptcache.saving import QuietSaver, Saver, warn
 from promptcache.store import PrefixStore
@@ -74,7 +74,7 @@ class Request:
         reuse: Whether to look for cached prefixes.
         sampler: From log-probabilities to a token.
         logits_processors: Called with all tokens so far and the logits.
-        step_size: Most prompt tokens to process at once.
+        cuts: Where the pieces of the prefill end.
         kv: When to quantize keys and values.
         on_progress: Called with the prompt tokens done so far and their total.
         options: Further arguments of mlx-lm's `generate_step`.
@@ -86,7 +86,7 @@ class Request:
     reuse: bool
     sampler: Sampler
     logits_processors: list[LogitsProcessor]
-    step_size: int
+    cuts: Cuts
     kv: KVSettings
     on_progress: Progress = lambda done, total: None
     options: dict[str, Any] = field(default_factory=dict)
@@ -183,7 +183,12 @@ class Generation:
         # The last token stays, because the model has to read something.
         limit = request.num_tokens - 1
         match = store.lookup(request.token_ids, fingerprint, limit=limit)
-        return resume(store, match, cache, request.token_ids)
+        match = resume(store, match, cache, request.token_ids)
+        # Where a run from nothing would have quantized by now.
+        first_cut = request.cuts.after(max(request.kv.start, 1) - 1)
+        if match.cached_tokens >= first_cut:
+            quantize(cache, match.cached_tokens, request.kv)
+        return match
 
     def _saver(
         self,
@@ -229,30 +234,41 @@ class Generation:
     def _prefill(self, start: _Start) -> int:
         """Read the prompt but for its end; return how many tokens the cache holds."""
         request, cache = self._request, start.cache
-        cached_tokens = start.match.cached_tokens
-        end = request.num_tokens - 1
-        is_short = request.num_tokens - cached_tokens <= JOINED_TOKENS
-        if cached_tokens and is_short and not request.kv.quantizes(cache, end):
-            return cached_tokens
+        end = self._end_of_prefill(start.match.cached_tokens)
 
         def on_piece(_: int, stop: int) -> None:
             # The rest is saved after the answer, where it delays nothing; but rows
             # that are about to be quantized must be kept as they are now.
-            if stop % request.step_size == 0 or request.kv.quantizes(cache, stop):
+            is_full = stop % request.cuts.step_size == 0
+            if is_full or request.kv.quantizes(cache, stop):
                 start.saver.save(stop)
 
         prefill(
             self._model,
             cache,
             request.token_ids,
-            start=cached_tokens,
+            start=start.match.cached_tokens,
             end=end,
-            step_size=request.step_size,
+            cuts=request.cuts,
             kv=request.kv,
             on_piece=on_piece,
             on_progress=lambda done, _: request.on_progress(done, request.num_tokens),
         )
         return end
+
+    def _end_of_prefill(self, cached_tokens: int) -> int:
+        """Return where to stop, so that decoding reads the rest in one go."""
+        request = self._request
+        last_cut = max(request.cuts.last_before(request.num_tokens), cached_tokens)
+        # mlx-lm would quantize before the last token, and the last piece with it.
+        is_quantized_on_the_way = (
+            request.kv.bits is not None
+            and last_cut < request.kv.start < request.num_tokens
+        )
+        num_left = request.num_tokens - last_cut
+        if last_cut and num_left <= JOINED_TOKENS and not is_quantized_on_the_way:
+            return last_cut
+        return request.num_tokens - 1
 
     def _speculative_steps(self) -> Iterator[Step]:
         options = dict(self._request.options)
@@ -261,7 +277,7 @@ class Generation:
             mx.array(self._request.token_ids),
             self._model,
             options.pop("draft_model"),
-            prefill_step_size=self._request.step_size,
+            prefill_step_size=self._request.cuts.step_size,
             **self._sampling_options(),
             **options,
         )
@@ -271,7 +287,7 @@ class Generation:
         steps = generate_step(
             mx.array(self._request.token_ids),
             self._model,
-            prefill_step_size=self._request.step_size,
+            prefill_step_size=self._request.cuts.step_size,
             prompt_progress_callback=self._request.on_progress,
             **self._sampling_options(),
             **self._request.options,

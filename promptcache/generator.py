@@ -23,7 +23,7 @@ from promptcache.generation import (
     Request,
     SavePolicy,
 )
-from promptcache.prefill import DEFAULT_STEP_SIZE, KVSettings, prefill
+from promptcache.prefill import DEFAULT_STEP_SIZE, Cuts, KVSettings, prefill
 from promptcache.resuming import resume
 from promptcache.saving import Saver, warn
 from promptcache.store import PrefixStore
@@ -208,7 +208,7 @@ class CachedGenerator:
             UsageError: The prompt is empty, or no prompt.
             StoreError: The store cannot be read.
         """
-        token_ids = rendering.to_token_ids(self.tokenizer, prompt, tools=tools)
+        token_ids, _ = rendering.render_prompt(self.tokenizer, prompt, tools=tools)
         kv = KVSettings(kv_bits, kv_group_size, quantized_kv_start)
         store = self._usable_store()
         return store.lookup(token_ids, self.fingerprint(kv), limit=len(token_ids) - 1)
@@ -258,7 +258,7 @@ class CachedGenerator:
             UsageError: There is nothing to build.
             StoreError: The store cannot be written.
         """
-        token_ids = self._build_token_ids(prompt, system, tools)
+        token_ids, boundaries = self._prompt_to_build(prompt, system, tools)
         kv = KVSettings(kv_bits, kv_group_size, quantized_kv_start)
         cache = make_prompt_cache(self.model)
         codec.check_supported(cache)
@@ -277,7 +277,7 @@ class CachedGenerator:
                     token_ids,
                     start=match.cached_tokens,
                     end=len(token_ids),
-                    step_size=prefill_step_size,
+                    cuts=Cuts(prefill_step_size, boundaries),
                     kv=kv,
                     on_piece=lambda _, stop: saver.save(stop),
                     on_progress=prompt_progress_callback,
@@ -293,25 +293,29 @@ class CachedGenerator:
             seconds=time.perf_counter() - started,
         )
 
-    def _build_token_ids(
+    def _prompt_to_build(
         self,
         prompt: rendering.Prompt | None,
         system: str | None,
         tools: Sequence[rendering.Message] | None,
-    ) -> list[int]:
-        def render_with(text: str) -> list[int]:
-            messages = rendering.compose(system=system, user=text)
-            return rendering.render(self.tokenizer, messages, tools=tools)
-
+    ) -> rendering.RenderedPrompt:
         if prompt is None:
             if system is None and not tools:
                 raise UsageError("there is nothing to build, give a prompt or a system")
-            return rendering.stable_prefix(render_with)
+            return rendering.RenderedPrompt(
+                rendering.stable_prefix(
+                    lambda text: rendering.render(
+                        self.tokenizer,
+                        rendering.compose(system=system, user=text),
+                        tools=tools,
+                    )
+                )
+            )
         if isinstance(prompt, str) and (system is not None or tools):
-            return render_with(prompt)
-        if rendering.is_messages(prompt):
+            prompt = rendering.compose(system=system, user=prompt)
+        elif rendering.is_messages(prompt):
             prompt = rendering.compose(system=system, messages=prompt)
-        return rendering.to_token_ids(self.tokenizer, prompt, tools=tools)
+        return rendering.render_prompt(self.tokenizer, prompt, tools=tools)
 
     # Generating
 
@@ -386,14 +390,15 @@ class CachedGenerator:
             repetition_penalty=repetition_penalty,
             repetition_context_size=repetition_context_size,
         )
+        rendered = rendering.render_prompt(self.tokenizer, prompt, tools=tools)
         request = Request(
-            token_ids=rendering.to_token_ids(self.tokenizer, prompt, tools=tools),
+            token_ids=rendered.token_ids,
             max_tokens=max_tokens,
             save=self._save if save is None else save,
             reuse=self._reuse if reuse is None else reuse,
             sampler=sampler or _sampler(temp, top_p, min_p, top_k),
             logits_processors=[*processors, *(logits_processors or [])],
-            step_size=prefill_step_size,
+            cuts=Cuts(prefill_step_size, rendered.boundaries),
             kv=KVSettings(kv_bits, kv_group_size, quantized_kv_start),
             on_progress=prompt_progress_callback or (lambda done, total: None),
             options=kwargs,

@@ -1,7 +1,8 @@
 """Prefill: run the model over token ids piece by piece to fill its cache.
 
-Pieces end at multiples of the step counted from the first token, wherever the
-prefill starts, so that a run that resumes cuts where a run from nothing does.
+Where pieces end depends on the prompt alone: at multiples of the step counted from
+the first token, and at boundaries such as the end of the system prompt. A run that
+resumes at one of them repeats the arithmetic of a run from nothing, to the bit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,12 +36,34 @@ class KVSettings:
         )
 
 
-def pieces(start: int, end: int, step_size: int) -> Iterator[tuple[int, int]]:
-    """Yield the pieces of a prefill of `[start, end)`."""
-    while start < end:
-        stop = min(start - start % step_size + step_size, end)
-        yield start, stop
-        start = stop
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """Where the pieces of a prompt end.
+
+    Attributes:
+        step_size: Most tokens in a piece.
+        boundaries: Positions to cut at besides the multiples of `step_size`.
+    """
+
+    step_size: int = DEFAULT_STEP_SIZE
+    boundaries: tuple[int, ...] = ()
+
+    def after(self, position: int) -> int:
+        """Return the first cut after a position."""
+        step = (position // self.step_size + 1) * self.step_size
+        return min([step, *(b for b in self.boundaries if b > position)])
+
+    def last_before(self, position: int) -> int:
+        """Return the last cut before a position, 0 if there is none."""
+        step = (position - 1) // self.step_size * self.step_size
+        return max([step, *(b for b in self.boundaries if b < position)])
+
+    def pieces(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield the pieces of a prefill of `[start, end)`."""
+        while start < end:
+            stop = min(self.after(start), end)
+            yield start, stop
+            start = stop
 
 
 def prefill(
@@ -50,7 +73,7 @@ def prefill(
     *,
     start: int,
     end: int,
-    step_size: int = DEFAULT_STEP_SIZE,
+    cuts: Cuts = Cuts(),
     kv: KVSettings | None = None,
     on_piece: Callable[[int, int], object] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -63,25 +86,33 @@ def prefill(
         token_ids: The whole prompt.
         start: Where to begin.
         end: Where to stop.
-        step_size: Most tokens in a piece.
+        cuts: Where pieces end.
         kv: When to quantize keys and values, as mlx-lm does after a piece.
         on_piece: Called with each `[start, end)` done, before it is quantized.
         on_progress: Called with the number of tokens the cache holds, `start` at first,
             and `end`.
     """
     import mlx.core as mx
-    from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
+    from mlx_lm.generate import generation_stream
 
     kv = kv or KVSettings()
     if on_progress:
         on_progress(start, end)
     with mx.stream(generation_stream):
-        for first, stop in pieces(start, end, step_size):
+        for first, stop in cuts.pieces(start, end):
             model(mx.array(token_ids[first:stop])[None], cache=cache)
             mx.eval([layer.state for layer in cache])
             if on_piece:
                 on_piece(first, stop)
-            maybe_quantize_kv_cache(cache, kv.start, kv.group_size, kv.bits)
+            quantize(cache, stop, kv)
             if on_progress:
                 on_progress(stop, end)
             mx.clear_cache()
+
+
+def quantize(cache: list[Any], num_tokens: int, kv: KVSettings) -> None:
+    """Quantize the layers of a cache of so many tokens, if mlx-lm would now."""
+    from mlx_lm.generate import maybe_quantize_kv_cache
+
+    if kv.quantizes(cache, num_tokens):
+        maybe_quantize_kv_cache(cache, kv.start, kv.group_size, kv.bits)

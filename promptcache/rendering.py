@@ -5,23 +5,39 @@ tokenizers merge across any seam.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from promptcache.chain import common_length, pack
 from promptcache.errors import UsageError
 
 Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Sequence[Message]
+
+
+class RenderedPrompt(NamedTuple):
+    """A prompt as token ids.
+
+    Attributes:
+        token_ids: The whole prompt.
+        boundaries: Positions at which other prompts are likely to part from it: the
+            end of the system prompt and tools, and what comes before the last
+            user's text.
+    """
+
+    token_ids: list[int]
+    boundaries: tuple[int, ...] = ()
+
+
+Prompt = str | Sequence[int] | Sequence[Message] | RenderedPrompt
 
 # Two user messages that share no first token, to find where a template stops
 # depending on what the user says.
 PROBES = ("Hello", "42 reasons why")
 
 
-def to_token_ids(
+def render_prompt(
     tokenizer: Any, prompt: Prompt, *, tools: Sequence[Message] | None = None
-) -> list[int]:
-    """Return the token ids of text, of chat messages, or of token ids.
+) -> RenderedPrompt:
+    """Return text, chat messages or token ids as token ids with their boundaries.
 
     Text is tokenized as it is, like mlx-lm's `stream_generate` does; chat messages
     go through the model's chat template, with the start of the answer appended.
@@ -29,15 +45,46 @@ def to_token_ids(
     Raises:
         UsageError: The prompt is empty, or no prompt.
     """
-    if isinstance(prompt, str):
-        token_ids = encode_text(tokenizer, prompt)
+    if isinstance(prompt, RenderedPrompt):
+        rendered = prompt
+    elif isinstance(prompt, str):
+        rendered = RenderedPrompt(encode_text(tokenizer, prompt))
     elif is_messages(prompt):
         token_ids = render(tokenizer, prompt, tools=tools)
+        boundaries = find_boundaries(tokenizer, token_ids, prompt, tools=tools)
+        rendered = RenderedPrompt(token_ids, boundaries)
     else:
-        token_ids = [int(token_id) for token_id in _flat(prompt)]
-    if not token_ids:
+        rendered = RenderedPrompt([int(token_id) for token_id in _flat(prompt)])
+    if not rendered.token_ids:
         raise UsageError("the prompt is empty, give it at least one token")
-    return token_ids
+    return rendered
+
+
+def find_boundaries(
+    tokenizer: Any,
+    token_ids: list[int],
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Message] | None = None,
+) -> tuple[int, ...]:
+    """Return where the first and the last user's text begin in rendered messages."""
+
+    def shared_before(place: int) -> int:
+        def render_with(text: str) -> list[int]:
+            user = {"role": "user", "content": text}
+            return render(tokenizer, [*messages[:place], user], tools=tools)
+
+        return shared_length(token_ids, render_with)
+
+    places = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    found = {shared_before(place) for place in {*places[:1], *places[-1:]}}
+    return tuple(sorted(found - {0, len(token_ids)}))
+
+
+def shared_length(token_ids: list[int], render_with: Callable[[str], list[int]]) -> int:
+    """Return how many tokens prompts with any other user's text share with this one."""
+    packed = pack(token_ids)
+    return min(common_length(packed, pack(render_with(probe))) for probe in PROBES)
 
 
 def is_messages(prompt: Any) -> TypeGuard[Sequence[Message]]:
@@ -149,8 +196,8 @@ def stable_prefix(render_with: Callable[[str], list[int]]) -> list[int]:
     Raises:
         UsageError: They share nothing.
     """
-    left, right = (render_with(probe) for probe in PROBES)
-    shared = left[: common_length(pack(left), pack(right))]
+    rendered = render_with(PROBES[0])
+    shared = rendered[: shared_length(rendered, render_with)]
     if not shared:
         raise UsageError("the prompt is empty before the user's text, nothing to build")
     return shared

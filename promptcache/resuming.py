@@ -12,6 +12,9 @@ from promptcache.saving import warn
 from promptcache.store import PrefixStore
 from promptcache.types import Match, SegmentSlice
 
+# One step of mlx-lm's cache: an answer's first tokens need no new allocation.
+DECODE_ROOM = 256
+
 
 def resume(
     store: PrefixStore,
@@ -29,22 +32,18 @@ def resume(
     for part in match.slices:
         try:
             segments.append(_load(store, part, token_ids))
-        except (StoreError, MemoryError) as error:
+        except StoreError as error:
             _give_up(store, part, error)
             break
     loaded = replace(match, slices=match.slices[: len(segments)])
     if not segments:
         return Match()
     try:
-        codec.restore(cache, segments, len(token_ids) + DECODE_ROOM)
-    except DamagedBlobError as error:
+        cache[:] = codec.restore(cache, segments, len(token_ids) + DECODE_ROOM)
+    except StoreError as error:
         _give_up(store, loaded.slices[0], error)
         return Match()
     return loaded
-
-
-# One step of mlx-lm's cache: an answer's first tokens need no new allocation.
-DECODE_ROOM = 256
 
 
 def _load(
@@ -54,7 +53,7 @@ def _load(
     return codec.load(path, header, part, pack(token_ids[part.start : part.stop]))
 
 
-def _give_up(store: PrefixStore, part: SegmentSlice, error: Exception) -> None:
+def _give_up(store: PrefixStore, part: SegmentSlice, error: StoreError) -> None:
     warn(f"cached segment {part.key[:12]} cannot be used and is read again: {error}")
     if isinstance(error, DamagedBlobError):
         with contextlib.suppress(StoreError):

@@ -64,7 +64,8 @@ class QuietSaver:
             return None
         try:
             return self._saver.save(end)
-        except StoreError as error:
+        # mlx raises RuntimeError where memory is short, or the thread is another one.
+        except (StoreError, RuntimeError, MemoryError) as error:
             warn(f"the prompt is not saved: {error}")
             self._saver = None
             return None

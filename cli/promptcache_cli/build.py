@@ -63,7 +63,7 @@ def build(
         )
         with talk.progress("Reading", "tokens") as progress:
             prefix = generator.build(
-                options.prefix_token_ids(generator.tokenizer),
+                options.render_prefix(generator.tokenizer),
                 name=name,
                 prompt_progress_callback=progress,
                 on_wait=lambda: talk.say("Waiting for another process to build this"),

@@ -115,7 +115,7 @@ def generate(
     )
     with generator, talk.progress("Reading", "tokens") as progress:
         responses = generator.stream_generate(
-            prompt_options.token_ids(generator.tokenizer),
+            prompt_options.render(generator.tokenizer),
             prompt_progress_callback=progress,
             **options,
         )

@@ -1,6 +1,6 @@
 """Prompts: what the prompt options of `build` and `generate` mean as token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,18 +40,47 @@ class PromptOptions:
         closed = self.raw or self.prompt is not None or self.messages
         return bool(given) and not closed
 
-    def token_ids(self, tokenizer: Any) -> list[int]:
-        """Return the token ids of the whole prompt. Raises UsageError."""
-        return self._render(tokenizer, self.prompt)
+    def render(self, tokenizer: Any) -> rendering.RenderedPrompt:
+        """Return the whole prompt. Raises UsageError."""
+        if self.raw:
+            parts = [*self.files, *([] if self.prompt is None else [self.prompt])]
+            return rendering.render_prompt(tokenizer, "\n\n".join(parts))
+        messages = self._messages(self.prompt)
+        rendered = rendering.render_prompt(tokenizer, messages, tools=self.tools)
+        if not self.files:
+            return rendered
+        # Another question about the same files parts where the question begins.
+        token_ids = rendered.token_ids
+        question = rendering.shared_length(token_ids, self._render_with(tokenizer))
+        boundaries = {*rendered.boundaries, question} - {len(token_ids)}
+        return rendering.RenderedPrompt(token_ids, tuple(sorted(boundaries)))
 
-    def prefix_token_ids(self, tokenizer: Any) -> list[int]:
-        """Return the token ids to build. Raises UsageError.
+    def render_prefix(self, tokenizer: Any) -> rendering.RenderedPrompt:
+        """Return what to build. Raises UsageError.
 
         Without a prompt that is everything before the user's text.
         """
         if not self._is_open:
-            return self.token_ids(tokenizer)
-        return rendering.stable_prefix(lambda text: self._render(tokenizer, text))
+            return self.render(tokenizer)
+        token_ids = rendering.stable_prefix(self._render_with(tokenizer))
+        boundaries = rendering.find_boundaries(
+            tokenizer, token_ids, self._messages(""), tools=self.tools
+        )
+        return rendering.RenderedPrompt(token_ids, boundaries)
+
+    def _messages(self, prompt: str | None) -> list[rendering.Message]:
+        return rendering.compose(
+            system=self.system,
+            messages=self.messages or (),
+            documents=self.files,
+            user=prompt,
+        )
+
+    def _render_with(self, tokenizer: Any) -> Callable[[str], list[int]]:
+        """Return a function that renders the prompt with another user's text."""
+        return lambda text: rendering.render(
+            tokenizer, self._messages(text), tools=self.tools
+        )
 
     def _check_raw(self) -> None:
         if self.raw and (self.system is not None or self.messages or self.tools):
@@ -59,15 +88,3 @@ class PromptOptions:
                 "--raw goes without --system, --messages and --tools, "
                 "which need the chat template"
             )
-
-    def _render(self, tokenizer: Any, prompt: str | None) -> list[int]:
-        if self.raw:
-            parts = [*self.files, *([] if prompt is None else [prompt])]
-            return rendering.to_token_ids(tokenizer, "\n\n".join(parts))
-        messages = rendering.compose(
-            system=self.system,
-            messages=self.messages or (),
-            documents=self.files,
-            user=prompt,
-        )
-        return rendering.to_token_ids(tokenizer, messages, tools=self.tools)

@@ -9,13 +9,15 @@ export PROMPTCACHE_DIR
 trap 'rm -rf "$PROMPTCACHE_DIR"' EXIT
 
 run() {
-    printf '\n$ promptcache %s\n' "$*"
-    promptcache "$@"
+    printf '\n$ promptcache %s\n' "$1" >&2
+    eval "promptcache $1"
 }
 
-run generate -s @narrator.txt "I open the door" --max-tokens 40 --usage --no-cache
-run build -s @narrator.txt --name narrator
-run generate -s @narrator.txt "I open the door" --max-tokens 40 --usage
-run generate -s @narrator.txt "I light my torch" --max-tokens 40 --usage
-run ls
-run prune --dry-run
+sampling="--temp 0.7 --seed 11 --max-tokens 60"
+
+run "generate -s @narrator.txt 'I open the door' $sampling --usage --no-cache"
+run "build -s @narrator.txt --name narrator"
+run "generate -s @narrator.txt 'I open the door' $sampling --usage"
+run "generate -s @narrator.txt 'I light my torch' $sampling --usage"
+run "ls"
+run "prune --dry-run"
