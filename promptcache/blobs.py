@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,19 @@ CACHEDIR_TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# Prompt caches of promptcache, which can always be computed again.\n"
 )
+
+
+class StagedBlob(NamedTuple):
+    """A file that is complete and durable in `tmp/`, on its way to its place."""
+
+    tmp: Path
+    path: Path
+    nbytes: int
+
+    def publish(self) -> None:
+        """Give it its name, durably. Raises OSError."""
+        self.tmp.rename(self.path)
+        _fsync(self.path.parent)
 
 
 class BlobFolder:
@@ -69,42 +83,51 @@ class BlobFolder:
         return self.path(key).exists()
 
     def write_file(self, name: str, data: bytes) -> None:
-        """Replace a small file at the root of the store, durably."""
-        self._publish(self.root / name, [data])
+        """Replace a small file at the root of the store, durably. Raises OSError."""
+        with self._staged(self.root / name, [data]) as staged:
+            staged.publish()
 
     def publish(self, info: SegmentInfo, segment: EncodedSegment) -> int:
         """Write a blob durably under its key and return its size in bytes.
 
         A blob already there is replaced: it is garbage or the same. Raises OSError.
         """
+        with self.staged(info, segment) as staged:
+            staged.publish()
+        return staged.nbytes
+
+    @contextlib.contextmanager
+    def staged(
+        self, info: SegmentInfo, segment: EncodedSegment
+    ) -> Iterator["StagedBlob"]:
+        """Write a blob to `tmp/`, to publish it or to drop it. Raises OSError."""
         tensors = sorted(segment.tensors, key=lambda t: -_itemsize(t))
-        self._create_folder(self.path(info.key).parent)
         header = _encode_header(info, segment.layout, tensors)
-        return self._publish(self.path(info.key), [header, *(t.data for t in tensors)])
+        path = self.path(info.key)
+        self._create_folder(path.parent)
+        with self._staged(path, [header, *(t.data for t in tensors)]) as staged:
+            yield staged
 
     def _create_folder(self, folder: Path) -> None:
         if not folder.is_dir():
             folder.mkdir(mode=0o700, exist_ok=True)
             _fsync(folder.parent)
 
-    def _publish(self, path: Path, buffers: Iterable[bytes | memoryview]) -> int:
+    @contextlib.contextmanager
+    def _staged(
+        self, path: Path, buffers: Iterable[bytes | memoryview]
+    ) -> Iterator["StagedBlob"]:
         tmp = self._tmp / f"{path.name}.{os.getpid()}.{id(buffers):x}"
-        flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
-        try:
-            with os.fdopen(os.open(tmp, flags, 0o600), "wb") as file:
-                # The lock tells a prune in another process that this is no garbage.
-                fcntl.flock(file, fcntl.LOCK_EX)
+        # The lock tells a prune in another process that this is no garbage.
+        with _open_locked(tmp) as file:
+            try:
                 for buffer in buffers:
                     file.write(buffer)
                 file.flush()
                 os.fsync(file.fileno())
-                nbytes = file.tell()
-                tmp.rename(path)
-        except BaseException:
-            tmp.unlink(missing_ok=True)
-            raise
-        _fsync(path.parent)
-        return nbytes
+                yield StagedBlob(tmp, path, file.tell())
+            finally:
+                tmp.unlink(missing_ok=True)
 
     def read_header(self, key: str) -> BlobHeader:
         """Read and check a blob's header.
@@ -189,11 +212,16 @@ class BlobFolder:
         ]
 
     def sweep(self, garbage: Garbage) -> int:
-        """Remove a file that `garbage` named and return its size."""
+        """Remove a file that `garbage` named and return its size, 0 if it stays."""
         path = self.root / garbage.path
-        nbytes = _size(path)
-        path.unlink(missing_ok=True)
-        return nbytes
+        try:
+            with open(path, "rb") as file:
+                # Held while the file goes, so that a writer sees that it went.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                return os.fstat(file.fileno()).st_size
+        except (BlockingIOError, FileNotFoundError):
+            return 0
 
     def lock_path(self, key: str) -> Path:
         """Return the file whose lock is held by whoever computes a prefix."""
@@ -342,6 +370,18 @@ def _is_locked(path: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    """Create a file that others see locked from the start."""
+    while True:
+        flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
+        file = os.fdopen(os.open(path, flags, 0o600), "wb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        # A prune took it between the two.
+        file.close()
 
 
 def _fsync(folder: Path) -> None:

@@ -96,6 +96,11 @@ def layout_of(cache: Sequence[Any]) -> list[LayerLayout]:
     ]
 
 
+def is_quantized(layout: str) -> bool:
+    """Return whether some layer of a blob's layout is quantized."""
+    return any(layer.bits for layer in _decode_layout(layout))
+
+
 def describe(layout: str) -> str:
     """Return a blob's layout for people: `30 × KVCache`."""
     layers = _decode_layout(layout)

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
+from mlx_lm.generate import generation_stream
 
-from promptcache.prefill import KVSettings
+from promptcache.errors import UsageError
+from promptcache.prefill import KVSettings, quantize
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
@@ -50,18 +51,20 @@ def decode(
         kv: When to quantize keys and values.
     """
     seen = mx.array(list(token_ids)) if logits_processors else None
+    num_processed = num_read
 
     def step(tokens: mx.array, *, first: bool = False) -> tuple[mx.array, mx.array]:
-        nonlocal seen
+        nonlocal seen, num_processed
+        num_processed += tokens.size
         with mx.stream(generation_stream):
             logits = model(tokens[None], cache=cache)[:, -1, :]
             if seen is not None:
                 seen = seen if first else mx.concatenate([seen, tokens])
                 for processor in logits_processors:
                     logits = processor(seen, logits)
-            maybe_quantize_kv_cache(cache, kv.start, kv.group_size, kv.bits)
+            quantize(cache, num_processed, kv)
             logprobs = logits - mx.logsumexp(logits, keepdims=True)
-            token = sampler(logprobs)
+            token = _sampled(sampler, logprobs)
             mx.async_eval(token, logprobs)
             return token, logprobs.squeeze(0)
 
@@ -76,3 +79,11 @@ def decode(
         yield Step(token.item(), logprobs)
         if num_tokens % CLEAR_CACHE_TOKENS == 0:
             mx.clear_cache()
+
+
+def _sampled(sampler: Sampler, logprobs: mx.array) -> mx.array:
+    try:
+        return sampler(logprobs)
+    except ValueError as error:
+        # mlx-lm's samplers check their arguments when they run.
+        raise UsageError(f"cannot sample: {error}") from error

@@ -183,12 +183,9 @@ class Generation:
         # The last token stays, because the model has to read something.
         limit = request.num_tokens - 1
         match = store.lookup(request.token_ids, fingerprint, limit=limit)
-        match = resume(store, match, cache, request.token_ids)
-        # Where a run from nothing would have quantized by now.
-        first_cut = request.cuts.after(max(request.kv.start, 1) - 1)
-        if match.cached_tokens >= first_cut:
-            quantize(cache, match.cached_tokens, request.kv)
-        return match
+        return resume(
+            store, match, cache, request.token_ids, cuts=request.cuts, kv=request.kv
+        )
 
     def _saver(
         self,
@@ -254,21 +251,22 @@ class Generation:
             on_piece=on_piece,
             on_progress=lambda done, _: request.on_progress(done, request.num_tokens),
         )
+        if end == request.num_tokens - 1:
+            # As mlx-lm does before the last token, also where nothing was left to do.
+            quantize(cache, end, request.kv)
         return end
 
     def _end_of_prefill(self, cached_tokens: int) -> int:
         """Return where to stop, so that decoding reads the rest in one go."""
         request = self._request
-        last_cut = max(request.cuts.last_before(request.num_tokens), cached_tokens)
-        # mlx-lm would quantize before the last token, and the last piece with it.
-        is_quantized_on_the_way = (
-            request.kv.bits is not None
-            and last_cut < request.kv.start < request.num_tokens
-        )
-        num_left = request.num_tokens - last_cut
-        if last_cut and num_left <= JOINED_TOKENS and not is_quantized_on_the_way:
-            return last_cut
-        return request.num_tokens - 1
+        cut = request.cuts.last_before(request.num_tokens)
+        end = request.num_tokens - 1
+        # mlx-lm would quantize the last piece before it reads the last token.
+        if request.kv.bits is not None and cut < max(request.kv.start, 1) <= end:
+            return end
+        begin = max(cut, cached_tokens)
+        is_short = request.num_tokens - begin <= JOINED_TOKENS
+        return begin if begin and is_short else end
 
     def _speculative_steps(self) -> Iterator[Step]:
         options = dict(self._request.options)

@@ -1,7 +1,7 @@
 """CachedGenerator: match, load, stream the rest, save."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -24,10 +24,18 @@ from promptcache.generation import (
     SavePolicy,
 )
 from promptcache.prefill import DEFAULT_STEP_SIZE, Cuts, KVSettings, prefill
-from promptcache.resuming import resume
+from promptcache.resuming import checked, resume
 from promptcache.saving import Saver, warn
-from promptcache.store import PrefixStore
+from promptcache.store import PrefixStore, check_name
 from promptcache.types import Fingerprint, Match, Prefix
+
+# Arguments of mlx-lm's functions that are passed on as they are.
+FURTHER_OPTIONS = {
+    "draft_model",
+    "input_embeddings",
+    "max_kv_size",
+    "num_draft_tokens",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,15 +268,18 @@ class CachedGenerator:
         """
         token_ids, boundaries = self._prompt_to_build(prompt, system, tools)
         kv = KVSettings(kv_bits, kv_group_size, quantized_kv_start)
+        if name is not None:
+            check_name(name)
         cache = make_prompt_cache(self.model)
         codec.check_supported(cache)
         store = self._usable_store()
         fingerprint = self.fingerprint(kv)
         started = time.perf_counter()
         with store.building(store.key_of(token_ids, fingerprint), on_wait):
-            match = store.lookup(token_ids, fingerprint)
+            match = checked(store, store.lookup(token_ids, fingerprint))
+            cuts = Cuts(prefill_step_size, boundaries)
             if match.cached_tokens < len(token_ids):
-                match = resume(store, match, cache, token_ids)
+                match = resume(store, match, cache, token_ids, cuts=cuts, kv=kv)
             saver = Saver(store, fingerprint, token_ids, cache)
             with wired_limit(self.model, [generation_stream]):
                 prefill(
@@ -277,7 +288,7 @@ class CachedGenerator:
                     token_ids,
                     start=match.cached_tokens,
                     end=len(token_ids),
-                    cuts=Cuts(prefill_step_size, boundaries),
+                    cuts=cuts,
                     kv=kv,
                     on_piece=lambda _, stop: saver.save(stop),
                     on_progress=prompt_progress_callback,
@@ -375,21 +386,17 @@ class CachedGenerator:
             quantized_kv_start: See `mlx_lm.generate.generate_step`.
             prompt_progress_callback: Called with the prompt tokens done so far,
                 cached ones included, and their total.
-            kwargs: Further arguments of `mlx_lm.generate.generate_step`.
+            kwargs: `max_kv_size`, `draft_model`, `num_draft_tokens` and
+                `input_embeddings` of mlx-lm, with which nothing is cached.
 
         Raises:
             UsageError: The arguments make no sense.
         """
-        if max_tokens == 0:
-            raise UsageError("max_tokens must not be 0, use -1 for no limit")
-        if "prompt_cache" in kwargs:
-            raise UsageError("prompt_cache is what CachedGenerator takes care of")
+        if max_tokens == 0 or max_tokens < -1:
+            raise UsageError("max_tokens must be at least 1, or -1 for no limit")
+        _check_options(kwargs)
         if seed is not None:
             mx.random.seed(seed)
-        processors = make_logits_processors(
-            repetition_penalty=repetition_penalty,
-            repetition_context_size=repetition_context_size,
-        )
         rendered = rendering.render_prompt(self.tokenizer, prompt, tools=tools)
         request = Request(
             token_ids=rendered.token_ids,
@@ -397,7 +404,10 @@ class CachedGenerator:
             save=self._save if save is None else save,
             reuse=self._reuse if reuse is None else reuse,
             sampler=sampler or _sampler(temp, top_p, min_p, top_k),
-            logits_processors=[*processors, *(logits_processors or [])],
+            logits_processors=[
+                *_penalty(repetition_penalty, repetition_context_size),
+                *(logits_processors or []),
+            ],
             cuts=Cuts(prefill_step_size, rendered.boundaries),
             kv=KVSettings(kv_bits, kv_group_size, quantized_kv_start),
             on_progress=prompt_progress_callback or (lambda done, total: None),
@@ -406,6 +416,23 @@ class CachedGenerator:
         return Generation(
             self.model, self.tokenizer, self.store, self.fingerprint, request
         ).stream()
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    if "prompt_cache" in options:
+        raise UsageError("prompt_cache is what CachedGenerator takes care of")
+    for name in options.keys() - FURTHER_OPTIONS:
+        raise TypeError(f"stream_generate() got an unexpected argument {name!r}")
+
+
+def _penalty(penalty: float | None, context_size: int) -> list[LogitsProcessor]:
+    try:
+        processors: list[LogitsProcessor] = make_logits_processors(
+            repetition_penalty=penalty, repetition_context_size=context_size
+        )
+    except ValueError as error:
+        raise UsageError(f"repetition_penalty cannot be {penalty}: {error}") from error
+    return processors
 
 
 def _sampler(

@@ -10,7 +10,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,66 +34,71 @@ class Index:
         A segment's parent exists as long as the segment does.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, *, populate: Callable[["Index"], object] = lambda index: None
+    ) -> None:
         """Open the index, creating it where there is none.
+
+        Args:
+            path: The database.
+            populate: Called with a new index before anybody else sees it.
 
         Raises:
             StoreFormatError: A newer promptcache wrote it.
-            StoreError: It cannot be opened, or is damaged.
+            DamagedIndexError: It is no database.
+            StoreError: It cannot be opened.
         """
         self.path = path
         self.read_only = False
         self._lock = threading.RLock()
         with _translated():
             self._connection = self._connect()
-            self.is_new = self._prepare()
+            try:
+                self._prepare(populate)
+            except BaseException:
+                self._connection.close()
+                raise
 
     def _connect(self) -> sqlite3.Connection:
         try:
             # Created by hand, because SQLite would follow the umask.
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            connection = _open(f"file:{_quoted(self.path)}")
-            # Has an effect before the first table only: freed pages can be given back.
-            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
-            _switch_to_wal(connection)
-        except (OSError, sqlite3.OperationalError):
-            return self._connect_read_only()
-        return connection
-
-    def _connect_read_only(self) -> sqlite3.Connection:
-        if not self.path.exists():
-            raise StoreError(f"the index {self.path} cannot be created")
+            return _open(self.path, "mode=rw")
+        except (OSError, sqlite3.OperationalError) as error:
+            if not self.path.exists():
+                raise StoreError(f"the index {self.path} cannot be created") from error
         self.read_only = True
         # `immutable` reads where no -shm file can be made; it must not be used
         # while a WAL holds rows that it would not see.
         wal = self.path.with_name(f"{self.path.name}-wal")
-        mode = "mode=ro" if wal.exists() and wal.stat().st_size else "immutable=1"
-        return _open(f"file:{_quoted(self.path)}?{mode}")
+        has_rows = wal.exists() and wal.stat().st_size
+        return _open(self.path, "mode=ro" if has_rows else "immutable=1")
 
-    def _prepare(self) -> bool:
-        """Check the schema's version, create the tables; return whether it did."""
+    def _prepare(self, populate: Callable[["Index"], object]) -> None:
+        """Check the schema's version, or create the tables."""
         if self._version() == SCHEMA_VERSION:
-            return False
-        self._refuse_newer()
+            return
         if self.read_only:
             raise StoreError(f"the index {self.path} is empty and cannot be written")
+        # Both have an effect before the first table only. Freed pages can then be
+        # given back, and readers never wait for a writer.
+        self._execute("PRAGMA auto_vacuum=INCREMENTAL")
+        _switch_to_wal(self._connection)
         with self.writing():
-            if self._version() == SCHEMA_VERSION:
-                return False
-            self._refuse_newer()
-            _create_tables(self._connection)
-            self._execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-        return True
+            if self._version() < SCHEMA_VERSION:
+                _create_tables(self._connection)
+                populate(self)
+                self._execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     def _version(self) -> int:
-        return int(self._execute("PRAGMA user_version").fetchone()[0])
-
-    def _refuse_newer(self) -> None:
-        if (found := self._version()) > SCHEMA_VERSION:
+        """Return the schema's version, 0 before there is one."""
+        version = int(self._execute("PRAGMA user_version").fetchone()[0])
+        if version > SCHEMA_VERSION:
             raise StoreFormatError(
-                f"the store {self.path.parent} has format {found} and this promptcache "
-                f"reads up to {SCHEMA_VERSION}, upgrade promptcache"
+                f"the store {self.path.parent} has format {version} and this "
+                f"promptcache reads up to {SCHEMA_VERSION}, upgrade promptcache"
             )
+        return version
 
     def close(self) -> None:
         """Close the connection; the last one to do so folds the WAL back in."""
@@ -102,9 +107,10 @@ class Index:
 
     def shrink(self) -> None:
         """Give the room of deleted rows and of the WAL back to the disk."""
-        with self._lock, contextlib.suppress(StoreError):
-            self._execute("PRAGMA incremental_vacuum").fetchall()
-            self._execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        with self._lock, contextlib.suppress(StoreError), _translated():
+            # `execute` would take one step, which frees one page.
+            self._connection.executescript("PRAGMA incremental_vacuum")
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -146,10 +152,14 @@ class Index:
         sql = "SELECT 1 FROM blocks WHERE hash = ? LIMIT 1"
         return self._execute(sql, [block_hash]).fetchone() is not None
 
-    def segments_at_block(self, block_hash: int) -> list[int]:
+    def segments_at_block(self, block_hash: int, fingerprint: str) -> list[int]:
         """Return the ids of the segments that cover the boundary of this hash."""
-        sql = "SELECT segment_id FROM blocks WHERE hash = ?"
-        return [_int(row[0]) for row in self._all(sql, [block_hash])]
+        sql = """
+            SELECT segment_id FROM blocks JOIN segments s ON s.id = segment_id
+            JOIN fingerprints f ON f.id = s.fingerprint_id
+            WHERE hash = ? AND f.digest = ?
+        """
+        return [_int(row[0]) for row in self._all(sql, [block_hash, fingerprint])]
 
     def path_to(self, segment_id: int) -> list[SegmentRow]:
         """Return a segment with its ancestors, the root's child first."""
@@ -462,9 +472,9 @@ def _translated() -> Iterator[None]:
         raise StoreError(f"the index cannot be used ({error})") from error
 
 
-def _open(uri: str) -> sqlite3.Connection:
+def _open(path: Path, options: str) -> sqlite3.Connection:
     return sqlite3.connect(
-        uri,
+        f"file:{_quoted(path)}?{options}",
         uri=True,
         timeout=TIMEOUT_SECONDS,
         isolation_level=None,

@@ -15,9 +15,9 @@ def cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("promptcache", appauthor=False))
 
 
-def store_dir() -> Path:
-    """Return the store's folder: `PROMPTCACHE_DIR`, else in the user's cache folder."""
-    if path := os.environ.get("PROMPTCACHE_DIR"):
+def store_dir(path: str | Path | None = None) -> Path:
+    """Return a store's folder: `path`, else `PROMPTCACHE_DIR`, else the user's own."""
+    if path := path or os.environ.get("PROMPTCACHE_DIR"):
         return Path(path).expanduser()
     return cache_dir() / "store"
 

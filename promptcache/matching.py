@@ -30,7 +30,9 @@ def longest_match(index: Index, chain: Chain, *, limit: int) -> Match:
     if num_blocks:
         starts = [
             _confirmed(index.path_to(segment_id), chain, limit)
-            for segment_id in index.segments_at_block(chain.block_hash(num_blocks))
+            for segment_id in index.segments_at_block(
+                chain.block_hash(num_blocks), chain.fingerprint
+            )
         ]
     else:
         starts = [_Path([], 0)]

@@ -9,8 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from promptcache.errors import UsageError
+
 # As in mlx-lm's generate_step.
 DEFAULT_STEP_SIZE = 2048
+# What mlx's affine quantization takes.
+KV_BITS = (2, 3, 4, 5, 6, 8)
+KV_GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,15 @@ class KVSettings:
     bits: int | None = None
     group_size: int = 64
     start: int = 5000
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for what mlx cannot quantize to."""
+        if self.bits is not None and self.bits not in KV_BITS:
+            raise UsageError(f"kv_bits must be one of {KV_BITS}, not {self.bits}")
+        if self.group_size not in KV_GROUP_SIZES:
+            raise UsageError(
+                f"kv_group_size must be one of {KV_GROUP_SIZES}, not {self.group_size}"
+            )
 
     def quantizes(self, cache: Sequence[Any], num_tokens: int) -> bool:
         """Return whether mlx-lm would now quantize a cache of so many tokens."""
@@ -57,6 +71,10 @@ class Cuts:
         """Return the last cut before a position, 0 if there is none."""
         step = (position - 1) // self.step_size * self.step_size
         return max([step, *(b for b in self.boundaries if b < position)])
+
+    def quantized_from(self, kv: KVSettings) -> int | None:
+        """Return the cut at which a run from nothing quantizes, None for never."""
+        return None if kv.bits is None else self.after(max(kv.start, 1) - 1)
 
     def pieces(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield the pieces of a prefill of `[start, end)`."""
@@ -111,8 +129,16 @@ def prefill(
 
 
 def quantize(cache: list[Any], num_tokens: int, kv: KVSettings) -> None:
-    """Quantize the layers of a cache of so many tokens, if mlx-lm would now."""
+    """Quantize the layers of a cache of so many tokens, if mlx-lm would now.
+
+    Raises:
+        UsageError: The model's head dimension is no multiple of the group size.
+    """
     from mlx_lm.generate import maybe_quantize_kv_cache
 
-    if kv.quantizes(cache, num_tokens):
+    if not kv.quantizes(cache, num_tokens):
+        return
+    try:
         maybe_quantize_kv_cache(cache, kv.start, kv.group_size, kv.bits)
+    except ValueError as error:
+        raise UsageError(f"this model's cache cannot be quantized: {error}") from error

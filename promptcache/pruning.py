@@ -87,31 +87,29 @@ def find_garbage(index: Index, blobs: BlobFolder) -> list[Garbage]:
 
 
 def execute(index: Index, blobs: BlobFolder, plan: PrunePlan) -> PruneReport:
-    """Do what a plan says, except for what got children or a pin meanwhile."""
-    for garbage in plan.garbage:
-        _sweep(index, blobs, garbage)
+    """Do what a plan says, except for what got used, pinned or adopted meanwhile."""
+    swept = [g for g in plan.garbage if _sweep(index, blobs, g)]
     removals = [r for r in plan.removals if index.remove_leaf(r.key)]
     remove_blobs(index, blobs, [removal.key for removal in removals])
-    return report(index, blobs, removals, plan.garbage)
+    return report(index, blobs, removals, swept)
 
 
-def _sweep(index: Index, blobs: BlobFolder, garbage: Garbage) -> None:
+def _sweep(index: Index, blobs: BlobFolder, garbage: Garbage) -> bool:
+    """Remove a file and return whether it is gone now."""
     path = Path(garbage.path)
     try:
         if path.parts[0] == "blobs":
-            remove_blobs(index, blobs, [path.stem])
-        else:
-            blobs.sweep(garbage)
+            return bool(remove_blobs(index, blobs, [path.stem]))
+        blobs.sweep(garbage)
     except OSError as error:
         raise StoreError(f"{path} cannot be removed ({error.strerror})") from error
+    return not (blobs.root / path).exists()
 
 
-def remove_blobs(index: Index, blobs: BlobFolder, keys: Iterable[str]) -> None:
-    """Remove those of the blobs that no row refers to."""
+def remove_blobs(index: Index, blobs: BlobFolder, keys: Iterable[str]) -> int:
+    """Remove those of the blobs that no row refers to; return their size."""
     with index.writing():
-        for key in keys:
-            if index.segment_id(key) is None:
-                blobs.remove(key)
+        return sum(blobs.remove(k) for k in keys if index.segment_id(k) is None)
 
 
 def report(
@@ -159,6 +157,8 @@ def make_room(
         raise StoreFullError(_full_message(segments, nbytes, limit))
     removals = _removals(evicted, "makes room")
     execute(index, blobs, PrunePlan(tuple(removals), tuple(garbage), 0))
+    # Once more, because a blob that is gone already gives less room than its row says.
+    make_room(index, blobs, nbytes=nbytes, limit=limit, protect=protect)
 
 
 def _full_message(segments: Collection[Leaf], nbytes: int, limit: int) -> str:

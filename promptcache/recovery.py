@@ -29,6 +29,7 @@ def verify(
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Compare every blob with its checksums and with the index."""
+    known = index.segment_keys()
     keys = sorted(key for key, _ in blobs.stored())
     damaged: dict[str, str] = {}
     for i, key in enumerate(keys):
@@ -36,10 +37,12 @@ def verify(
             damaged[key] = reason
         if progress:
             progress(i + 1, len(keys))
-    known = index.segment_keys()
-    missing = known - set(keys)
+    # Others save and remove meanwhile: damage is what is there still.
+    damaged = {k: reason for k, reason in damaged.items() if blobs.exists(k)}
+    known &= index.segment_keys()
+    missing = sorted(key for key in known if not blobs.exists(key))
     if fix:
-        for key in [*damaged, *sorted(missing)]:
+        for key in [*damaged, *missing]:
             give_up(index, blobs, key)
     rebuilt = 0 if index.read_only else rebuild(index, blobs, skip=damaged)
     return VerifyReport(
@@ -47,7 +50,7 @@ def verify(
         damaged=tuple(Damage(key, reason) for key, reason in damaged.items()),
         quarantined=tuple(blobs.quarantined()),
         orphans=len(set(keys) - known - set(damaged)),
-        missing=tuple(sorted(missing)),
+        missing=tuple(missing),
         rebuilt=rebuilt,
         fixed=fix,
     )
@@ -65,7 +68,10 @@ def _damage(blobs: BlobFolder, key: str) -> str | None:
 
 def give_up(index: Index, blobs: BlobFolder, key: str) -> None:
     """Forget a segment and all that hangs on it; its blob moves to `quarantine/`."""
+    num_names = len(index.names())
     index.remove_subtree(key)
+    if len(index.names()) < num_names:
+        write_pins(index, blobs)
     try:
         blobs.set_aside(blobs.path(key))
     except OSError as error:
@@ -116,7 +122,11 @@ def _adopt(index: Index, blobs: BlobFolder, header: BlobHeader) -> bool:
         if parent_id is None:
             return False
         ancestors = index.path_to(parent_id)
-    token_ids = blobs.read_token_ids(header)
+    try:
+        token_ids = blobs.read_token_ids(header)
+    except OSError:
+        # It went away meanwhile.
+        return False
     chain = Chain(info.fingerprint.digest, joined(ancestors, info.start) + token_ids)
     if len(chain) != info.end or chain.key_at(info.end) != info.key:
         return False

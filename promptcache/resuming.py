@@ -8,6 +8,7 @@ from typing import Any
 from promptcache import codec
 from promptcache.chain import pack
 from promptcache.errors import DamagedBlobError, StoreError
+from promptcache.prefill import Cuts, KVSettings, quantize
 from promptcache.saving import warn
 from promptcache.store import PrefixStore
 from promptcache.types import Match, SegmentSlice
@@ -21,17 +22,27 @@ def resume(
     match: Match,
     cache: list[Any],
     token_ids: Sequence[int],
+    *,
+    cuts: Cuts,
+    kv: KVSettings,
 ) -> Match:
     """Load a match into a fresh cache; return the part of it that could be loaded.
 
     A blob that is missing or damaged ends the match before it, with one warning;
-    the store forgets it. The cache then holds the returned match, and has room for
-    all of `token_ids` and the first steps of decoding.
+    the store forgets it. The cache then holds the returned match, quantized if a run
+    from nothing would have it so by now, and has room for all of `token_ids` and the
+    first steps of decoding.
     """
+    quantized_from = cuts.quantized_from(kv)
     segments: list[codec.LoadedSegment] = []
     for part in match.slices:
         try:
-            segments.append(_load(store, part, token_ids))
+            path, header = store.open_blob(part)
+            # A run from nothing still reads these rows as they were computed.
+            if codec.is_quantized(header.layout) and part.start < (quantized_from or 0):
+                break
+            ids = pack(token_ids[part.start : part.stop])
+            segments.append(codec.load(path, header, part, ids))
         except StoreError as error:
             _give_up(store, part, error)
             break
@@ -43,14 +54,20 @@ def resume(
     except StoreError as error:
         _give_up(store, loaded.slices[0], error)
         return Match()
+    if quantized_from is not None and loaded.cached_tokens >= quantized_from:
+        quantize(cache, loaded.cached_tokens, kv)
     return loaded
 
 
-def _load(
-    store: PrefixStore, part: SegmentSlice, token_ids: Sequence[int]
-) -> codec.LoadedSegment:
-    path, header = store.open_blob(part)
-    return codec.load(path, header, part, pack(token_ids[part.start : part.stop]))
+def checked(store: PrefixStore, match: Match) -> Match:
+    """Return the part of a match whose blobs are there, forgetting the rest."""
+    for i, part in enumerate(match.slices):
+        try:
+            store.open_blob(part)
+        except StoreError as error:
+            _give_up(store, part, error)
+            return replace(match, slices=match.slices[:i])
+    return match
 
 
 def _give_up(store: PrefixStore, part: SegmentSlice, error: StoreError) -> None:

@@ -49,6 +49,9 @@ MAX_SEGMENT_TOKENS = 2048
 # How often a save starts again because another process evicted what it hangs on.
 SAVE_ATTEMPTS = 3
 
+# What a header and rows take besides the tensors, and what SQLite's WAL grows by.
+ROWS_NBYTES = 32 * 1024
+
 Encode = Callable[[int, int], EncodedSegment]
 
 
@@ -79,7 +82,7 @@ class PrefixStore:
             StoreFormatError: A newer promptcache wrote it.
             StoreError: It cannot be opened.
         """
-        self.path = Path(path).expanduser() if path else location.store_dir()
+        self.path = location.store_dir(path)
         self.max_nbytes = location.max_nbytes() if max_nbytes is None else max_nbytes
         self.rebuilt = 0
         self._blobs = BlobFolder(self.path)
@@ -93,15 +96,25 @@ class PrefixStore:
         self._index = self._open_index()
 
     def _open_index(self) -> Index:
-        path = self.path / "index.db"
         try:
-            index = Index(path)
+            return self._new_index()
+        except DamagedIndexError:
+            with self._locked("index"):
+                return self._recovered_index()
+
+    def _recovered_index(self) -> Index:
+        try:
+            # Another process may have recovered it while this one waited.
+            return self._new_index()
         except DamagedIndexError:
             recovery.set_index_aside(self._blobs)
-            index = Index(path)
-        if index.is_new:
+            return self._new_index()
+
+    def _new_index(self) -> Index:
+        def populate(index: Index) -> None:
             self.rebuilt += recovery.rebuild(index, self._blobs)
-        return index
+
+        return Index(self.path / "index.db", populate=populate)
 
     @property
     def is_read_only(self) -> bool:
@@ -168,9 +181,15 @@ class PrefixStore:
         """Return what was built or saved, the last used first. Raises StoreError."""
         tree = self._tree()
         return [
-            replace(prefix, nbytes=sum(s.nbytes for s in tree.freed(prefix.key, id_)))
-            for prefix, id_ in self._index.prefixes()
+            self._with_nbytes(prefix, segment_id, tree)
+            for prefix, segment_id in self._index.prefixes()
         ]
+
+    def _with_nbytes(
+        self, prefix: Prefix, segment_id: int, tree: pruning.Tree
+    ) -> Prefix:
+        freed = tree.freed(prefix.key, segment_id)
+        return replace(prefix, nbytes=sum(segment.nbytes for segment in freed))
 
     def _tree(self) -> pruning.Tree:
         return pruning.Tree(self._index.leaves(), self._index.prefixes())
@@ -181,7 +200,8 @@ class PrefixStore:
         Raises:
             KeyNotFoundError: There is none, or more than one.
         """
-        return self._resolve(key_or_name)[0]
+        prefix, segment_id = self._resolve(key_or_name)
+        return self._with_nbytes(prefix, segment_id, self._tree())
 
     def _resolve(self, key_or_name: str) -> tuple[Prefix, int]:
         found = [
@@ -212,9 +232,8 @@ class PrefixStore:
         """
         prefix, segment_id = self._resolve(key_or_name)
         rows = self._index.path_to(segment_id)
-        freed = self._tree().freed(prefix.key, segment_id)
         return PrefixReport(
-            prefix=replace(prefix, nbytes=sum(s.nbytes for s in freed)),
+            prefix=self._with_nbytes(prefix, segment_id, self._tree()),
             fingerprint=self._index.fingerprint_of(segment_id),
             segments=tuple(
                 SegmentReport(
@@ -293,28 +312,29 @@ class PrefixStore:
         return not is_prefix or self._list_prefix(chain, parent_key)
 
     def _add(self, info: SegmentInfo, segment: EncodedSegment, chain: Chain) -> bool:
-        """Publish a blob, then add its row if its parent is still there."""
-        nbytes = sum(tensor.data.nbytes for tensor in segment.tensors)
-        self._make_room(nbytes, protect=info.parent_key)
-        nbytes = self._blobs.publish(info, segment)
-        with self._index.writing():
-            if self._index.segment_id(info.key) is None:
-                if info.parent_key and self._index.segment_id(info.parent_key) is None:
-                    return False
-                # Until now it was an orphan that a prune may have swept.
-                if not self._blobs.exists(info.key):
-                    return False
-                self._index.add_segment(info, chain, nbytes=nbytes)
-        self._make_room_after(info.key)
+        """Write a blob, then publish it together with its row.
+
+        Return False if another process changed what it hangs on meanwhile.
+        """
+        needed = sum(tensor.data.nbytes for tensor in segment.tensors)
+        self._make_room(needed + ROWS_NBYTES, protect=info.parent_key)
+        with self._blobs.staged(info, segment) as staged, self._index.writing():
+            match = longest_match(self._index, chain, limit=info.end)
+            if (match.key, match.cached_tokens) != (info.parent_key, info.start):
+                return match.cached_tokens == info.end
+            staged.publish()
+            self._index.add_segment(info, chain, nbytes=staged.nbytes)
+        self._hold_limit(info.key)
         return True
 
-    def _make_room_after(self, key: str) -> None:
-        """Make up for the header and the rows, which nobody asked room for."""
+    def _hold_limit(self, key: str) -> None:
+        """Make up for rows that took more room than was made, or take them back."""
         try:
             self._make_room(0, protect=key)
         except StoreFullError:
             self._index.remove_leaf(key)
             pruning.remove_blobs(self._index, self._blobs, [key])
+            self._index.shrink()
             raise
 
     def _make_room(self, nbytes: int, *, protect: str | None) -> None:
@@ -333,6 +353,7 @@ class PrefixStore:
                 return False
             key = chain.key_at(len(chain))
             self._index.add_prefix(key, segment_id, len(chain), now=time.time())
+        self._hold_limit(segment_key)
         return True
 
     @contextlib.contextmanager
@@ -344,7 +365,14 @@ class PrefixStore:
         """
         if self.is_read_only:
             raise StoreError(f"the store {self.path} is read-only")
-        lock = filelock.FileLock(self._blobs.lock_path(key), mode=0o600)
+        with self._locked(key, on_wait):
+            yield
+
+    @contextlib.contextmanager
+    def _locked(
+        self, name: str, on_wait: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
+        lock = filelock.FileLock(self._blobs.lock_path(name), mode=0o600)
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout:
@@ -357,7 +385,7 @@ class PrefixStore:
         try:
             yield
         finally:
-            self._blobs.remove_lock(key)
+            self._blobs.remove_lock(name)
             lock.release()
 
     # Pins
@@ -371,8 +399,7 @@ class PrefixStore:
             KeyNotFoundError: There is no such prefix.
             UsageError: The name cannot be one.
         """
-        if not name.strip() or not name.isprintable():
-            raise UsageError(f"{name!r} cannot be a name, use printable characters")
+        check_name(name)
         with self._index.writing():
             prefix, segment_id = self._resolve(key_or_name)
             self._index.add_prefix(
@@ -455,11 +482,18 @@ class PrefixStore:
         """
         if not self._index.is_sound():
             self._index.close()
-            recovery.set_index_aside(self._blobs)
-            self._index = self._open_index()
+            with self._locked("index"):
+                recovery.set_index_aside(self._blobs)
+                self._index = self._new_index()
         report = recovery.verify(self._index, self._blobs, fix=fix, progress=progress)
         rebuilt, self.rebuilt = self.rebuilt, 0
         return replace(report, rebuilt=report.rebuilt + rebuilt)
+
+
+def check_name(name: str) -> None:
+    """Raise UsageError if this cannot name a prefix."""
+    if not name.strip() or not name.isprintable():
+        raise UsageError(f"{name!r} cannot be a name, use printable characters")
 
 
 def _cuts(start: int, end: int) -> Iterator[tuple[int, int]]:

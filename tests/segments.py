@@ -37,7 +37,7 @@ def tokens(num_tokens: int, *, first: int = 0) -> list[int]:
     return list(range(first, first + num_tokens))
 
 
-def values(token_ids: Sequence[int], start: int, end: int) -> array[float]:
+def values(token_ids: Sequence[int], start: int, end: int) -> "array[float]":
     """Return the values that stand for the KV rows `[start, end)`."""
     return array("f", (1000 * token_ids[i] + i for i in range(start, end)))
 
@@ -163,17 +163,22 @@ def files_nbytes(folder: Path) -> int:
 def tree_hash(folder: Path) -> str:
     """Return a hash of the names and contents of all files below a folder.
 
-    SQLite's `-shm` holds the locks of readers, it is no content.
+    SQLite's `-shm` holds the locks of readers, and a WAL comes with opening.
     """
     found = hashlib.sha256()
     for parent, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
-            if not name.endswith("-shm"):
-                path = Path(parent, name)
+            path = Path(parent, name)
+            if not (name.endswith("-shm") or (name.endswith("-wal") and empty(path))):
                 found.update(str(path.relative_to(folder)).encode())
                 found.update(path.read_bytes())
     return found.hexdigest()
+
+
+def empty(path: Path) -> bool:
+    """Return whether a file has no content."""
+    return path.stat().st_size == 0
 
 
 def flip(path: Path, position: int = -1) -> None:

@@ -20,7 +20,7 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.utils import load as load_model
 
-from promptcache import DamagedBlobError, UnsupportedCacheError, codec
+from promptcache import DamagedBlobError, StoreError, UnsupportedCacheError, codec
 from promptcache.blobs import BlobFolder
 from promptcache.chain import pack
 from promptcache.types import (
@@ -135,7 +135,7 @@ def test_layer_comes_back_to_the_bit(
     segment = codec.encode(cache, TOKEN_IDS, 0, 70)
 
     fresh = [ConcatenateKVCache() if "Concat" in str(make_layer) else KVCache()]
-    codec.restore(fresh, [load(publish(blobs, segment, 0, 70))], 80)
+    fresh[:] = codec.restore(fresh, [load(publish(blobs, segment, 0, 70))], 80)
 
     assert_same_rows(fresh[0], cache[0])
 
@@ -151,7 +151,7 @@ def test_layer_comes_back_from_several_segments_the_last_in_part(
     is_concatenate = isinstance(cache[0], ConcatenateKVCache)
     fresh = [ConcatenateKVCache() if is_concatenate else KVCache() for _ in cache]
     parts = [load(published[0]), load(published[1]), load(published[2], stop=63)]
-    codec.restore(fresh, parts, 63)
+    fresh[:] = codec.restore(fresh, parts, 63)
 
     for layer in cache:
         layer.trim(90 - 63)
@@ -164,7 +164,7 @@ def test_parameters_of_quantization_come_back(blobs: BlobFolder) -> None:
     published = publish(blobs, codec.encode(cache, TOKEN_IDS, 0, 10), 0, 10)
 
     fresh = [KVCache()]
-    codec.restore(fresh, [load(published)], 10)
+    fresh[:] = codec.restore(fresh, [load(published)], 10)
 
     assert (fresh[0].group_size, fresh[0].bits) == (32, 4)
 
@@ -209,7 +209,7 @@ def test_float_segment_followed_by_a_quantized_one_becomes_quantized(
     second = publish(blobs, codec.encode([quantized], TOKEN_IDS, 50, 90), 50, 90)
 
     fresh = [KVCache()]
-    codec.restore(fresh, [load(first), load(second)], 90)
+    fresh[:] = codec.restore(fresh, [load(first), load(second)], 90)
 
     assert_same_rows(fresh[0], quantized)
 
@@ -326,23 +326,23 @@ def test_damage_behind_the_slice_is_damage_too(blobs: BlobFolder) -> None:
         load(published, stop=3)
 
 
-def test_truncated_blob_is_damage(blobs: BlobFolder) -> None:
+def test_truncated_blob_is_a_store_error(blobs: BlobFolder) -> None:
     segment = codec.encode([filled(KVCache(), 64)], TOKEN_IDS, 0, 64)
     published = publish(blobs, segment, 0, 64)
 
     os.truncate(published.path, published.path.stat().st_size - 1)
 
-    with pytest.raises(DamagedBlobError, match="cannot be read"):
+    with pytest.raises(StoreError, match="cannot be read"):
         load(published)
 
 
-def test_missing_blob_is_damage(blobs: BlobFolder) -> None:
+def test_missing_blob_is_a_store_error(blobs: BlobFolder) -> None:
     segment = codec.encode([filled(KVCache(), 4)], TOKEN_IDS, 0, 4)
     published = publish(blobs, segment, 0, 4)
 
     published.path.unlink()
 
-    with pytest.raises(DamagedBlobError):
+    with pytest.raises(StoreError, match="cannot be read"):
         load(published)
 
 
@@ -374,7 +374,7 @@ def test_suffix_up_to_the_room_needs_no_allocation(
     layer = KVCache() if bits is None else QuantizedKVCache(32, bits)
     segment = codec.encode([filled(layer, 70)], TOKEN_IDS, 0, 70)
     fresh: list[Any] = [KVCache()]
-    codec.restore(fresh, [load(publish(blobs, segment, 0, 70))], room)
+    fresh[:] = codec.restore(fresh, [load(publish(blobs, segment, 0, 70))], room)
     before = capacity(fresh[0])
 
     suffix = rows(room - 70)
@@ -417,7 +417,9 @@ def test_restored_cache_gives_the_logits_of_the_live_one_to_the_bit(
 
     restored = make_prompt_cache(model)
     parts = [publish(blobs, codec.encode(live, token_ids, *c), *c) for c in cuts]
-    codec.restore(restored, [load(p, token_ids=token_ids) for p in parts], 100)
+    restored[:] = codec.restore(
+        restored, [load(p, token_ids=token_ids) for p in parts], 100
+    )
 
     suffix = mx.array(token_ids[90:])[None]
     expected = model(suffix, cache=live)

@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
-from promptcache.prefill import KVSettings, pieces, prefill
+from promptcache.prefill import Cuts, KVSettings, prefill
 
 TOKEN_IDS = [(31 * i + i * i) % 256 for i in range(300)]
 
@@ -80,14 +80,14 @@ def plain_cache(model: Any, num_tokens: int, **options: Any) -> list[Any]:
 def test_pieces_end_at_multiples_of_the_step_counted_from_the_first_token(
     start: int, end: int, expected: list[tuple[int, int]]
 ) -> None:
-    assert list(pieces(start, end, 8)) == expected
+    assert list(Cuts(8).pieces(start, end)) == expected
 
 
 @pytest.mark.parametrize("start", [0, 1, 63, 64, 65, 200])
 def test_resumed_prefill_cuts_where_a_cold_one_does(start: int) -> None:
-    cold = {stop for _, stop in pieces(0, 300, 64)}
+    cold = {stop for _, stop in Cuts(64).pieces(0, 300)}
 
-    resumed = {stop for _, stop in pieces(start, 300, 64)}
+    resumed = {stop for _, stop in Cuts(64).pieces(start, 300)}
 
     assert resumed == {stop for stop in cold if stop > start}
 
@@ -101,7 +101,7 @@ def test_cache_equals_that_of_plain_mlx_lm_to_the_bit(
 ) -> None:
     cache = make_prompt_cache(model)
 
-    prefill(model, cache, TOKEN_IDS, start=0, end=num_tokens, step_size=64)
+    prefill(model, cache, TOKEN_IDS, start=0, end=num_tokens, cuts=Cuts(64))
 
     expected = plain_cache(model, num_tokens, prefill_step_size=64)
     assert_equal_caches(cache, expected)
@@ -115,7 +115,7 @@ def test_quantized_cache_equals_that_of_plain_mlx_lm_to_the_bit(
     cache = make_prompt_cache(model)
     kv = KVSettings(bits=bits, group_size=32, start=start)
 
-    prefill(model, cache, TOKEN_IDS, start=0, end=250, step_size=64, kv=kv)
+    prefill(model, cache, TOKEN_IDS, start=0, end=250, cuts=Cuts(64), kv=kv)
 
     expected = plain_cache(
         model,
@@ -134,10 +134,10 @@ def test_prefill_in_two_calls_at_a_piece_equals_one_to_the_bit(
 ) -> None:
     cache, expected = make_prompt_cache(model), make_prompt_cache(model)
 
-    prefill(model, cache, TOKEN_IDS, start=0, end=cut, step_size=64)
-    prefill(model, cache, TOKEN_IDS, start=cut, end=250, step_size=64)
+    prefill(model, cache, TOKEN_IDS, start=0, end=cut, cuts=Cuts(64))
+    prefill(model, cache, TOKEN_IDS, start=cut, end=250, cuts=Cuts(64))
 
-    prefill(model, expected, TOKEN_IDS, start=0, end=250, step_size=64)
+    prefill(model, expected, TOKEN_IDS, start=0, end=250, cuts=Cuts(64))
     assert_equal_caches(cache, expected)
 
 
@@ -154,7 +154,7 @@ def test_nothing_is_read_where_nothing_is_missing(model: Any) -> None:
         on_progress=lambda *done: calls.append(done),
     )
 
-    assert calls == []
+    assert calls == [(0, 0)]
     assert [layer.offset for layer in cache] == [0, 0]
 
 
@@ -177,13 +177,14 @@ def test_pieces_are_told_before_they_are_quantized_and_progress_after(
         TOKEN_IDS,
         start=0,
         end=100,
-        step_size=64,
+        cuts=Cuts(64),
         kv=KVSettings(bits=8, group_size=32, start=64),
         on_piece=recorder("piece"),
         on_progress=recorder("progress"),
     )
 
     assert told == [
+        ("progress", 0, 100, False),
         ("piece", 0, 64, False),
         ("progress", 64, 100, True),
         ("piece", 64, 100, True),

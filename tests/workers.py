@@ -126,6 +126,14 @@ def hold_build(folder: Path, number: int) -> None:
         sys.stdin.read()
 
 
+def hold_write(folder: Path, number: int) -> None:
+    """Hold the write lock until told to stop."""
+    index = Index(folder / "index.db")
+    with index.writing():
+        print("ready", flush=True)
+        sys.stdin.read()
+
+
 def publish_much(folder: Path, number: int) -> None:
     """Publish a blob of many bytes, which takes a moment."""
     data = memoryview(bytes(number))

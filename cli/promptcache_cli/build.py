@@ -6,6 +6,7 @@ import click
 
 from promptcache_cli import output
 from promptcache_cli.options import (
+    PROMPT,
     json_option,
     max_size_option,
     open_store,
@@ -17,7 +18,7 @@ from promptcache_cli.prompts import PromptOptions
 
 
 @click.command()
-@click.argument("prompt", required=False)
+@click.argument("prompt", type=PROMPT, required=False)
 @prompt_options
 @click.option("--name", help="Pin the prefix under this name, so that it stays")
 @store_option

@@ -1,6 +1,5 @@
 """`promptcache generate`."""
 
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,7 @@ import click
 from promptcache import UsageError
 from promptcache_cli import output
 from promptcache_cli.options import (
+    PROMPT,
     json_option,
     max_size_option,
     prompt_options,
@@ -24,20 +24,34 @@ if TYPE_CHECKING:
 sampling_options = stacked(
     click.option(
         "--max-tokens",
-        type=int,
+        type=click.IntRange(-1),
         default=256,
         show_default=True,
         help="Most tokens to generate, -1 for no limit",
     ),
-    click.option("--temp", type=float, help="Sampling temperature  [default: greedy]"),
-    click.option("--top-p", type=float, help="Sample from the likeliest of this mass"),
     click.option(
-        "--min-p", type=float, help="Least probability against the best token"
+        "--temp",
+        type=click.FloatRange(0),
+        help="Sampling temperature  [default: greedy]",
     ),
-    click.option("--top-k", type=int, help="Sample from this many tokens"),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(0, 1),
+        help="Sample from the likeliest of this mass",
+    ),
+    click.option(
+        "--min-p",
+        type=click.FloatRange(0, 1),
+        help="Least probability against the best token",
+    ),
+    click.option(
+        "--top-k", type=click.IntRange(0), help="Sample from this many tokens"
+    ),
     click.option("--seed", type=int, help="Seed for the sampling"),
     click.option(
-        "--repetition-penalty", type=float, help="Penalty for repeated tokens"
+        "--repetition-penalty",
+        type=click.FloatRange(0),
+        help="Penalty for repeated tokens",
     ),
     click.option(
         "--repetition-context-size",
@@ -50,7 +64,7 @@ sampling_options = stacked(
 
 
 @click.command()
-@click.argument("prompt", required=False)
+@click.argument("prompt", type=PROMPT, required=False)
 @prompt_options
 @sampling_options
 @click.option(
@@ -93,9 +107,7 @@ def generate(
         promptcache generate -s @narrator.txt -u "I open the door"
         promptcache generate -f manual.txt "How do I reset it?"
     """
-    prompt_options = PromptOptions(
-        _stdin_or(prompt), system, files, messages, tools, raw
-    )
+    prompt_options = PromptOptions(prompt, system, files, messages, tools, raw)
     prompt_options.check()
     if options["max_tokens"] == 0:
         raise UsageError("--max-tokens must not be 0, use -1 for no limit")
@@ -124,10 +136,6 @@ def generate(
         output.json_data(_as_json(taken))
     if usage:
         click.echo(_usage(taken[-1]), err=True)
-
-
-def _stdin_or(prompt: str | None) -> str | None:
-    return sys.stdin.read() if prompt == "-" else prompt
 
 
 def _streamed(

@@ -31,6 +31,9 @@ class Group(click.Group):
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except PromptCacheError as error:
             code = _failed(str(error), error.exit_code)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            code = error.exit_code
         except click.ClickException as error:
             code = _failed(error.format_message().rstrip("."), error.exit_code)
         except click.Abort:

@@ -39,6 +39,11 @@ def read_text(text: str) -> str:
     return read_file(text[1:]) if text.startswith("@") else text
 
 
+def read_prompt(text: str) -> str:
+    """Return text, or stdin for `-`; `@` may well begin a prompt."""
+    return sys.stdin.read() if text == "-" else text
+
+
 def read_file(path: str) -> str:
     """Return a file's text, stdin's for `-`.
 
@@ -70,6 +75,7 @@ def read_json_list(path: str) -> list[dict[str, Any]]:
 
 SIZE = Converted("size", parse_size)
 AGE = Converted("age", parse_age)
+PROMPT = Converted("prompt", read_prompt)
 TEXT = Converted("text", read_text)
 TEXT_FILE = Converted("file", read_file)
 JSON_FILE = Converted("file", read_json_list)
@@ -136,15 +142,15 @@ prompt_options = stacked(
     click.option("--raw", is_flag=True, help="Do not use the chat template"),
     click.option(
         "--kv-bits",
-        type=click.IntRange(2, 8),
-        help="Quantize keys and values to this many bits",
+        type=int,
+        help="Quantize keys and values to 2, 3, 4, 5, 6 or 8 bits",
     ),
     click.option(
         "--kv-group-size",
         type=int,
         default=64,
         show_default=True,
-        help="Values that share a scale",
+        help="Values that share a scale: 32, 64 or 128",
     ),
     click.option(
         "--quantized-kv-start",

@@ -17,4 +17,4 @@ def path(store_path: str | None) -> None:
     \b
         du -sh "$(promptcache path)"
     """
-    output.data(store_path or str(location.store_dir()))
+    output.data(str(location.store_dir(store_path)))

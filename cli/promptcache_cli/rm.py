@@ -46,11 +46,12 @@ def rm(
         if not dry_run:
             names = ", ".join(p.name or p.key[:12] for p in prefixes)
             confirm(f"Remove {names}?", yes=yes)
-        removed = {} if dry_run else _remove(store, prefixes)
+        planned = {prefix.key: prefix.nbytes for prefix in prefixes}
+        removed = planned if dry_run else _remove(store, prefixes)
         freed = sum(removed.values())
         result = {
             "removed": [
-                {"key": p.key, "reason": "asked for", "nbytes": removed.get(p.key, 0)}
+                {"key": p.key, "reason": "asked for", "nbytes": removed[p.key]}
                 for p in prefixes
             ],
             "freed_nbytes": freed,
@@ -62,9 +63,9 @@ def rm(
         return
     for prefix in prefixes:
         output.data(prefix.key)
-    verb = "Would remove" if dry_run else "Removed"
+    verbs = ("Would remove", "free") if dry_run else ("Removed", "freed")
     talk = output.Talk(quiet=quiet)
-    talk.say(f"{verb} {len(prefixes)}, freed {format_size(freed)}")
+    talk.say(f"{verbs[0]} {len(prefixes)}, {verbs[1]} {format_size(freed)}")
 
 
 def _remove(store: PrefixStore, prefixes: list[Prefix]) -> dict[str, int]:

@@ -1,0 +1,57 @@
+"""What `import promptcache` offers."""
+
+from pathlib import Path
+
+import pytest
+
+import promptcache
+from promptcache import errors
+
+
+def test_all_is_sorted_without_repeats() -> None:
+    assert promptcache.__all__ == sorted(set(promptcache.__all__))
+
+
+@pytest.mark.parametrize("name", promptcache.__all__)
+def test_name_can_be_imported(name: str) -> None:
+    value = getattr(promptcache, name)
+
+    assert value.__name__ == name
+    assert value.__doc__
+
+
+def test_all_errors_are_exported() -> None:
+    classes = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, Exception)
+    }
+
+    assert classes <= set(promptcache.__all__)
+
+
+def test_public_names_are_in_all() -> None:
+    classes = {name for name, value in vars(promptcache).items() if name[0].isupper()}
+
+    assert classes <= set(promptcache.__all__) | {"TYPE_CHECKING", "Any"}
+
+
+def test_lazy_names_are_listed_by_dir() -> None:
+    assert set(promptcache.__all__) <= set(dir(promptcache))
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'Unknown'"):
+        promptcache.Unknown  # noqa: B018
+
+
+def test_every_error_is_a_promptcache_error_with_an_exit_code() -> None:
+    for name, value in vars(errors).items():
+        if name.endswith("Error"):
+            assert issubclass(value, errors.PromptCacheError)
+            assert value.exit_code in (1, 2)
+            assert value.__doc__
+
+
+def test_package_says_that_it_is_typed() -> None:
+    assert (Path(promptcache.__file__).parent / "py.typed").exists()

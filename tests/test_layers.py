@@ -1,0 +1,174 @@
+"""The architecture: who may import what, and who may do what."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from segments import save, tokens
+
+import promptcache
+from promptcache.store import PrefixStore
+
+PACKAGE = Path(promptcache.__file__).parent
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem[0] != "_")
+TREES = {
+    path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))
+}
+
+# From the bottom up; a module imports from lower lines only.
+LAYERS = [
+    ["errors"],
+    ["units", "types", "chain"],
+    ["location", "fingerprint", "blobs", "index", "eviction", "codec"],
+    ["matching", "pruning", "recovery"],
+    ["store"],
+    ["prefill", "rendering", "gguf"],
+    ["default_model", "decoding", "saving"],
+    ["loading", "resuming"],
+    ["generation"],
+    ["generator"],
+]
+HEIGHTS = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+
+# Where tensors live. The first import mlx when they are imported themselves.
+TENSOR_MODULES = {"decoding", "generation", "generator"}
+LAZY_TENSOR_MODULES = {"codec", "prefill", "loading", "gguf", "default_model"}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Yield the names of all modules that are imported anywhere."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports_on_import(tree: ast.Module) -> Iterator[str]:
+    """Yield what is imported outside of functions and of `if TYPE_CHECKING`."""
+    for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if not isinstance(node, ast.FunctionDef):
+            yield from imports(node)
+
+
+def own_imports(name: str) -> set[str]:
+    """Return the modules of promptcache that a module imports."""
+    found = [imported.split(".") for imported in imports(TREES[name])]
+    own = {parts[1] for parts in found if parts[0] == "promptcache" and parts[1:]}
+    return own & set(MODULES)
+
+
+def top_names(names: Iterator[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def code_of(name: str) -> str:
+    """Return a module's code without comments."""
+    return ast.unparse(TREES[name])
+
+
+def test_every_module_has_a_layer() -> None:
+    assert sorted(HEIGHTS) == MODULES
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_imports_from_lower_layers_only(name: str) -> None:
+    too_high = {i for i in own_imports(name) if HEIGHTS[i] >= HEIGHTS[name]}
+
+    assert too_high == set()
+
+
+def test_imports_are_seen() -> None:
+    assert own_imports("store") >= {"location", "pruning", "blobs", "errors", "types"}
+    assert own_imports("default_model") >= {"gguf"}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_library_never_imports_the_command_line(name: str) -> None:
+    found = top_names(imports(TREES[name]))
+
+    assert not found & {"promptcache_cli", "click", "rich"}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_mlx_is_imported_where_tensors_live_only(name: str) -> None:
+    tensors = {"mlx", "mlx_lm", "tokenizers", "transformers"}
+    lazily = top_names(imports(TREES[name])) & tensors
+    at_once = top_names(imports_on_import(TREES[name])) & tensors
+
+    assert not lazily or name in TENSOR_MODULES | LAZY_TENSOR_MODULES
+    assert not at_once or name in TENSOR_MODULES
+
+
+def test_modules_that_may_import_mlx_do() -> None:
+    users = {n for n in TREES if top_names(imports(TREES[n])) & {"mlx", "mlx_lm"}}
+
+    assert users == TENSOR_MODULES | LAZY_TENSOR_MODULES
+
+
+@pytest.mark.parametrize(
+    ("module", "owners"),
+    [
+        ("sqlite3", {"index"}),
+        ("sqlite_utils", {"index"}),
+        ("platformdirs", {"location"}),
+        ("fcntl", {"blobs"}),
+        ("subprocess", {"default_model"}),
+    ],
+)
+def test_module_has_its_owners(module: str, owners: set[str]) -> None:
+    assert {n for n in TREES if module in top_names(imports(TREES[n]))} == owners
+
+
+@pytest.mark.parametrize(
+    ("words", "owners"),
+    [
+        ([".unlink(", "os.remove", "rmtree", ".rmdir("], {"blobs", "default_model"}),
+        (["environ", "getenv"], {"location"}),
+        (["pickle"], set()),
+    ],
+)
+def test_deed_has_its_doers(words: list[str], owners: set[str]) -> None:
+    doers = {name for name in TREES if any(word in code_of(name) for word in words)}
+
+    assert doers <= owners
+
+
+HEAVY = ("mlx", "mlx_lm", "transformers", "sqlite_utils", "numpy", "huggingface_hub")
+
+
+def modules_after(code: str) -> set[str]:
+    """Return the heavy modules that a new process has imported after some code."""
+    report = f"import sys; print(*(n for n in {HEAVY!r} if n in sys.modules))"
+    command = [sys.executable, "-c", f"{code}\n{report}"]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(process.stdout.split())
+
+
+def test_importing_promptcache_imports_nothing_heavy() -> None:
+    assert modules_after("import promptcache, promptcache.store") == set()
+
+
+def test_using_a_store_imports_nothing_heavy(store: PrefixStore) -> None:
+    save(store, tokens(100))
+
+    found = modules_after(
+        "from promptcache import Fingerprint, PrefixStore, PrunePolicy\n"
+        f"with PrefixStore({str(store.path)!r}) as store:\n"
+        "    store.prefixes()\n"
+        f"    store.lookup([1], Fingerprint({'0' * 32!r}, 'model'))\n"
+        "    store.plan_prune(PrunePolicy())"
+    )
+
+    assert found == set()
+
+
+def test_heavy_imports_would_be_seen() -> None:
+    assert "mlx" in modules_after("import mlx.core")
