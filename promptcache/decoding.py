@@ -86,4 +86,4 @@ def _sampled(sampler: Sampler, logprobs: mx.array) -> mx.array:
         return sampler(logprobs)
     except ValueError as error:
         # mlx-lm's samplers check their arguments when they run.
-        raise UsageError(f"cannot sample: {error}") from error
+        raise UsageError(f"cannot sample: {error}".rstrip(".")) from error

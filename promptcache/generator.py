@@ -431,7 +431,7 @@ def _penalty(penalty: float | None, context_size: int) -> list[LogitsProcessor]:
             repetition_penalty=penalty, repetition_context_size=context_size
         )
     except ValueError as error:
-        raise UsageError(f"repetition_penalty cannot be {penalty}: {error}") from error
+        raise UsageError(f"cannot penalize: {error}".rstrip(".")) from error
     return processors
 
 

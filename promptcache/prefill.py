@@ -141,4 +141,5 @@ def quantize(cache: list[Any], num_tokens: int, kv: KVSettings) -> None:
     try:
         maybe_quantize_kv_cache(cache, kv.start, kv.group_size, kv.bits)
     except ValueError as error:
-        raise UsageError(f"this model's cache cannot be quantized: {error}") from error
+        reason = str(error).rstrip(".")
+        raise UsageError(f"this model's cache cannot be quantized: {reason}") from error

@@ -19,6 +19,8 @@ from promptcache.index import ROOT_ID, SCHEMA_VERSION, Index
 from promptcache.store import PrefixStore
 from promptcache.types import Fingerprint, SegmentInfo
 
+OTHER = fingerprint("other")
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -201,9 +203,10 @@ def test_sound_index_is_sound(index: Index) -> None:
 def test_empty_file_becomes_an_index(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
-    index = Index(path)
+    created: list[Index] = []
+    index = Index(path, populate=created.append)
 
-    assert index.is_new
+    assert created == [index]
     index.close()
 
 
@@ -324,9 +327,12 @@ def test_blocks_are_known_by_the_segment_that_ends_on_them(index: Index) -> None
     first = index.segment_id(add(index, tokens(64)))
     second = index.segment_id(add(index, tokens(100), start=64))
 
-    found = [index.segments_at_block(chain.block_hash(i)) for i in (1, 2, 3)]
+    def found(fingerprint: str) -> list[list[int]]:
+        hashes = [chain.block_hash(i) for i in (1, 2, 3)]
+        return [index.segments_at_block(h, fingerprint) for h in hashes]
 
-    assert found == [[first], [first], [second]]
+    assert found(TINY.digest) == [[first], [first], [second]]
+    assert found(OTHER.digest) == [[], [], []]
     assert index.has_block(chain.block_hash(3))
     assert not index.has_block(chain.block_hash(0))
 

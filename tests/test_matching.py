@@ -261,3 +261,25 @@ def test_match_costs_the_same_however_much_is_stored(store: PrefixStore) -> None
         step for step in steps if step.startswith("SCAN") and step[5:] in tables
     }
     assert any(step.startswith("SEARCH blocks") for step in steps)
+
+
+@pytest.mark.parametrize("position", [0, 10, 63, 64, 99])
+def test_match_ends_where_token_ids_differ_though_all_hashes_agree(
+    store: PrefixStore, position: int
+) -> None:
+    """As if two prompts had the same chain hashes."""
+    prompt = tokens(100)
+    save(store, prompt[:64])
+    save(store, prompt)
+    index = store._index
+    with index.writing():
+        for segment in index.path_to(index.segments_over(100)[0]):
+            if segment.start <= position < segment.end:
+                data = bytearray(segment.token_ids)
+                data[4 * (position - segment.start)] ^= 1
+                sql = "UPDATE segments SET token_ids = ? WHERE id = ?"
+                index._execute(sql, [bytes(data), segment.id])
+
+    match = store.lookup(prompt, TINY)
+
+    assert match.cached_tokens == position

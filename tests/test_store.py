@@ -282,7 +282,7 @@ def test_save_that_fails_leaves_the_limit_as_it_was(path: Path, tmp_path: Path) 
     """The blob's header and the rows need room too, which is known afterwards."""
     base = base_nbytes(tmp_path)
     outcomes = set()
-    for extra in range(-5000, 5000, 250):
+    for extra in range(-5000, 60_000, 1500):
         limit = base + extra
         folder = path / str(extra)
         PrefixStore(folder).close()
@@ -379,7 +379,7 @@ def test_least_recently_used_prefix_goes_first(path: Path, tmp_path: Path) -> No
 
 
 def test_save_never_evicts_what_it_continues(path: Path, tmp_path: Path) -> None:
-    with PrefixStore(path, max_nbytes=base_nbytes(tmp_path) + 100_000) as store:
+    with PrefixStore(path, max_nbytes=base_nbytes(tmp_path) + 130_000) as store:
         save(store, tokens(300), width=30)
         save(store, [9, *tokens(250)], width=30)
 
@@ -730,7 +730,12 @@ def test_process_killed_before_it_rebuilt_the_index_loses_nothing(
 ) -> None:
     filled.close()
     (filled.path / "index.db").unlink()
-    Index(filled.path / "index.db").close()
+
+    def die(index: Index) -> None:
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        Index(filled.path / "index.db", populate=die)
 
     with PrefixStore(filled.path) as store:
         check_nothing_lost(store)

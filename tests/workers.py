@@ -57,7 +57,9 @@ def prompt_of(seed: int) -> list[int]:
 def open_index(folder: Path, number: int) -> None:
     """Open the same new index as everybody else."""
     ready()
-    print(Index(folder / "index.db").is_new)
+    created: list[Index] = []
+    Index(folder / "index.db", populate=created.append)
+    print(bool(created))
 
 
 def open_store(folder: Path, number: int) -> None:
