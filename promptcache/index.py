@@ -248,8 +248,8 @@ class Index:
 
     def add_prefix(
         self, key: str, segment_id: int, num_tokens: int, *, now: float
-    ) -> None:
-        """List a prefix; one that is listed already stays as it is."""
+    ) -> bool:
+        """List a prefix, and return whether it was not listed already."""
         sql = """
             INSERT INTO prefixes
                 (key, segment_id, num_tokens, created_at, used_at, hits)
@@ -257,7 +257,8 @@ class Index:
             ON CONFLICT (key) DO NOTHING
         """
         with self.writing():
-            self._execute(sql, [key, segment_id, num_tokens, now, now])
+            cursor = self._execute(sql, [key, segment_id, num_tokens, now, now])
+            return cursor.rowcount > 0
 
     def remove_prefix(self, key: str) -> None:
         """Stop listing a prefix; its segments stay."""

@@ -351,9 +351,11 @@ class PrefixStore:
             segment_id = self._index.segment_id(segment_key)
             if segment_id is None:
                 return False
-            key = chain.key_at(len(chain))
-            self._index.add_prefix(key, segment_id, len(chain), now=time.time())
-        self._hold_limit(segment_key)
+            is_new = self._index.add_prefix(
+                chain.key_at(len(chain)), segment_id, len(chain), now=time.time()
+            )
+        if is_new:
+            self._hold_limit(segment_key)
         return True
 
     @contextlib.contextmanager

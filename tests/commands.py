@@ -41,10 +41,7 @@ def assert_fails(result: Result, code: int, *words: str) -> None:
 
 def start(*args: str | Path, **options: Any) -> "subprocess.Popen[str]":
     """Start the command as a process of its own."""
-    command = [sys.executable, "-m", "promptcache_cli.main"]
-    script = Path(sys.executable).with_name("promptcache")
-    if script.exists():
-        command = [sys.executable, str(script)]
+    command = [sys.executable, "-m", "promptcache_cli"]
     return subprocess.Popen(
         [*command, *(str(arg) for arg in args)],
         stdin=subprocess.DEVNULL,
