@@ -13,7 +13,7 @@ EXTRAS := dev$(if $(BACKEND),$(comma)$(BACKEND))
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
 RUN := PATH="$(BIN):$$PATH" $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 
-.PHONY: help demo test lint format docs bench clean
+.PHONY: help demo test lint format bench clean
 
 help:
 	@echo "make demo    run the main job with the embedded default model"

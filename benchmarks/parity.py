@@ -47,13 +47,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--messages", type=int, default=len(MESSAGES))
     parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS))
     options = parser.parse_args()
     messages = MESSAGES[: options.messages]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         generator = CachedGenerator.load(store=folder, save=False)
         print(machine(), flush=True)
-        for name, settings in SETTINGS.items():
+        for name in options.settings:
+            settings = SETTINGS[name]
             kv = {k: v for k, v in settings.items() if "kv" in k}
             prefix = generator.build(system=NARRATOR.read_text(), **kv)
             pairs = [

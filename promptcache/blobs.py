@@ -12,14 +12,13 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from promptcache.errors import DamagedBlobError, StoreFormatError
+from promptcache.errors import DamagedBlobError, StoreError, StoreFormatError
 from promptcache.types import (
     BlobHeader,
     EncodedSegment,
@@ -124,7 +123,7 @@ class BlobFolder:
                 for buffer in buffers:
                     file.write(buffer)
                 file.flush()
-                os.fsync(file.fileno())
+                _flush(file.fileno())
                 yield StagedBlob(tmp, path, file.tell())
             finally:
                 tmp.unlink(missing_ok=True)
@@ -134,13 +133,19 @@ class BlobFolder:
 
         Raises:
             DamagedBlobError: The blob is missing, truncated or its header changed.
+            StoreError: It cannot be read now.
             StoreFormatError: A newer promptcache wrote it.
         """
         try:
             return _decode_header(self.path(key), key)
         except FileNotFoundError:
             raise DamagedBlobError("blob is missing") from None
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except IsADirectoryError:
+            raise DamagedBlobError("blob is a folder") from None
+        except OSError as error:
+            # Such as too many open files: the blob may well be sound.
+            raise StoreError(f"blob cannot be read ({error.strerror})") from error
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise DamagedBlobError(f"header cannot be read ({error})") from None
 
     def read_token_ids(self, header: BlobHeader) -> bytes:
@@ -168,8 +173,12 @@ class BlobFolder:
                 file.seek(header.data_start)
                 while data := file.read(READ_NBYTES):
                     checksum.update(data)
+        except FileNotFoundError:
+            raise DamagedBlobError("blob is missing") from None
+        except IsADirectoryError:
+            raise DamagedBlobError("blob is a folder") from None
         except OSError as error:
-            raise DamagedBlobError(f"blob cannot be read ({error})") from None
+            raise StoreError(f"blob cannot be read ({error.strerror})") from error
         if checksum.hexdigest() != header.data_checksum:
             raise DamagedBlobError("checksum of the data does not match")
         return header
@@ -237,6 +246,9 @@ class BlobFolder:
 
 
 def _encode_header(info: SegmentInfo, layout: str, tensors: list[Tensor]) -> bytes:
+    # Imported here because it takes 20 ms, which `ls` can do without.
+    from importlib.metadata import version
+
     checksum = xxhash.xxh3_128()
     for tensor in tensors:
         checksum.update(tensor.data)
@@ -384,9 +396,18 @@ def _open_locked(path: Path) -> BinaryIO:
         file.close()
 
 
+def _flush(descriptor: int) -> None:
+    """Make a file durable; on a Mac `fsync` alone stops at the drive's cache."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is None:
+        os.fsync(descriptor)
+    else:
+        fcntl.fcntl(descriptor, full)
+
+
 def _fsync(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _flush(descriptor)
     finally:
         os.close(descriptor)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -123,7 +123,7 @@ class Generation:
         self._fingerprint = fingerprint
         self._request = request
 
-    def stream(self) -> Iterator[GenerationResponse]:
+    def stream(self) -> Generator[GenerationResponse, None, None]:
         """Generate; at the end, also an early one, save the prompt if it is due."""
         request = self._request
         started = time.perf_counter()

@@ -1,7 +1,7 @@
 """CachedGenerator: match, load, stream the rest, save."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -297,9 +297,8 @@ class CachedGenerator:
             key = saver.save(len(token_ids))
         if name is not None:
             store.pin(key, name)
-        prefix = next(p for p in store.prefixes() if p.key == key)
         return BuiltPrefix(
-            **asdict(prefix),
+            **asdict(store.resolve(key)),
             cached_tokens=match.cached_tokens,
             seconds=time.perf_counter() - started,
         )
@@ -357,7 +356,7 @@ class CachedGenerator:
         quantized_kv_start: int = 5000,
         prompt_progress_callback: Progress | None = None,
         **kwargs: Any,
-    ) -> Iterator[GenerationResponse]:
+    ) -> Generator[GenerationResponse, None, None]:
         """Generate token by token, like `mlx_lm.stream_generate`.
 
         The answer is never saved. Closing the generator early saves the prompt all
@@ -394,6 +393,8 @@ class CachedGenerator:
         """
         if max_tokens == 0 or max_tokens < -1:
             raise UsageError("max_tokens must be at least 1, or -1 for no limit")
+        if seed is not None and not 0 <= seed < 2**64:
+            raise UsageError(f"seed must be in [0, 2**64), not {seed}")
         _check_options(kwargs)
         if seed is not None:
             mx.random.seed(seed)

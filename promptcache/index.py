@@ -16,7 +16,14 @@ from typing import Any
 
 from promptcache.chain import Chain
 from promptcache.errors import DamagedIndexError, StoreError, StoreFormatError
-from promptcache.types import Fingerprint, Leaf, Prefix, SegmentInfo, SegmentRow
+from promptcache.types import (
+    Fingerprint,
+    Leaf,
+    ListedPrefix,
+    Prefix,
+    SegmentInfo,
+    SegmentRow,
+)
 
 SCHEMA_VERSION = 1
 ROOT_ID = 0
@@ -63,15 +70,16 @@ class Index:
         try:
             # Created by hand, because SQLite would follow the umask.
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            return _open(self.path, "mode=rw")
+            if os.access(self.path.parent, os.W_OK):
+                return _open(self.path, "mode=rw")
         except (OSError, sqlite3.OperationalError) as error:
-            if not self.path.exists():
+            if not os.path.exists(self.path):
                 raise StoreError(f"the index {self.path} cannot be created") from error
         self.read_only = True
         # `immutable` reads where no -shm file can be made; it must not be used
         # while a WAL holds rows that it would not see.
         wal = self.path.with_name(f"{self.path.name}-wal")
-        has_rows = wal.exists() and wal.stat().st_size
+        has_rows = os.path.exists(wal) and wal.stat().st_size
         return _open(self.path, "mode=ro" if has_rows else "immutable=1")
 
     def _prepare(self, populate: Callable[["Index"], object]) -> None:
@@ -127,6 +135,19 @@ class Index:
                 raise
             with _translated():
                 self._connection.commit()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """See one state of the store until the end, whatever others do."""
+        with self._lock:
+            if self._connection.in_transaction:
+                yield
+                return
+            self._execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._connection.rollback()
 
     def _execute(self, sql: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
         with self._lock, _translated():
@@ -277,6 +298,14 @@ class Index:
         """Return the key and the number of tokens of each pin by its name."""
         sql = "SELECT name, key, num_tokens FROM prefixes WHERE name IS NOT NULL"
         return {str(n): (str(k), _int(t)) for n, k, t in self._all(sql)}
+
+    def listed(self) -> list[ListedPrefix]:
+        """Return the prefixes that were built or saved, by key."""
+        sql = """
+            SELECT p.key, s.key, p.num_tokens, p.name
+            FROM prefixes p JOIN segments s ON s.id = p.segment_id ORDER BY p.key
+        """
+        return [ListedPrefix(*row) for row in self._all(sql)]
 
     def touch(
         self, segment_keys: Sequence[str], cached_tokens: int, *, now: float
@@ -463,7 +492,8 @@ def _create_tables(connection: sqlite3.Connection) -> None:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except sqlite3.OperationalError as error:
+    except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:
+        # The latter after `close`.
         raise StoreError(f"the index cannot be used ({error})") from error
     except sqlite3.DatabaseError as error:
         raise DamagedIndexError(

@@ -50,6 +50,7 @@ def load(
         ModelError: The model cannot be found or loaded.
     """
     import mlx_lm
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, snapshot_download
 
     wanted = str(path_or_hf_repo or location.model_name() or default_model.NAME)
     source = _source(wanted, announce)
@@ -58,14 +59,21 @@ def load(
         raise ModelError(
             f"adapter {adapter_path} not found, it has no adapter_config.json"
         )
+    revision = kwargs.pop("revision", None)
+    folder = Path(source)
     try:
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    source, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS
+                )
+            )
         model, tokenizer, config = mlx_lm.load(
-            source,
+            str(folder),
             adapter_path=None if adapter is None else str(adapter),
             return_config=True,
             **kwargs,
         )
-        folder = _folder(source)
     except Exception as error:
         # The loader, the hub and the model's own code raise whatever they like.
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
@@ -76,7 +84,9 @@ def load(
         **_folder_parts(model, folder, config, adapter),
         "dtype": _dtypes(model),
     }
-    return model, tokenizer, ModelIdentity(_name(wanted), source, parts)
+    # Another revision than the hub's newest is found by its folder only.
+    source = str(folder) if revision else source
+    return model, tokenizer, ModelIdentity(display_name(wanted), source, parts)
 
 
 def load_tokenizer(source: str | None) -> Any:
@@ -114,7 +124,7 @@ def _folder(source: str) -> Path:
     return Path(source) if Path(source).is_dir() else hf_repo_to_path(source)
 
 
-def _name(wanted: str) -> str:
+def display_name(wanted: str) -> str:
     """Return a folder's name, or a hub repository as it is."""
     path = Path(wanted).expanduser()
     return path.resolve().name if path.is_dir() else wanted

@@ -140,6 +140,6 @@ def quantize(cache: list[Any], num_tokens: int, kv: KVSettings) -> None:
         return
     try:
         maybe_quantize_kv_cache(cache, kv.start, kv.group_size, kv.bits)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         reason = str(error).rstrip(".")
         raise UsageError(f"this model's cache cannot be quantized: {reason}") from error

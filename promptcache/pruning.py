@@ -107,9 +107,15 @@ def _sweep(index: Index, blobs: BlobFolder, garbage: Garbage) -> bool:
 
 
 def remove_blobs(index: Index, blobs: BlobFolder, keys: Iterable[str]) -> int:
-    """Remove those of the blobs that no row refers to; return their size."""
-    with index.writing():
-        return sum(blobs.remove(k) for k in keys if index.segment_id(k) is None)
+    """Remove those of the blobs that no row refers to; return their size.
+
+    Raises StoreError.
+    """
+    try:
+        with index.writing():
+            return sum(blobs.remove(k) for k in keys if index.segment_id(k) is None)
+    except OSError as error:
+        raise StoreError(f"a blob cannot be removed ({error.strerror})") from error
 
 
 def report(

@@ -6,11 +6,17 @@ from collections.abc import Callable, Collection, Iterable
 
 from promptcache.blobs import BlobFolder
 from promptcache.chain import Chain, pack, unpack
-from promptcache.errors import DamagedBlobError, StoreError, StoreFormatError
+from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.index import Index
-from promptcache.types import BlobHeader, Damage, SegmentRow, VerifyReport
+from promptcache.types import (
+    BlobHeader,
+    Damage,
+    ListedPrefix,
+    SegmentRow,
+    VerifyReport,
+)
 
-PINS_FILE = "pins.json"
+PREFIXES_FILE = "prefixes.json"
 
 
 def joined(rows: Iterable[SegmentRow], num_tokens: int) -> bytes:
@@ -29,6 +35,7 @@ def verify(
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Compare every blob with its checksums and with the index."""
+    quarantined = tuple(blobs.quarantined())
     known = index.segment_keys()
     keys = sorted(key for key, _ in blobs.stored())
     damaged: dict[str, str] = {}
@@ -48,7 +55,7 @@ def verify(
     return VerifyReport(
         checked=len(keys),
         damaged=tuple(Damage(key, reason) for key, reason in damaged.items()),
-        quarantined=tuple(blobs.quarantined()),
+        quarantined=quarantined,
         orphans=len(set(keys) - known - set(damaged)),
         missing=tuple(missing),
         rebuilt=rebuilt,
@@ -59,25 +66,31 @@ def verify(
 def _damage(blobs: BlobFolder, key: str) -> str | None:
     try:
         blobs.check(key)
-    except StoreFormatError:
-        return None
     except DamagedBlobError as error:
         return str(error)
+    except StoreError:
+        # Of a newer format, or not readable just now: no damage.
+        return None
     return None
 
 
-def give_up(index: Index, blobs: BlobFolder, key: str) -> None:
-    """Forget a segment and all that hangs on it; its blob moves to `quarantine/`."""
-    num_names = len(index.names())
+def give_up(index: Index, blobs: BlobFolder, key: str) -> list[str]:
+    """Forget a segment and all that hangs on it; return the names that went.
+
+    Its blob moves to `quarantine/`.
+    """
+    names = index.names().keys()
     index.remove_subtree(key)
-    if len(index.names()) < num_names:
-        write_pins(index, blobs)
+    lost = sorted(names - index.names().keys())
+    if lost:
+        write_prefixes(index, blobs)
     try:
         blobs.set_aside(blobs.path(key))
     except OSError as error:
         raise StoreError(
             f"blob {key} cannot be set aside ({error.strerror})"
         ) from error
+    return lost
 
 
 def set_index_aside(blobs: BlobFolder) -> None:
@@ -98,7 +111,7 @@ def rebuild(index: Index, blobs: BlobFolder, *, skip: Collection[str] = ()) -> i
         headers = _headers(blobs, [k for k, _ in blobs.stored() if k not in known])
         added = sum(_adopt(index, blobs, header) for header in headers)
         if added:
-            _restore_pins(index, blobs)
+            _restore_prefixes(index, blobs)
     return added
 
 
@@ -108,7 +121,7 @@ def _headers(blobs: BlobFolder, keys: Iterable[str]) -> list[BlobHeader]:
     for key in keys:
         try:
             headers.append(blobs.read_header(key))
-        except (DamagedBlobError, StoreFormatError):
+        except StoreError:
             continue
     return sorted(headers, key=lambda header: header.info.start)
 
@@ -134,33 +147,42 @@ def _adopt(index: Index, blobs: BlobFolder, header: BlobHeader) -> bool:
     return True
 
 
-def write_pins(index: Index, blobs: BlobFolder) -> None:
-    """Keep the pins beside the index, which can be lost."""
-    pins = {
-        name: {"key": key, "num_tokens": num_tokens}
-        for name, (key, num_tokens) in sorted(index.names().items())
-    }
+def write_prefixes(index: Index, blobs: BlobFolder) -> None:
+    """Keep the list of prefixes beside the index, which can be lost.
+
+    Where a blob's own `is_prefix` tells the same, the file may lag behind.
+    """
+    listed = [entry._asdict() for entry in index.listed()]
     try:
-        blobs.write_file(PINS_FILE, json.dumps(pins, indent=1).encode())
+        blobs.write_file(PREFIXES_FILE, json.dumps(listed, indent=1).encode())
     except OSError as error:
-        raise StoreError(f"pins cannot be written ({error.strerror})") from error
+        raise StoreError(f"prefixes cannot be listed ({error.strerror})") from error
 
 
-def _restore_pins(index: Index, blobs: BlobFolder) -> None:
-    """Name prefixes again, also those that end inside a segment."""
+def _restore_prefixes(index: Index, blobs: BlobFolder) -> None:
+    """List and name prefixes again, also those that end inside a segment."""
     try:
-        pins = json.loads((blobs.root / PINS_FILE).read_bytes())
-        wanted = {str(n): (p["key"], int(p["num_tokens"])) for n, p in pins.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        entries = json.loads((blobs.root / PREFIXES_FILE).read_bytes())
+        wanted = [ListedPrefix(**entry) for entry in entries]
+    except (OSError, ValueError, TypeError):
         return
-    for name in wanted.keys() - index.names().keys():
-        key, num_tokens = wanted[name]
-        for segment_id in index.segments_over(num_tokens):
-            chain = Chain(
-                index.fingerprint_of(segment_id).digest,
-                joined(index.path_to(segment_id), num_tokens),
-            )
-            if chain.key_at(num_tokens) == key:
-                index.add_prefix(key, segment_id, num_tokens, now=time.time())
-                index.set_name(key, name)
-                break
+    known = set(index.listed())
+    for entry in wanted:
+        segment_id = index.segment_id(str(entry.segment_key))
+        if entry in known or segment_id is None or not _is_right(index, entry):
+            continue
+        index.add_prefix(entry.key, segment_id, entry.num_tokens, now=time.time())
+        if entry.name is not None and entry.name not in index.names():
+            index.set_name(entry.key, entry.name)
+
+
+def _is_right(index: Index, entry: ListedPrefix) -> bool:
+    """Return whether a prefix has the key that the file gives it."""
+    segment_id = index.segment_id(entry.segment_key)
+    assert segment_id is not None
+    rows = index.path_to(segment_id)
+    num_tokens = entry.num_tokens
+    if not isinstance(num_tokens, int) or not rows[-1].start < num_tokens:
+        return False
+    chain = Chain(index.fingerprint_of(segment_id).digest, joined(rows, num_tokens))
+    return len(chain) == num_tokens and chain.key_at(num_tokens) == entry.key

@@ -71,7 +71,12 @@ def checked(store: PrefixStore, match: Match) -> Match:
 
 
 def _give_up(store: PrefixStore, part: SegmentSlice, error: StoreError) -> None:
-    warn(f"cached segment {part.key[:12]} cannot be used and is read again: {error}")
+    names: list[str] = []
     if isinstance(error, DamagedBlobError):
         with contextlib.suppress(StoreError):
-            store.give_up(part.key)
+            names = store.give_up(part.key)
+    lost = f", and {', '.join(names)} is no longer pinned" if names else ""
+    warn(
+        f"cached segment {part.key[:12]} cannot be used and is read again: "
+        f"{error}{lost}"
+    )

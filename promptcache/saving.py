@@ -53,11 +53,6 @@ class QuietSaver:
         """Take a saver, or None to save nothing."""
         self._saver = saver
 
-    @property
-    def is_on(self) -> bool:
-        """Return whether there is anything to save."""
-        return self._saver is not None
-
     def save(self, end: int) -> str | None:
         """Save `[0, end)` and return its key, or None if it was not saved."""
         if self._saver is None:

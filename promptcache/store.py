@@ -5,13 +5,12 @@ tokens, and whoever loads gets the path of a blob.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
-
-import filelock
 
 from promptcache import location, pruning, recovery
 from promptcache.blobs import BlobFolder
@@ -39,6 +38,7 @@ from promptcache.types import (
     Removal,
     SegmentInfo,
     SegmentReport,
+    SegmentRow,
     SegmentSlice,
     VerifyReport,
 )
@@ -89,7 +89,7 @@ class PrefixStore:
         try:
             self._blobs.create()
         except OSError as error:
-            if not (self.path / "index.db").exists():
+            if not os.path.exists(self.path / "index.db"):
                 raise StoreError(
                     f"the store {self.path} cannot be created ({error.strerror})"
                 ) from error
@@ -170,20 +170,21 @@ class PrefixStore:
         keys = [part.key for part in match.slices]
         self._index.touch(keys, match.cached_tokens, now=time.time())
 
-    def give_up(self, key: str) -> None:
+    def give_up(self, key: str) -> list[str]:
         """Forget a segment that cannot be used, with all that hangs on it.
 
-        Its blob moves to `quarantine/`. Raises StoreError.
+        Its blob moves to `quarantine/`. Return the names that went. Raises StoreError.
         """
-        recovery.give_up(self._index, self._blobs, key)
+        return recovery.give_up(self._index, self._blobs, key)
 
     def prefixes(self) -> list[Prefix]:
         """Return what was built or saved, the last used first. Raises StoreError."""
-        tree = self._tree()
-        return [
-            self._with_nbytes(prefix, segment_id, tree)
-            for prefix, segment_id in self._index.prefixes()
-        ]
+        with self._index.reading():
+            tree = self._tree()
+            return [
+                self._with_nbytes(prefix, segment_id, tree)
+                for prefix, segment_id in self._index.prefixes()
+            ]
 
     def _with_nbytes(
         self, prefix: Prefix, segment_id: int, tree: pruning.Tree
@@ -200,8 +201,9 @@ class PrefixStore:
         Raises:
             KeyNotFoundError: There is none, or more than one.
         """
-        prefix, segment_id = self._resolve(key_or_name)
-        return self._with_nbytes(prefix, segment_id, self._tree())
+        with self._index.reading():
+            prefix, segment_id = self._resolve(key_or_name)
+            return self._with_nbytes(prefix, segment_id, self._tree())
 
     def _resolve(self, key_or_name: str) -> tuple[Prefix, int]:
         found = [
@@ -230,23 +232,24 @@ class PrefixStore:
             KeyNotFoundError: There is no such prefix.
             DamagedBlobError: One of its blobs cannot be read.
         """
-        prefix, segment_id = self._resolve(key_or_name)
-        rows = self._index.path_to(segment_id)
-        return PrefixReport(
-            prefix=self._with_nbytes(prefix, segment_id, self._tree()),
-            fingerprint=self._index.fingerprint_of(segment_id),
-            segments=tuple(
-                SegmentReport(
-                    row.key,
-                    row.start,
-                    row.end,
-                    row.nbytes,
-                    self._blobs.read_header(row.key).layout,
-                )
-                for row in rows
-            ),
-            token_ids=unpack(recovery.joined(rows, prefix.num_tokens)),
-        )
+        with self._index.reading():
+            prefix, segment_id = self._resolve(key_or_name)
+            rows = self._index.path_to(segment_id)
+            return PrefixReport(
+                prefix=self._with_nbytes(prefix, segment_id, self._tree()),
+                fingerprint=self._index.fingerprint_of(segment_id),
+                segments=tuple(self._segment_report(row) for row in rows),
+                token_ids=unpack(recovery.joined(rows, prefix.num_tokens)),
+            )
+
+    def _segment_report(self, row: SegmentRow) -> SegmentReport:
+        try:
+            layout = self._blobs.read_header(row.key).layout
+        except DamagedBlobError as error:
+            raise DamagedBlobError(
+                f"segment {row.key[:12]}: {error}, run `promptcache verify --fix`"
+            ) from error
+        return SegmentReport(row.key, row.start, row.end, row.nbytes, layout)
 
     def total_nbytes(self) -> int:
         """Return the size of all files of the store."""
@@ -354,6 +357,9 @@ class PrefixStore:
             is_new = self._index.add_prefix(
                 chain.key_at(len(chain)), segment_id, len(chain), now=time.time()
             )
+            if is_new:
+                # Its blob does not tell that a prefix ends there.
+                recovery.write_prefixes(self._index, self._blobs)
         if is_new:
             self._hold_limit(segment_key)
         return True
@@ -374,6 +380,9 @@ class PrefixStore:
     def _locked(
         self, name: str, on_wait: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
+        # Imported here because it takes 30 ms, which `ls` can do without.
+        import filelock
+
         lock = filelock.FileLock(self._blobs.lock_path(name), mode=0o600)
         try:
             lock.acquire(blocking=False)
@@ -408,7 +417,7 @@ class PrefixStore:
                 prefix.key, segment_id, prefix.num_tokens, now=time.time()
             )
             self._index.set_name(prefix.key, name)
-            recovery.write_pins(self._index, self._blobs)
+            recovery.write_prefixes(self._index, self._blobs)
         return self.resolve(prefix.key)
 
     def unpin(self, name: str) -> Prefix:
@@ -424,7 +433,7 @@ class PrefixStore:
                 )
             key, _ = self._index.names()[name]
             self._index.set_name(key, None)
-            recovery.write_pins(self._index, self._blobs)
+            recovery.write_prefixes(self._index, self._blobs)
         return self.resolve(key)
 
     # Removing and verifying
@@ -443,7 +452,7 @@ class PrefixStore:
             for segment in freed:
                 self._index.remove_leaf(segment.key)
             if prefix.pinned:
-                recovery.write_pins(self._index, self._blobs)
+                recovery.write_prefixes(self._index, self._blobs)
         removals = [Removal(prefix.key, "removed", sum(s.nbytes for s in freed))]
         pruning.remove_blobs(self._index, self._blobs, [s.key for s in freed])
         return pruning.report(self._index, self._blobs, removals, [])

@@ -139,6 +139,15 @@ class SegmentRow(NamedTuple):
     token_ids: bytes
 
 
+class ListedPrefix(NamedTuple):
+    """A prefix and the segment it ends in, as the index lists it."""
+
+    key: str
+    segment_key: str
+    num_tokens: int
+    name: str | None
+
+
 class Leaf(NamedTuple):
     """What eviction has to know of a segment; `parent_id` 0 is the root."""
 

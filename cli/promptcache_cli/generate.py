@@ -1,5 +1,6 @@
 """`promptcache generate`."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,9 @@ sampling_options = stacked(
     click.option(
         "--top-k", type=click.IntRange(0), help="Sample from this many tokens"
     ),
-    click.option("--seed", type=int, help="Seed for the sampling"),
+    click.option(
+        "--seed", type=click.IntRange(0, 2**64 - 1), help="Seed for the sampling"
+    ),
     click.option(
         "--repetition-penalty",
         type=click.FloatRange(0),
@@ -131,7 +134,9 @@ def generate(
             prompt_progress_callback=progress,
             **options,
         )
-        taken = list(_streamed(responses, echo=not json_))
+        # Closed before the store is, also when stdout is closed early.
+        with contextlib.closing(responses):
+            taken = list(_streamed(responses, echo=not json_))
     if json_:
         output.json_data(_as_json(taken))
     if usage:

@@ -43,6 +43,8 @@ class Group(click.Group):
             # A reader such as `head` has enough; keep Python's exit silent too.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 1
+        except OSError as error:
+            code = _failed(str(error), 1)
         sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -35,13 +35,13 @@ class Converted(click.ParamType[Any]):
 def read_text(text: str) -> str:
     """Return text, or the content of `@FILE`, or stdin for `-`."""
     if text == "-":
-        return sys.stdin.read()
+        return read_file("-")
     return read_file(text[1:]) if text.startswith("@") else text
 
 
 def read_prompt(text: str) -> str:
     """Return text, or stdin for `-`; `@` may well begin a prompt."""
-    return sys.stdin.read() if text == "-" else text
+    return read_file("-") if text == "-" else text
 
 
 def read_file(path: str) -> str:
@@ -55,7 +55,8 @@ def read_file(path: str) -> str:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no text in UTF-8") from error
+        name = "stdin" if path == "-" else path
+        raise UsageError(f"{name} is no text in UTF-8") from error
 
 
 def read_json_list(path: str) -> list[dict[str, Any]]:
@@ -183,5 +184,5 @@ def open_store(store_path: str | None, max_nbytes: int | None = None) -> PrefixS
 
 def confirm(question: str, *, yes: bool) -> None:
     """Ask on a terminal; a script is not asked, a cache can be computed again."""
-    if not yes and sys.stdin.isatty():
-        click.confirm(question, abort=True, err=True)
+    if not yes and sys.stdin.isatty() and not click.confirm(question, err=True):
+        raise click.exceptions.Exit(0)

@@ -25,7 +25,7 @@ from promptcache_cli.options import (
     help="Evict until the store has this size  [default: the store's limit]",
 )
 @click.option("--older-than", type=AGE, help="Evict what was not used for so long: 7d")
-@click.option("--model", help="Evict everything of this model")
+@click.option("-m", "--model", help="Evict everything of this model")
 @store_option
 @json_option
 @quiet_option
@@ -53,10 +53,16 @@ def prune(
         promptcache prune --dry-run
         promptcache prune --max-size 5GB --older-than 2w
     """
+    from promptcache.loading import display_name
+
     talk = output.Talk(quiet=quiet)
     with open_store(store_path) as store:
         limit = store.max_nbytes if max_size is None else max_size
-        policy = PrunePolicy(max_nbytes=limit, older_than=older_than, model=model)
+        policy = PrunePolicy(
+            max_nbytes=limit,
+            older_than=older_than,
+            model=model and display_name(model),
+        )
         plan = store.plan_prune(policy)
         if not json_:
             _print_plan(plan)

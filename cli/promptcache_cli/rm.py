@@ -42,7 +42,7 @@ def rm(
         promptcache ls -q | xargs promptcache rm -y
     """
     with open_store(store_path) as store:
-        prefixes = [store.resolve(key) for key in dict.fromkeys(keys)]
+        prefixes = list({p.key: p for p in map(store.resolve, keys)}.values())
         if not dry_run:
             names = ", ".join(p.name or p.key[:12] for p in prefixes)
             confirm(f"Remove {names}?", yes=yes)
