@@ -470,3 +470,12 @@ def test_old_prefixes_show_their_age(path: Path) -> None:
     assert (prefix["key"], prefix["hits"]) == (key, 1)
     assert prefix["used_at"] >= prefix["created_at"]
     assert time.strftime("%Y") in prefix["used_at"]
+
+
+def test_rm_counts_a_prefix_once_that_is_named_twice(keys: list[str]) -> None:
+    nbytes = listed()[keys[1]]["nbytes"]
+
+    report = json.loads(ok("rm", "--json", keys[1], keys[1][:12]).stdout)
+
+    assert [r["key"] for r in report["removed"]] == [keys[1]]
+    assert report["freed_nbytes"] == nbytes

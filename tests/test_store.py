@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import shutil
 import threading
 import time
@@ -45,6 +46,7 @@ from promptcache.errors import (
     DamagedBlobError,
     DamagedIndexError,
     KeyNotFoundError,
+    StoreError,
     StoreFormatError,
     StoreFullError,
     UsageError,
@@ -1172,3 +1174,33 @@ def test_any_operations_in_any_order_keep_the_store_sound() -> None:
             phases=[Phase.explicit, Phase.reuse, Phase.generate],
         ),
     )
+
+
+def test_prefix_inside_a_segment_is_listed_again_with_a_lost_index(path: Path) -> None:
+    with PrefixStore(path) as store:
+        save(store, tokens(100))
+        save(store, tokens(70))
+        before = {prefix.key for prefix in store.prefixes()}
+    (path / "index.db").unlink()
+
+    with PrefixStore(path) as store:
+        after = {prefix.key for prefix in store.prefixes()}
+
+    assert len(before) == 2
+    assert after == before
+
+
+def test_blob_that_cannot_be_opened_just_now_is_no_damage(store: PrefixStore) -> None:
+    save(store, tokens(40))
+    part = store.lookup(tokens(40), TINY).slices[0]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+
+    try:
+        with pytest.raises(StoreError, match="Too many open files") as caught:
+            store.open_blob(part)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert not isinstance(caught.value, DamagedBlobError)
+    assert store.verify().damaged == ()
