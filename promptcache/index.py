@@ -11,6 +11,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +121,22 @@ class Index:
             self._connection.executescript("PRAGMA incremental_vacuum")
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> AbstractContextManager[None]:
         """Hold the write lock for a transaction. Raises StoreError."""
+        return self._transaction("BEGIN IMMEDIATE")
+
+    def reading(self) -> AbstractContextManager[None]:
+        """See one state of the store until the end, whatever others do."""
+        return self._transaction("BEGIN")
+
+    @contextlib.contextmanager
+    def _transaction(self, begin: str) -> Iterator[None]:
+        """Commit at the end, or roll back; inside another one, be part of it."""
         with self._lock:
             if self._connection.in_transaction:
                 yield
                 return
-            self._execute("BEGIN IMMEDIATE")
+            self._execute(begin)
             try:
                 yield
             except BaseException:
@@ -135,19 +144,6 @@ class Index:
                 raise
             with _translated():
                 self._connection.commit()
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """See one state of the store until the end, whatever others do."""
-        with self._lock:
-            if self._connection.in_transaction:
-                yield
-                return
-            self._execute("BEGIN")
-            try:
-                yield
-            finally:
-                self._connection.rollback()
 
     def _execute(self, sql: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
         with self._lock, _translated():
@@ -230,11 +226,6 @@ class Index:
             FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
         """
         return [Leaf._make([*row[:5], bool(row[5]), row[6]]) for row in self._all(sql)]
-
-    def segments_over(self, position: int) -> list[int]:
-        """Return the ids of the segments in which a prefix of this length ends."""
-        sql = "SELECT id FROM segments WHERE start < ? AND end >= ?"
-        return [_int(row[0]) for row in self._all(sql, [position, position])]
 
     def fingerprint_of(self, segment_id: int) -> Fingerprint:
         """Return the fingerprint that a segment was computed under."""

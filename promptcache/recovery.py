@@ -169,17 +169,17 @@ def _restore_prefixes(index: Index, blobs: BlobFolder) -> None:
     known = set(index.listed())
     for entry in wanted:
         segment_id = index.segment_id(str(entry.segment_key))
-        if entry in known or segment_id is None or not _is_right(index, entry):
+        if entry in known or segment_id is None:
+            continue
+        if not _has_key(index, segment_id, entry):
             continue
         index.add_prefix(entry.key, segment_id, entry.num_tokens, now=time.time())
         if entry.name is not None and entry.name not in index.names():
             index.set_name(entry.key, entry.name)
 
 
-def _is_right(index: Index, entry: ListedPrefix) -> bool:
+def _has_key(index: Index, segment_id: int, entry: ListedPrefix) -> bool:
     """Return whether a prefix has the key that the file gives it."""
-    segment_id = index.segment_id(entry.segment_key)
-    assert segment_id is not None
     rows = index.path_to(segment_id)
     num_tokens = entry.num_tokens
     if not isinstance(num_tokens, int) or not rows[-1].start < num_tokens:

@@ -531,7 +531,7 @@ def test_early_close_saves_the_prompt_if_it_is_due(
     responses = generator.stream_generate(PROMPT, MAX_TOKENS, save=policy)
     next(responses)
 
-    responses.close()  # type: ignore[attr-defined]
+    responses.close()
 
     assert stored_token_ids(store) == ([PROMPT] if policy else [])
     assert run(generator, PROMPT).tokens == plain(generator, PROMPT).tokens

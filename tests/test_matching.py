@@ -15,6 +15,7 @@ from segments import (
     cached_tokens,
     check_match,
     encoder,
+    expected_key,
     fingerprint,
     longest_shared,
     save,
@@ -273,7 +274,9 @@ def test_match_ends_where_token_ids_differ_though_all_hashes_agree(
     save(store, prompt)
     index = store._index
     with index.writing():
-        for segment in index.path_to(index.segments_over(100)[0]):
+        deepest = index.segment_id(expected_key(TINY.digest, prompt))
+        assert deepest is not None
+        for segment in index.path_to(deepest):
             if segment.start <= position < segment.end:
                 data = bytearray(segment.token_ids)
                 data[4 * (position - segment.start)] ^= 1
