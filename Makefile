@@ -13,7 +13,7 @@ EXTRAS := dev$(if $(BACKEND),$(comma)$(BACKEND))
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
 RUN := PATH="$(BIN):$$PATH" $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench models clean
 
 help:
 	@echo "make demo    run the main job with the embedded default model"
@@ -21,6 +21,7 @@ help:
 	@echo "make lint    check style, types and generated docs"
 	@echo "make format  mend style and generated docs"
 	@echo "make bench   measure, side by side with mlx-lm"
+	@echo "make models  try every architecture of mlx-lm, and write docs/models.md"
 	@echo "make clean   remove the virtual environment"
 
 $(VENV)/.installed: pyproject.toml
@@ -49,6 +50,9 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(RUN) python -m benchmarks.ttft
+
+models: $(VENV)/.installed
+	$(RUN) python -m benchmarks.conformance --write docs/models.md
 
 clean:
 	rm -rf $(VENV)

@@ -2,7 +2,7 @@
 
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +24,12 @@ def median_and_spread(seconds: Sequence[float]) -> str:
     return f"{statistics.median(seconds):.3f} s ({low:.3f} to {high:.3f})"
 
 
+def table(headers: Sequence[str], rows: Iterable[Iterable[object]]) -> Iterator[str]:
+    """Yield the lines of a Markdown table."""
+    for row in (headers, ["---"] * len(headers), *rows):
+        yield "| " + " | ".join(str(cell) for cell in row) + " |"
+
+
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a Markdown table."""
-    for row in (headers, ["---"] * len(headers), *rows):
-        print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
+    print("\n".join(table(headers, rows)), flush=True)

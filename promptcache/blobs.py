@@ -24,12 +24,13 @@ from promptcache.types import (
     EncodedSegment,
     Fingerprint,
     Garbage,
+    Resumption,
     SegmentInfo,
     Tensor,
     TensorSpec,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 READ_NBYTES = 1 << 22
 CACHEDIR_TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
@@ -265,6 +266,8 @@ def _encode_header(info: SegmentInfo, layout: str, tensors: list[Tensor]) -> byt
         "end": str(info.end),
         "is_prefix": str(int(info.is_prefix)),
         "created_at": repr(info.created_at),
+        "resumption": json.dumps(info.resumption._asdict()),
+        "is_boundary": str(int(info.is_boundary)),
         "layout": layout,
         "mlx_version": version("mlx"),
         "mlx_lm_version": version("mlx-lm"),
@@ -322,6 +325,10 @@ def _check_format(metadata: dict[str, str]) -> None:
             f"blob has format {written} and this promptcache reads up to "
             f"{FORMAT_VERSION}, upgrade promptcache"
         )
+    if written < FORMAT_VERSION:
+        raise StoreFormatError(
+            f"blob has the older format {written}, `promptcache prune` removes it"
+        )
 
 
 def _decode_info(metadata: dict[str, str]) -> SegmentInfo:
@@ -338,11 +345,15 @@ def _decode_info(metadata: dict[str, str]) -> SegmentInfo:
         end=int(metadata["end"]),
         is_prefix=metadata["is_prefix"] == "1",
         created_at=float(metadata["created_at"]),
+        resumption=Resumption(**json.loads(metadata["resumption"])),
+        is_boundary=metadata["is_boundary"] == "1",
     )
 
 
 def _header_checksum(metadata: dict[str, str], specs: list[TensorSpec]) -> str:
-    canonical = json.dumps([metadata, specs], sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(
+        [metadata, sorted(specs)], sort_keys=True, separators=(",", ":")
+    )
     return xxhash.xxh3_128_hexdigest(canonical.encode())
 
 

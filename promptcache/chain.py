@@ -90,3 +90,11 @@ class Chain:
             tail = self.span(position - rest, position)
             digest = xxhash.xxh3_128_digest(digest + tail)
         return digest.hex()
+
+    def tagged_key_at(self, position: int, tag: str) -> str:
+        """Return the key of a segment that is no common one and has a tag.
+
+        It tells such a segment from others that end at the same position.
+        """
+        digest = bytes.fromhex(self.key_at(position))
+        return xxhash.xxh3_128_hexdigest(digest + tag.encode()) if tag else digest.hex()

@@ -1,38 +1,48 @@
 """The codec: cache objects to tensors of a token range, and back.
 
-It shapes layers and never touches the disk, except that it lets mlx read a blob.
-Every layer is kept as *delta* rows along the token axis, which can be cut at any
-token. Rows are kept as they lie in memory, without padding.
+It never touches the disk, except that it lets mlx read a blob. A segment holds rows
+of a token range, a checkpoint the whole state of some parts at one position; how each
+cache class is kept is said in `treatment`. Values are kept as they lie in memory,
+without padding.
 """
 
+import itertools
 import json
-import math
-from collections.abc import Sequence
-from copy import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
-from promptcache.errors import DamagedBlobError, StoreError, UnsupportedCacheError
-from promptcache.types import BlobHeader, EncodedSegment, SegmentSlice, Tensor
+from promptcache.errors import DamagedBlobError, StoreError
+from promptcache.state import put_state, take_state
+from promptcache.treatment import (
+    Treatment,
+    arrays_of,
+    filled_rows,
+    filled_window,
+    parts_of,
+    quantized_rows,
+    rows_of,
+    tensor_names,
+    treatment_of,
+    turned_by,
+    window_rows,
+    window_size,
+    with_parts,
+)
+from promptcache.types import (
+    BlobHeader,
+    EncodedSegment,
+    Resumption,
+    SegmentSlice,
+    Tensor,
+)
 
 if TYPE_CHECKING:
     import mlx.core as mx
-
-# Cache class to the names of its tensors; all are delta rows on axis -2.
-PLAIN_TENSORS = ("keys", "values")
-QUANTIZED_TENSORS = tuple(
-    f"{name}.{part}"
-    for name in PLAIN_TENSORS
-    for part in ("weight", "scales", "biases")
-)
-TENSORS_BY_CLASS = {
-    "KVCache": PLAIN_TENSORS,
-    "ConcatenateKVCache": PLAIN_TENSORS,
-    "QuantizedKVCache": QUANTIZED_TENSORS,
-}
 
 DTYPE_NAMES = {
     "bool": "BOOL",
@@ -49,133 +59,286 @@ DTYPE_NAMES = {
     "float32": "F32",
     "float64": "F64",
 }
+LOGITS = "logits"
 
 
 @dataclass(frozen=True, slots=True)
-class LayerLayout:
-    """How one layer is kept.
+class PartLayout:
+    """How one part of a cache is kept.
 
     Attributes:
-        class_name: Its cache class, a key of `TENSORS_BY_CLASS`.
-        group_size: Of a quantized layer, else None.
-        bits: Of a quantized layer, else None.
+        class_name: Its cache class.
+        treatment: How it is treated.
+        group_size: Of a quantized part, else None.
+        bits: Of a quantized part, else None.
+        state: In a checkpoint, the part's state as JSON, or by how many rows a window
+            is out of temporal order.
     """
 
     class_name: str
+    treatment: Treatment
     group_size: int | None = None
     bits: int | None = None
+    state: Any = None
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Return the names of the tensors that hold its rows."""
+        has_rows = self.treatment in (Treatment.ROWS, Treatment.WINDOW)
+        return tensor_names(self.class_name) if has_rows else ()
+
+
+Layout = Mapping[str, PartLayout]
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """What a cache loses when it reads on: windows' rows, and states.
+
+    Attributes:
+        start: First token of the piece that was just read.
+        end: The token after its last.
+        layout: How each part is kept.
+        windows: Rows of windows, by tensor name.
+        states: Arrays of states, by tensor name.
+    """
+
+    start: int
+    end: int
+    layout: Layout
+    windows: Mapping[str, "mx.array"]
+    states: Mapping[str, "mx.array"]
+
+    @property
+    def needs_checkpoint(self) -> bool:
+        """Return whether rows alone do not restore this cache."""
+        return any(p.treatment is Treatment.CHECKPOINT for p in self.layout.values())
 
 
 class LoadedSegment(NamedTuple):
-    """The rows of one segment in memory: a layout and its tensors for each layer."""
+    """A segment in memory: the range of its rows, its layout and its tensors."""
 
-    layers: list[LayerLayout]
-    rows: list[list["mx.array"]]
+    start: int
+    stop: int
+    layout: Layout
+    arrays: Mapping[str, "mx.array"]
 
+    @property
+    def logits(self) -> "mx.array | None":
+        """Return the logits of the next token, shape `(1, vocabulary)`, or None."""
+        return self.arrays.get(LOGITS)
 
-def check_supported(cache: Sequence[Any]) -> None:
-    """Raise UnsupportedCacheError if a layer's class cannot be stored."""
-    for layer in cache:
-        if type(layer).__name__ not in TENSORS_BY_CLASS:
-            raise UnsupportedCacheError(
-                f"prefixes of this model cannot be stored: its cache class "
-                f"{type(layer).__name__} is not supported"
-            )
+    def rows(self, name: str, start: int, stop: int) -> list["mx.array"]:
+        """Return what it has of the rows `[start, stop)` of a part, tensor by tensor.
 
-
-def layout_of(cache: Sequence[Any]) -> list[LayerLayout]:
-    """Return how the layers of a cache are kept. Raises UnsupportedCacheError."""
-    check_supported(cache)
-    return [
-        LayerLayout(
-            type(layer).__name__,
-            getattr(layer, "group_size", None),
-            getattr(layer, "bits", None),
-        )
-        for layer in cache
-    ]
-
-
-def is_quantized(layout: str) -> bool:
-    """Return whether some layer of a blob's layout is quantized."""
-    return any(layer.bits for layer in _decode_layout(layout))
+        Raises:
+            DamagedBlobError: It has none of this part.
+        """
+        first, last = max(start, self.start), min(stop, self.stop)
+        try:
+            return [
+                self.arrays[_name(name, t)][
+                    ..., first - self.start : last - self.start, :
+                ]
+                for t in self.layout[name].tensor_names
+            ]
+        except KeyError as error:
+            raise DamagedBlobError(f"blob has no {error}") from error
 
 
-def describe(layout: str) -> str:
-    """Return a blob's layout for people: `30 × KVCache`."""
-    layers = _decode_layout(layout)
-    kinds = dict.fromkeys(layers)
-    return ", ".join(f"{layers.count(kind)} × {_kind_name(kind)}" for kind in kinds)
+def capture(cache: Sequence[Any], start: int, end: int) -> Capture:
+    """Note what is lost of a cache that has just read the tokens `[start, end)`.
+
+    Nothing is computed or copied.
+
+    Raises:
+        UnsupportedCacheError: A part's state is of something that cannot be stored.
+    """
+    layout: dict[str, PartLayout] = {}
+    windows: dict[str, mx.array] = {}
+    states: dict[str, mx.array] = {}
+    for name, part in parts_of(cache):
+        treatment = treatment_of(part, end)
+        state: Any = None
+        if treatment is Treatment.CHECKPOINT:
+            state, arrays = take_state(part, _name(name, "state"))
+            states |= arrays
+        elif treatment is Treatment.WINDOW:
+            state = turned_by(part) if part.offset > window_size(part) else 0
+        layout[name] = _part_layout(part, treatment, state)
+        if treatment is Treatment.WINDOW:
+            names = [_name(name, tensor) for tensor in layout[name].tensor_names]
+            windows |= zip(names, window_rows(part, start, end), strict=True)
+    return Capture(start, end, layout, windows, states)
 
 
-def _kind_name(layer: LayerLayout) -> str:
-    return f"{layer.class_name} ({layer.bits} bits)" if layer.bits else layer.class_name
+def _part_layout(part: Any, treatment: Treatment, state: Any = None) -> PartLayout:
+    return PartLayout(
+        type(part).__name__,
+        treatment,
+        getattr(part, "group_size", None),
+        getattr(part, "bits", None),
+        state,
+    )
 
 
-def encode(
-    cache: Sequence[Any], token_ids: Sequence[int], start: int, end: int
+def _name(part: str, tensor: str) -> str:
+    return f"layers.{part}.{tensor}"
+
+
+def encode_rows(
+    cache: Sequence[Any],
+    captures: Sequence[Capture],
+    token_ids: Sequence[int],
+    start: int,
+    end: int,
 ) -> EncodedSegment:
-    """Return the rows `[start, end)` of every layer as plain bytes.
+    """Return the rows `[start, end)` of every part that has rows, as plain bytes.
 
     The cache is not modified. The rows are evaluated on the calling thread, which
     must own the stream they were computed on.
 
     Args:
         cache: One mlx-lm cache object a layer; keys and values have shape
-            `(1, kv_heads, capacity, head_dim)`.
+            `(1, kv_heads, capacity, head_dim)`. It may have read on since.
+        captures: What was captured of it, up to `end` at least.
         token_ids: The tokens the cache has read, from the first.
         start: First row to take.
         end: The row after the last.
 
     Raises:
-        UnsupportedCacheError: A layer's class cannot be stored.
+        StoreError: Rows of a window were not captured.
     """
     import mlx.core as mx
 
-    layout = layout_of(cache)
-    tensors = {"token_ids": mx.array(token_ids[start:end], dtype=mx.uint32)}
-    for i, layer in enumerate(cache):
-        assert layer.offset >= end, f"layer {i} holds [0, {layer.offset}), not {end}"
-        names = TENSORS_BY_CLASS[type(layer).__name__]
-        for name, array in zip(names, _arrays(layer), strict=True):
-            rows = mx.contiguous(array[..., start:end, :])
-            tensors[f"layers.{i}.{name}"] = rows
-    mx.eval(tensors)
-    return EncodedSegment(
-        _encode_layout(layout), [_tensor(name, a) for name, a in tensors.items()]
-    )
+    last = next((c for c in captures if c.end >= end), None)
+    if last is None:
+        raise _evicted_meanwhile()
+    layout: dict[str, PartLayout] = {}
+    arrays = {"token_ids": mx.array(token_ids[start:end], dtype=mx.uint32)}
+    for name, part in parts_of(cache):
+        layout[name] = kept = _without_state(last.layout[name])
+        if kept.treatment is Treatment.ROWS:
+            # It may have been quantized since.
+            layout[name] = kept = _part_layout(part, Treatment.ROWS)
+            rows = rows_of(part, start, end)
+        elif kept.treatment is Treatment.WINDOW:
+            rows = _captured(captures, name, kept.tensor_names, start, end)
+        else:
+            continue
+        names = [_name(name, tensor) for tensor in kept.tensor_names]
+        arrays |= dict(zip(names, rows, strict=True))
+    resumption = Resumption(needs_checkpoint=last.needs_checkpoint)
+    return _encoded(layout, arrays, resumption)
 
 
-def _arrays(layer: Any) -> list["mx.array"]:
-    """Return a layer's arrays in the order of its tensors' names."""
-    if type(layer).__name__ == "QuantizedKVCache":
-        return [*layer.keys, *layer.values]
-    return [layer.keys, layer.values]
+def _without_state(part: PartLayout) -> PartLayout:
+    return PartLayout(part.class_name, part.treatment, part.group_size, part.bits)
+
+
+def _evicted_meanwhile() -> StoreError:
+    return StoreError("what it hangs on has been evicted meanwhile")
+
+
+def _captured(
+    captures: Sequence[Capture],
+    name: str,
+    tensors: Sequence[str],
+    start: int,
+    end: int,
+) -> list["mx.array"]:
+    """Return the rows `[start, end)` of a window from the pieces they were read in."""
+    import mlx.core as mx
+
+    pieces = [c for c in captures if c.start < end and c.end > start]
+    joined = all(a.end == b.start for a, b in itertools.pairwise(pieces))
+    if not joined or pieces[0].start > start or pieces[-1].end < end:
+        raise _evicted_meanwhile()
+
+    def rows(piece: Capture, tensor: str) -> "mx.array":
+        first, last = max(start, piece.start), min(end, piece.end)
+        array = piece.windows[_name(name, tensor)]
+        return array[..., first - piece.start : last - piece.start, :]
+
+    return [
+        mx.concatenate([rows(piece, tensor) for piece in pieces], axis=-2)
+        for tensor in tensors
+    ]
+
+
+def encode_checkpoint(
+    taken: Capture, logits: "mx.array | None" = None
+) -> EncodedSegment:
+    """Return the states of a capture as plain bytes.
+
+    Args:
+        taken: The capture.
+        logits: The logits of the next token, shape `(1, vocabulary)`, if known.
+    """
+    import mlx.core as mx
+
+    arrays = {"token_ids": mx.zeros((0,), dtype=mx.uint32), **taken.states}
+    if logits is not None:
+        arrays[LOGITS] = logits
+    resumption = Resumption(needs_checkpoint=True, has_logits=logits is not None)
+    return _encoded(taken.layout, arrays, resumption)
+
+
+def _encoded(
+    layout: Layout, arrays: Mapping[str, "mx.array"], resumption: Resumption
+) -> EncodedSegment:
+    import mlx.core as mx
+
+    contiguous = {name: mx.contiguous(array) for name, array in arrays.items()}
+    mx.eval(contiguous)
+    tensors = [_tensor(name, array) for name, array in contiguous.items()]
+    return EncodedSegment(_encode_layout(layout), tensors, resumption)
 
 
 def _tensor(name: str, array: "mx.array") -> Tensor:
     dtype = DTYPE_NAMES[str(array.dtype).removeprefix("mlx.core.")]
-    data = memoryview(array)
-    return Tensor(name, dtype, tuple(array.shape), data)
+    return Tensor(name, dtype, tuple(array.shape), memoryview(array))
 
 
-def _encode_layout(layers: list[LayerLayout]) -> str:
-    return json.dumps([[la.class_name, la.group_size, la.bits] for la in layers])
+def _encode_layout(layout: Layout) -> str:
+    return json.dumps(
+        {
+            name: [p.class_name, p.treatment, p.group_size, p.bits, p.state]
+            for name, p in layout.items()
+        }
+    )
 
 
-def _decode_layout(layout: str) -> list[LayerLayout]:
-    """Return a blob's layout; a class name in it is looked up, never called."""
-    layers = [LayerLayout(*fields) for fields in json.loads(layout)]
-    for layer in layers:
-        if layer.class_name not in TENSORS_BY_CLASS:
-            raise DamagedBlobError(f"blob names an unknown class {layer.class_name!r}")
-    return layers
+def _decode_layout(layout: str) -> Layout:
+    """Return a blob's layout; a class name in it is compared, never called."""
+    try:
+        return {
+            name: PartLayout(class_name, Treatment(treatment), *rest)
+            for name, (class_name, treatment, *rest) in json.loads(layout).items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DamagedBlobError(f"layout cannot be read ({error})") from error
+
+
+def is_quantized(layout: str) -> bool:
+    """Return whether some part of a blob's layout is quantized."""
+    return any(part.bits for part in _decode_layout(layout).values())
+
+
+def describe(layout: str) -> str:
+    """Return a blob's layout for people: `30 × KVCache`."""
+    kinds = Counter(_kind_name(part) for part in _decode_layout(layout).values())
+    return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
+
+
+def _kind_name(part: PartLayout) -> str:
+    return f"{part.class_name} ({part.bits} bits)" if part.bits else part.class_name
 
 
 def load(
     path: Path, header: BlobHeader, part: SegmentSlice, token_ids: bytes
 ) -> LoadedSegment:
-    """Read a segment's rows `[part.start, part.stop)` into memory.
+    """Read a segment's rows `[part.start, part.stop)`, or a checkpoint, into memory.
 
     Args:
         path: The blob.
@@ -203,28 +366,21 @@ def load(
     num_rows = part.stop - part.start
     if bytes(memoryview(arrays["token_ids"][:num_rows])) != token_ids:
         raise DamagedBlobError("blob is of other tokens")
-    layers = _decode_layout(header.layout)
-    rows = [
-        [
-            arrays[f"layers.{i}.{name}"][..., :num_rows, :]
-            for name in TENSORS_BY_CLASS[layer.class_name]
-        ]
-        for i, layer in enumerate(layers)
-    ]
-    return LoadedSegment(layers, rows)
+    layout = _decode_layout(header.layout)
+    return LoadedSegment(part.start, part.stop, layout, arrays)
 
 
 def restore(
     cache: Sequence[Any], segments: Sequence[LoadedSegment], room: int
 ) -> list[Any]:
-    """Return a cache filled with the rows of consecutive segments from token 0.
+    """Return a cache filled with consecutive segments from token 0.
 
-    Where only some of the segments are quantized, the layer becomes quantized as a
+    Where only some of the segments are quantized, the part becomes quantized as a
     whole: quantization is by row, so that it does not matter when it happened.
 
     Args:
         cache: What `make_prompt_cache` returned; it is not modified.
-        segments: The rows, from the root.
+        segments: The segments, from the root; a checkpoint is the last.
         room: For how many tokens in all to allocate, so that the suffix and the
             first decode steps need not copy everything again.
 
@@ -234,67 +390,92 @@ def restore(
     """
     import mlx.core as mx
 
-    if any(len(segment.layers) != len(cache) for segment in segments):
+    parts = dict(parts_of(cache))
+    if any(segment.layout.keys() != parts.keys() for segment in segments):
         raise DamagedBlobError("blob has another number of layers")
     restored = [
-        _restored(copy(layer), [(s.layers[i], s.rows[i]) for s in segments], room)
-        for i, layer in enumerate(cache)
+        _RESTORE[segments[-1].layout[name].treatment](name, part, segments, room)
+        for name, part in parts.items()
     ]
     try:
-        mx.eval([_arrays(layer) for layer in restored])
+        mx.eval([_all_arrays(part) for part in restored])
     except (RuntimeError, MemoryError) as error:
         raise StoreError(f"cached rows do not fit into memory ({error})") from error
-    return restored
+    return with_parts(cache, iter(restored))
 
 
-def _restored(
-    layer: Any, parts: list[tuple[LayerLayout, list["mx.array"]]], room: int
+def _all_arrays(part: Any) -> list[Any]:
+    return [] if getattr(part, "keys", None) is None else arrays_of(part)
+
+
+def _restore_rows(
+    name: str, part: Any, segments: Sequence[LoadedSegment], room: int
 ) -> Any:
-    """Return an empty layer filled, or a quantized one in its place."""
     from mlx_lm.models.cache import QuantizedKVCache
 
-    quantized = next((la for la, _ in parts if la.bits), None)
-    offset = sum(rows[0].shape[-2] for _, rows in parts)
-    if quantized is None:
-        columns = zip(*(rows for _, rows in parts), strict=True)
-        layer.keys, layer.values = (_padded(c, layer, room) for c in columns)
-        layer.offset = offset
-        return layer
-    assert quantized.group_size and quantized.bits
-    restored = QuantizedKVCache(quantized.group_size, quantized.bits)
-    rows_by_part = [_quantized(quantized, la, rows) for la, rows in parts]
-    columns = zip(*rows_by_part, strict=True)
-    arrays = [_padded(column, restored, room) for column in columns]
-    restored.keys, restored.values = arrays[:3], arrays[3:]
-    restored.offset = offset
-    return restored
+    position = segments[-1].stop
+    parts = [(s.layout[name], s.rows(name, 0, position)) for s in _with_rows(segments)]
+    if not all(rows for _, rows in parts):
+        raise DamagedBlobError("blob lacks rows of a part")
+    kept = next((layout for layout, _ in parts if layout.bits), parts[0][0])
+    _check_class(part, kept, "QuantizedKVCache" if kept.bits else type(part).__name__)
+    rows = [found for _, found in parts]
+    if kept.group_size and kept.bits:
+        group_size, bits = kept.group_size, kept.bits
+        part = QuantizedKVCache(group_size, bits)
+        rows = [
+            found if layout.bits else quantized_rows(found, group_size, bits)
+            for layout, found in parts
+        ]
+    return filled_rows(part, list(zip(*rows, strict=True)), position, room)
 
 
-def _quantized(
-    target: LayerLayout, layer: LayerLayout, rows: list["mx.array"]
-) -> list["mx.array"]:
-    """Return a layer's rows in the quantization of another."""
+def _restore_window(
+    name: str, part: Any, segments: Sequence[LoadedSegment], _: int
+) -> Any:
     import mlx.core as mx
 
-    if layer.bits:
-        return rows
-    assert target.group_size and target.bits
-    return [
-        part
-        for array in rows
-        for part in mx.quantize(array, group_size=target.group_size, bits=target.bits)
-    ]
+    position = segments[-1].stop
+    first = max(position - window_size(part), 0)
+    found = [s for s in _with_rows(segments) if s.stop > first]
+    for segment in found:
+        _check_class(part, segment.layout[name], type(part).__name__)
+    columns = zip(*(s.rows(name, first, position) for s in found), strict=True)
+    joined = [mx.contiguous(mx.concatenate(column, axis=-2)) for column in columns]
+    if not joined or joined[0].shape[-2] != position - first:
+        raise DamagedBlobError("blob lacks rows of a window")
+    return filled_window(part, joined, position, segments[-1].layout[name].state or 0)
 
 
-def _padded(rows: Sequence["mx.array"], layer: Any, room: int) -> "mx.array":
-    """Join rows and pad them to a multiple of the class's step that has `room`."""
-    import mlx.core as mx
+def _restore_checkpoint(
+    name: str, part: Any, segments: Sequence[LoadedSegment], _: int
+) -> Any:
+    checkpoint = segments[-1]
+    return put_state(part, checkpoint.layout[name].state, checkpoint.arrays)
 
-    num_rows = sum(array.shape[-2] for array in rows)
-    # ConcatenateKVCache has no step: it holds exactly its rows.
-    step = getattr(layer, "step", None)
-    if step is None:
-        return mx.concatenate(list(rows), axis=-2)
-    capacity = math.ceil(max(room, num_rows) / step) * step
-    shape = (*rows[0].shape[:-2], capacity - num_rows, rows[0].shape[-1])
-    return mx.concatenate([*rows, mx.zeros(shape, rows[0].dtype)], axis=-2)
+
+def _restore_empty(
+    name: str, part: Any, segments: Sequence[LoadedSegment], _: int
+) -> Any:
+    return part
+
+
+_RESTORE: Mapping[
+    Treatment, Callable[[str, Any, Sequence[LoadedSegment], int], Any]
+] = {
+    Treatment.ROWS: _restore_rows,
+    Treatment.WINDOW: _restore_window,
+    Treatment.CHECKPOINT: _restore_checkpoint,
+    Treatment.EMPTY: _restore_empty,
+}
+
+
+def _with_rows(segments: Sequence[LoadedSegment]) -> list[LoadedSegment]:
+    return [segment for segment in segments if segment.start < segment.stop]
+
+
+def _check_class(part: Any, kept: PartLayout, class_name: str) -> None:
+    if kept.class_name != class_name:
+        raise DamagedBlobError(
+            f"blob holds a {kept.class_name!r} in place of a {type(part).__name__}"
+        )

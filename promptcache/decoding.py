@@ -24,58 +24,87 @@ class Step(NamedTuple):
     from_draft: bool = False
 
 
-def decode(
+def read_rest(
     model: Any,
     cache: list[Any],
     token_ids: Sequence[int],
     *,
     num_read: int,
+    kv: KVSettings,
+) -> mx.array:
+    """Read `token_ids[num_read:]` at once; return the logits of the next token.
+
+    Args:
+        model: An mlx-lm model.
+        cache: Its cache, holding `num_read` tokens; it is modified.
+        token_ids: The whole prompt.
+        num_read: How many of its tokens the cache holds.
+        kv: When to quantize keys and values.
+
+    Returns:
+        Logits of shape `(1, vocabulary)`, not yet computed.
+    """
+    with mx.stream(generation_stream):
+        rest = mx.array(list(token_ids[num_read:]))
+        logits: mx.array = model(rest[None], cache=cache)[:, -1, :]
+        quantize(cache, len(token_ids), kv)
+        return logits
+
+
+def decode(
+    model: Any,
+    cache: list[Any],
+    token_ids: Sequence[int],
+    logits: mx.array,
+    *,
     max_tokens: int,
     sampler: Sampler,
     logits_processors: Sequence[LogitsProcessor] = (),
     kv: KVSettings,
 ) -> Iterator[Step]:
-    """Read `token_ids[num_read:]` at once and generate after them.
+    """Generate after a prompt.
 
     Like mlx-lm's `generate_step` it begins a token before it hands out the one
     before, but for the first, which nothing may delay.
 
     Args:
         model: An mlx-lm model.
-        cache: Its cache, holding `num_read` tokens; it is modified.
+        cache: Its cache, holding the prompt; it is modified.
         token_ids: The whole prompt, which the processors see.
-        num_read: How many of its tokens the cache holds.
+        logits: The logits after the prompt, shape `(1, vocabulary)`.
         max_tokens: Most tokens to generate, -1 for no limit.
         sampler: From log-probabilities, shape `(1, vocabulary)`, to a token.
         logits_processors: Called with all tokens so far and the logits.
         kv: When to quantize keys and values.
     """
     seen = mx.array(list(token_ids)) if logits_processors else None
-    num_processed = num_read
 
-    def step(tokens: mx.array, *, first: bool = False) -> tuple[mx.array, mx.array]:
-        nonlocal seen, num_processed
-        num_processed += tokens.size
+    def sample(logits: mx.array) -> tuple[mx.array, mx.array]:
         with mx.stream(generation_stream):
-            logits = model(tokens[None], cache=cache)[:, -1, :]
-            if seen is not None:
-                seen = seen if first else mx.concatenate([seen, tokens])
-                for processor in logits_processors:
-                    logits = processor(seen, logits)
-            quantize(cache, num_processed, kv)
+            for processor in logits_processors:
+                logits = processor(seen, logits)
             logprobs = logits - mx.logsumexp(logits, keepdims=True)
             token = _sampled(sampler, logprobs)
             mx.async_eval(token, logprobs)
             return token, logprobs.squeeze(0)
 
-    token, logprobs = step(mx.array(list(token_ids[num_read:])), first=True)
+    def step(token: mx.array, num_tokens: int) -> tuple[mx.array, mx.array]:
+        nonlocal seen
+        with mx.stream(generation_stream):
+            logits = model(token[None], cache=cache)[:, -1, :]
+            if seen is not None:
+                seen = mx.concatenate([seen, token])
+            quantize(cache, len(token_ids) + num_tokens, kv)
+            return sample(logits)
+
+    token, logprobs = sample(logits)
     yield Step(token.item(), logprobs)
     num_tokens = 1
-    upcoming = step(token) if num_tokens != max_tokens else None
+    upcoming = step(token, num_tokens) if num_tokens != max_tokens else None
     while upcoming is not None:
         token, logprobs = upcoming
         num_tokens += 1
-        upcoming = step(token) if num_tokens != max_tokens else None
+        upcoming = step(token, num_tokens) if num_tokens != max_tokens else None
         yield Step(token.item(), logprobs)
         if num_tokens % CLEAR_CACHE_TOKENS == 0:
             mx.clear_cache()

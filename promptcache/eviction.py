@@ -6,9 +6,13 @@ cache: a parent becomes a leaf once its last child went.
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
-from promptcache.types import Leaf
+from promptcache.types import CheckpointRow, Leaf
+
+# Of checkpoints closer to the last one than this, one is enough.
+CHECKPOINT_SPACING = 64
+CHECKPOINTS_BESIDE = 2
 
 
 def plan_eviction(
@@ -43,6 +47,42 @@ def plan_eviction(
         if segment.parent_id in by_id and not num_children[segment.parent_id]:
             heapq.heappush(heap, (by_id[segment.parent_id].used_at, segment.parent_id))
     return evicted
+
+
+def surplus_checkpoints(
+    on_way: Sequence[CheckpointRow], beside: Sequence[CheckpointRow] = ()
+) -> list[CheckpointRow]:
+    """Return which checkpoints to give up once a new one is there.
+
+    Of those at a distance of `[2**i, 2**(i + 1))` tokens before the new one, one stays,
+    so that their number grows with the logarithm of the length: the end of a prefix
+    rather than another boundary, a boundary rather than a plain step, and the first
+    of equals. Of the closest it is the last of equals: the end of the user's message,
+    where the next turn parts if its template drops what was thought. The first
+    boundary of all stays, too: it is the end of the system prompt, where most prompts
+    part. Of those beside the way, such as the ends of earlier turns whose thinking was
+    dropped, the last ones stay.
+
+    Args:
+        on_way: The checkpoints on the way to the new one, which is the last, in order.
+        beside: Others of the same segments, in order.
+    """
+    *older, newest = on_way
+    first = next((c for c in older if c.is_prefix or c.is_boundary), None)
+    best: dict[int, CheckpointRow] = {}
+    for checkpoint in older:
+        distance = newest.position - checkpoint.position
+        is_close = distance < CHECKPOINT_SPACING
+        bucket = 0 if is_close else distance.bit_length()
+        rival = best.get(bucket)
+        if rival is None or (_worth(rival), False) < (_worth(checkpoint), is_close):
+            best[bucket] = checkpoint
+    kept = {first, *best.values()}
+    return [c for c in older if c not in kept] + list(beside[:-CHECKPOINTS_BESIDE])
+
+
+def _worth(checkpoint: CheckpointRow) -> tuple[bool, bool]:
+    return checkpoint.is_prefix, checkpoint.is_boundary
 
 
 def _with_ancestors(by_id: dict[int, Leaf], ids: Iterable[int]) -> set[int]:

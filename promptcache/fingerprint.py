@@ -18,7 +18,7 @@ import xxhash
 from promptcache.types import Fingerprint
 
 # Raised when the way segments are computed or kept makes older ones unusable.
-STATE_VERSION = "1"
+STATE_VERSION = "2"
 # Keys of config.json that name things and change no value.
 NEUTRAL_CONFIG_KEYS = {"_name_or_path", "transformers_version", "eos_token_id"}
 MODELS_PACKAGE = "mlx_lm.models"

@@ -1,9 +1,10 @@
 """One generation: match, load, read the rest, decode, save."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -11,27 +12,32 @@ from mlx_lm.generate import GenerationResponse as PlainResponse
 from mlx_lm.generate import (
     generate_step,
     generation_stream,
-    speculative_generate_step,
     wired_limit,
 )
 from mlx_lm.models.cache import make_prompt_cache
 
-from promptcache import codec
-from promptcache.decoding import LogitsProcessor, Sampler, Step, decode
+from promptcache.decoding import LogitsProcessor, Sampler, Step, decode, read_rest
 from promptcache.errors import StoreError, UnsupportedCacheError
-from promptcache.prefill import Cuts, KVSettings, prefill, quantize
-from promptcache.resuming import resume
+from promptcache.prefill import (
+    Cuts,
+    KVSettings,
+    check_quantizable,
+    prefill,
+    quantize,
+)
+from promptcache.resuming import Resumed, resume
 from promptcache.saving import QuietSaver, Saver, warn
+from promptcache.speculation import DraftedModel, speculate
 from promptcache.store import PrefixStore
+from promptcache.treatment import check_supported
 from promptcache.types import Fingerprint, Match
 
 # Below this, prefilling again costs less than it is worth to keep: a second on
 # the slow machines, and 24 MB of SmolLM2's cache.
 AUTO_SAVE_TOKENS = 512
-# A rest of the prompt up to this long is read in one go with the last token, which
-# saves a pass through the model; longer ones as mlx-lm does, because the logits of
-# all their tokens would be computed.
-JOINED_TOKENS = 64
+
+# As in mlx-lm's speculative_generate_step.
+DEFAULT_DRAFT_TOKENS = 2
 
 SavePolicy = bool | Literal["auto"]
 Progress = Callable[[int, int], None]
@@ -77,7 +83,11 @@ class Request:
         cuts: Where the pieces of the prefill end.
         kv: When to quantize keys and values.
         on_progress: Called with the prompt tokens done so far and their total.
-        options: Further arguments of mlx-lm's `generate_step`.
+        max_kv_size: Most tokens to keep in the cache; see `make_prompt_cache`.
+        draft_model: A smaller model that proposes tokens.
+        num_draft_tokens: How many it proposes at once.
+        input_embeddings: What to read in place of the tokens' own embeddings, shape
+            `(tokens, hidden)`; nothing is cached then.
     """
 
     token_ids: list[int]
@@ -89,7 +99,10 @@ class Request:
     cuts: Cuts
     kv: KVSettings
     on_progress: Progress = lambda done, total: None
-    options: dict[str, Any] = field(default_factory=dict)
+    max_kv_size: int | None = None
+    draft_model: Any = None
+    num_draft_tokens: int = DEFAULT_DRAFT_TOKENS
+    input_embeddings: mx.array | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -101,8 +114,12 @@ class _Start(NamedTuple):
     """Where a generation starts: its cache, and what the cache already holds."""
 
     cache: list[Any]
-    match: Match
+    resumed: Resumed
     saver: QuietSaver
+
+    @property
+    def match(self) -> Match:
+        return self.resumed.match
 
 
 class Generation:
@@ -113,11 +130,21 @@ class Generation:
         model: Any,
         tokenizer: Any,
         store: PrefixStore | None,
-        fingerprint: Callable[[KVSettings], Fingerprint],
+        fingerprint: Callable[[], Fingerprint],
         request: Request,
     ) -> None:
-        """Take a store, or None to go without, and a function that fingerprints."""
+        """Take a store, or None to go without, and a function that fingerprints.
+
+        Raises:
+            UsageError: mlx-lm cannot do what is asked with this model.
+        """
         self._model = model
+        self._drafted: DraftedModel | None = None
+        if request.draft_model is not None:
+            self._drafted = DraftedModel(model, request.draft_model)
+            most = request.num_tokens + request.max_tokens + request.num_draft_tokens
+            unlimited = request.max_tokens == -1
+            self._drafted.check_trimmable(sys.maxsize if unlimited else most)
         self._tokenizer = tokenizer
         self._store = store if request.reuse or request.save else None
         self._fingerprint = fingerprint
@@ -137,7 +164,7 @@ class Generation:
                 for response in self._responses(self._steps(start)):
                     prefill_seconds = prefill_seconds or time.perf_counter() - loaded
                     if response.finish_reason is not None:
-                        key = start.saver.finish(request.num_tokens) or key
+                        key = start.saver.finish(self._num_saved) or key
                         response.key = key
                     response.cached_tokens = start.match.cached_tokens
                     response.load_seconds = loaded - started
@@ -146,45 +173,59 @@ class Generation:
                     yield response
         finally:
             if prefill_seconds:
-                start.saver.finish(request.num_tokens)
+                start.saver.finish(self._num_saved)
             self._touch(start.match)
 
     # Starting
 
+    @property
+    def _reader(self) -> Any:
+        """What reads the prompt: the model, or both of a pair."""
+        return self._drafted or self._model
+
+    @property
+    def _num_saved(self) -> int:
+        """How much of the prompt is saved: speculation reads the last token itself."""
+        return self._request.num_tokens - (self._drafted is not None)
+
     def _start(self) -> _Start:
         """Find and load what is cached, and decide whether to save."""
-        options = self._request.options
-        cache = make_prompt_cache(self._model, options.get("max_kv_size"))
-        cold = _Start(cache, Match(), QuietSaver(None))
+        cache = make_prompt_cache(self._reader, self._request.max_kv_size)
+        cold = _Start(cache, Resumed(Match()), QuietSaver(None))
         if self._store is None:
             return cold
         try:
             self._check_cacheable(cache)
-            fingerprint = self._fingerprint(self._request.kv)
-            match = self._resume(self._store, fingerprint, cache)
+            fingerprint = self._fingerprint()
+            resumed = self._resume(self._store, fingerprint, cache)
         except (UnsupportedCacheError, StoreError) as error:
             warn(f"going on without the store: {error}")
             return cold
-        return _Start(cache, match, self._saver(self._store, fingerprint, cache, match))
+        saver = self._saver(self._store, fingerprint, cache, resumed.match)
+        return _Start(cache, resumed, saver)
 
     def _check_cacheable(self, cache: list[Any]) -> None:
-        """Raise UnsupportedCacheError if the token ids alone decide no cache."""
-        for option in ("draft_model", "input_embeddings"):
-            if self._request.options.get(option) is not None:
-                raise UnsupportedCacheError(f"prefixes cannot be stored with {option}")
-        codec.check_supported(cache)
+        """Raise UnsupportedCacheError if the prompt's state cannot be kept."""
+        if self._request.input_embeddings is not None:
+            raise UnsupportedCacheError(
+                "prefixes cannot be stored with input_embeddings"
+            )
+        check_supported(cache, self._reader)
 
     def _resume(
         self, store: PrefixStore, fingerprint: Fingerprint, cache: list[Any]
-    ) -> Match:
+    ) -> Resumed:
         request = self._request
         if not request.reuse:
-            return Match()
-        # The last token stays, because the model has to read something.
-        limit = request.num_tokens - 1
-        match = store.lookup(request.token_ids, fingerprint, limit=limit)
+            return Resumed(Match())
         return resume(
-            store, match, cache, request.token_ids, cuts=request.cuts, kv=request.kv
+            store,
+            fingerprint,
+            cache,
+            request.token_ids,
+            cuts=request.cuts,
+            kv=request.kv,
+            generating=True,
         )
 
     def _saver(
@@ -199,8 +240,10 @@ class Generation:
         wanted = request.save
         if wanted == "auto":
             wanted = num_new >= AUTO_SAVE_TOKENS
-        saver = Saver(store, fingerprint, request.token_ids, cache)
-        return QuietSaver(saver if wanted else None)
+        token_ids = request.token_ids[: self._num_saved]
+        if not wanted or not token_ids:
+            return QuietSaver(None)
+        return QuietSaver(Saver(store, fingerprint, token_ids, cache, request.cuts))
 
     def _touch(self, match: Match) -> None:
         if self._store is not None and match.slices:
@@ -212,28 +255,67 @@ class Generation:
     def _steps(self, start: _Start) -> Iterator[Step]:
         """Read what is not cached and generate after it."""
         request = self._request
-        if request.options.get("draft_model") is not None:
-            return self._speculative_steps()
-        if request.options.get("input_embeddings") is not None:
-            return self._embedded_steps()
-        num_read = self._prefill(start)
+        if request.input_embeddings is not None:
+            return self._embedded_steps(request.input_embeddings)
+        if start.match.cached_tokens < self._quantized_from():
+            for model in filter(None, (self._model, request.draft_model)):
+                check_quantizable(model, request.kv)
+        if self._drafted is not None:
+            self._prefill(start, request.num_tokens - 1)
+            return speculate(
+                self._drafted,
+                start.cache,
+                request.token_ids,
+                num_draft_tokens=request.num_draft_tokens,
+                **self._sampling_options(),
+            )
         return decode(
             self._model,
             start.cache,
             request.token_ids,
-            num_read=num_read,
-            max_tokens=request.max_tokens,
-            sampler=request.sampler,
-            logits_processors=request.logits_processors,
-            kv=request.kv,
+            self._logits(start),
+            **self._sampling_options(),
         )
 
-    def _prefill(self, start: _Start) -> int:
-        """Read the prompt but for its end; return how many tokens the cache holds."""
-        request, cache = self._request, start.cache
-        end = self._end_of_prefill(start.match.cached_tokens)
+    def _quantized_from(self) -> int:
+        """Return from which token on this prompt's cache is quantized, 0 if never."""
+        start = self._request.cuts.quantized_from(self._request.kv)
+        return start if start is not None and start <= self._request.num_tokens else 0
 
-        def on_piece(_: int, stop: int) -> None:
+    def _sampling_options(self) -> dict[str, Any]:
+        request = self._request
+        return {
+            "max_tokens": request.max_tokens,
+            "sampler": request.sampler,
+            "logits_processors": request.logits_processors,
+            "kv": request.kv,
+        }
+
+    def _logits(self, start: _Start) -> mx.array:
+        """Read the prompt to its end; return the logits of the next token."""
+        if start.resumed.logits is not None:
+            return start.resumed.logits
+        request = self._request
+        num_read = request.cuts.end_of_prefill(
+            request.num_tokens, start.match.cached_tokens, request.kv
+        )
+        self._prefill(start, num_read)
+        logits = read_rest(
+            self._model,
+            start.cache,
+            request.token_ids,
+            num_read=num_read,
+            kv=request.kv,
+        )
+        start.saver.capture(num_read, request.num_tokens, logits)
+        return logits
+
+    def _prefill(self, start: _Start, end: int) -> None:
+        """Read the prompt up to `end`, and save full pieces on the way."""
+        request, cache = self._request, start.cache
+
+        def on_piece(first: int, stop: int) -> None:
+            start.saver.capture(first, stop)
             # The rest is saved after the answer, where it delays nothing; but rows
             # that are about to be quantized must be kept as they are now.
             is_full = stop % request.cuts.step_size == 0
@@ -241,7 +323,7 @@ class Generation:
                 start.saver.save(stop)
 
         prefill(
-            self._model,
+            self._reader,
             cache,
             request.token_ids,
             start=start.match.cached_tokens,
@@ -254,54 +336,24 @@ class Generation:
         if end == request.num_tokens - 1:
             # As mlx-lm does before the last token, also where nothing was left to do.
             quantize(cache, end, request.kv)
-        return end
 
-    def _end_of_prefill(self, cached_tokens: int) -> int:
-        """Return where to stop, so that decoding reads the rest in one go."""
+    def _embedded_steps(self, input_embeddings: mx.array) -> Iterator[Step]:
         request = self._request
-        cut = request.cuts.last_before(request.num_tokens)
-        end = request.num_tokens - 1
-        # mlx-lm would quantize the last piece before it reads the last token.
-        if request.kv.bits is not None and cut < max(request.kv.start, 1) <= end:
-            return end
-        begin = max(cut, cached_tokens)
-        is_short = request.num_tokens - begin <= JOINED_TOKENS
-        return begin if begin and is_short else end
-
-    def _speculative_steps(self) -> Iterator[Step]:
-        options = dict(self._request.options)
-        options.pop("max_kv_size", None)
-        steps = speculative_generate_step(
-            mx.array(self._request.token_ids),
-            self._model,
-            options.pop("draft_model"),
-            prefill_step_size=self._request.cuts.step_size,
-            **self._sampling_options(),
-            **options,
-        )
-        return (Step(*step) for step in steps)
-
-    def _embedded_steps(self) -> Iterator[Step]:
         steps = generate_step(
-            mx.array(self._request.token_ids),
+            mx.array(request.token_ids),
             self._model,
-            prefill_step_size=self._request.cuts.step_size,
-            prompt_progress_callback=self._request.on_progress,
-            **self._sampling_options(),
-            **self._request.options,
+            max_tokens=request.max_tokens,
+            sampler=request.sampler,
+            logits_processors=request.logits_processors or None,
+            max_kv_size=request.max_kv_size,
+            prefill_step_size=request.cuts.step_size,
+            kv_bits=request.kv.bits,
+            kv_group_size=request.kv.group_size,
+            quantized_kv_start=request.kv.start,
+            prompt_progress_callback=request.on_progress,
+            input_embeddings=input_embeddings,
         )
         return (Step(*step) for step in steps)
-
-    def _sampling_options(self) -> dict[str, Any]:
-        request = self._request
-        return {
-            "max_tokens": request.max_tokens,
-            "sampler": request.sampler,
-            "logits_processors": request.logits_processors or None,
-            "kv_bits": request.kv.bits,
-            "kv_group_size": request.kv.group_size,
-            "quantized_kv_start": request.kv.start,
-        }
 
     def _responses(self, steps: Iterator[Step]) -> Iterator[GenerationResponse]:
         """Turn tokens into text, as mlx-lm's `stream_generate` does."""

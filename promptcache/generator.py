@@ -1,41 +1,33 @@
 """CachedGenerator: match, load, stream the rest, save."""
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import mlx.core as mx
-from mlx_lm.generate import generation_stream, wired_limit
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from promptcache import codec, loading, rendering
+from promptcache import loading, rendering
+from promptcache.building import Building
 from promptcache.decoding import LogitsProcessor, Sampler
 from promptcache.errors import StoreError, UsageError
-from promptcache.fingerprint import make_fingerprint
 from promptcache.generation import (
+    DEFAULT_DRAFT_TOKENS,
     Generation,
     GenerationResponse,
     Progress,
     Request,
     SavePolicy,
 )
-from promptcache.prefill import DEFAULT_STEP_SIZE, Cuts, KVSettings, prefill
-from promptcache.resuming import checked, resume
-from promptcache.saving import Saver, warn
+from promptcache.loaded_model import LoadedModel
+from promptcache.prefill import DEFAULT_STEP_SIZE
+from promptcache.saving import warn
+from promptcache.settings import DEFAULT_SETTINGS, Settings
 from promptcache.store import PrefixStore, check_name
 from promptcache.types import Fingerprint, Match, Prefix
-
-# Arguments of mlx-lm's functions that are passed on as they are.
-FURTHER_OPTIONS = {
-    "draft_model",
-    "input_embeddings",
-    "max_kv_size",
-    "num_draft_tokens",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +89,7 @@ class CachedGenerator:
         self.store: PrefixStore | None = None
         self._save: SavePolicy = save
         self._reuse = reuse
-        self._namespace = namespace
-        self._identity = identity
-        self._fingerprints: dict[KVSettings, Fingerprint] = {}
+        self._loaded = LoadedModel(model, identity=identity, namespace=namespace)
         self._store_error: StoreError | None = None
         self._owns_store = not isinstance(store, PrefixStore)
         if isinstance(store, PrefixStore):
@@ -177,49 +167,68 @@ class CachedGenerator:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def fingerprint(self, kv: KVSettings | None = None) -> Fingerprint:
+    @property
+    def identity(self) -> loading.ModelIdentity:
+        """Return what the model is; its parameters are hashed if that is not known."""
+        return self._loaded.identity
+
+    def fingerprint(self, settings: Settings = DEFAULT_SETTINGS) -> Fingerprint:
         """Return what KV values depend on, besides the token ids."""
-        kv = kv or KVSettings()
-        if kv.bits is None:
-            # Group size and start mean nothing without bits.
-            kv = KVSettings()
-        if kv not in self._fingerprints:
-            if self._identity is None:
-                self._identity = loading.identify(self.model)
-            parts = {
-                **self._identity.parts,
-                "kv_bits": str(kv.bits or ""),
-                "kv_group_size": str(kv.group_size if kv.bits else ""),
-                "quantized_kv_start": str(kv.start if kv.bits else ""),
-                "layout": loading.hash_layout(make_prompt_cache(self.model)),
-                "namespace": self._namespace,
-            }
-            self._fingerprints[kv] = make_fingerprint(
-                parts, model=self._identity.name, source=self._identity.source
-            )
-        return self._fingerprints[kv]
+        return self._loaded.fingerprint(settings)
+
+    def load_draft(self, path_or_hf_repo: str | Path) -> Any:
+        """Load a draft model, to hand to `build` and `stream_generate`.
+
+        Raises:
+            ModelError: It cannot be found or loaded, or has another vocabulary.
+        """
+        return self._loaded.load_draft(path_or_hf_repo, self.tokenizer.vocab_size)
+
+    def render(
+        self,
+        prompt: rendering.Prompt,
+        tools: Sequence[rendering.Message] | None = None,
+    ) -> rendering.RenderedPrompt:
+        """Return a prompt as token ids, with the places where it is worth resuming.
+
+        Args:
+            prompt: Text, token ids or chat messages.
+            tools: Tools for the chat template.
+
+        Raises:
+            UsageError: The prompt is empty, or no prompt.
+        """
+        return rendering.render_prompt(
+            self.tokenizer,
+            prompt,
+            tools=tools,
+            every_message=self._loaded.needs_checkpoints,
+        )
 
     def match(
         self,
         prompt: rendering.Prompt,
         *,
         tools: Sequence[rendering.Message] | None = None,
-        kv_bits: int | None = None,
-        kv_group_size: int = 64,
-        quantized_kv_start: int = 5000,
+        **settings: Any,
     ) -> Match:
         """Return what a generation of this prompt would reuse.
 
-        The last token is never part of it: the model has to read something.
+        The last token is part of it only where the logits after it are stored: the
+        model has to read something.
+
+        Args:
+            prompt: Text, token ids or chat messages.
+            tools: Tools for the chat template.
+            settings: `kv_bits`, `exact` and so on, as `stream_generate` takes them.
 
         Raises:
             UsageError: The prompt is empty, or no prompt.
             StoreError: The store cannot be read.
         """
-        token_ids, _ = rendering.render_prompt(self.tokenizer, prompt, tools=tools)
-        kv = KVSettings(kv_bits, kv_group_size, quantized_kv_start)
-        store = self._usable_store()
-        return store.lookup(token_ids, self.fingerprint(kv), limit=len(token_ids) - 1)
+        token_ids = self.render(prompt, tools).token_ids
+        fingerprint = self.fingerprint(Settings.of(**settings))
+        return self._usable_store().lookup(token_ids, fingerprint, generating=True)
 
     def _usable_store(self) -> PrefixStore:
         if self.store is None:
@@ -235,6 +244,9 @@ class CachedGenerator:
         system: str | None = None,
         tools: Sequence[rendering.Message] | None = None,
         name: str | None = None,
+        exact: bool | None = None,
+        max_kv_size: int | None = None,
+        draft_model: Any = None,
         prefill_step_size: int = DEFAULT_STEP_SIZE,
         kv_bits: int | None = None,
         kv_group_size: int = 64,
@@ -253,6 +265,9 @@ class CachedGenerator:
                 message is stored.
             tools: Tools for the chat template.
             name: Pin the prefix under this name.
+            exact: See `stream_generate`.
+            max_kv_size: See `mlx_lm.generate.generate_step`.
+            draft_model: See `mlx_lm.stream_generate`.
             prefill_step_size: Most tokens to process at once, and to lose when
                 interrupted.
             kv_bits: See `mlx_lm.generate.generate_step`.
@@ -266,40 +281,29 @@ class CachedGenerator:
             UsageError: There is nothing to build.
             StoreError: The store cannot be written.
         """
-        token_ids, boundaries = self._prompt_to_build(prompt, system, tools)
-        kv = KVSettings(kv_bits, kv_group_size, quantized_kv_start)
         if name is not None:
             check_name(name)
-        cache = make_prompt_cache(self.model)
-        codec.check_supported(cache)
+        settings = Settings.of(
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
+            max_kv_size=max_kv_size,
+            exact=exact,
+            prefill_step_size=prefill_step_size,
+            draft_model=draft_model,
+        )
+        rendered = self._prompt_to_build(prompt, system, tools)
         store = self._usable_store()
-        fingerprint = self.fingerprint(kv)
         started = time.perf_counter()
-        with store.building(store.key_of(token_ids, fingerprint), on_wait):
-            match = checked(store, store.lookup(token_ids, fingerprint))
-            cuts = Cuts(prefill_step_size, boundaries)
-            if match.cached_tokens < len(token_ids):
-                match = resume(store, match, cache, token_ids, cuts=cuts, kv=kv)
-            saver = Saver(store, fingerprint, token_ids, cache)
-            with wired_limit(self.model, [generation_stream]):
-                prefill(
-                    self.model,
-                    cache,
-                    token_ids,
-                    start=match.cached_tokens,
-                    end=len(token_ids),
-                    cuts=cuts,
-                    kv=kv,
-                    on_piece=lambda _, stop: saver.save(stop),
-                    on_progress=prompt_progress_callback,
-                )
-            # Lists the prefix also where nothing was missing.
-            key = saver.save(len(token_ids))
+        building = Building(self._loaded, store, rendered, settings)
+        cached_tokens = building.run(
+            prompt_progress_callback or (lambda done, total: None), on_wait
+        )
         if name is not None:
-            store.pin(key, name)
+            store.pin(building.key, name)
         return BuiltPrefix(
-            **asdict(store.resolve(key)),
-            cached_tokens=match.cached_tokens,
+            **asdict(store.resolve(building.key)),
+            cached_tokens=cached_tokens,
             seconds=time.perf_counter() - started,
         )
 
@@ -312,20 +316,19 @@ class CachedGenerator:
         if prompt is None:
             if system is None and not tools:
                 raise UsageError("there is nothing to build, give a prompt or a system")
-            return rendering.RenderedPrompt(
-                rendering.stable_prefix(
-                    lambda text: rendering.render(
-                        self.tokenizer,
-                        rendering.compose(system=system, user=text),
-                        tools=tools,
-                    )
+            token_ids = rendering.stable_prefix(
+                lambda text: rendering.render(
+                    self.tokenizer,
+                    rendering.compose(system=system, user=text),
+                    tools=tools,
                 )
             )
+            return rendering.RenderedPrompt(token_ids, is_open=True)
         if isinstance(prompt, str) and (system is not None or tools):
             prompt = rendering.compose(system=system, user=prompt)
         elif rendering.is_messages(prompt):
             prompt = rendering.compose(system=system, messages=prompt)
-        return rendering.render_prompt(self.tokenizer, prompt, tools=tools)
+        return self.render(prompt, tools)
 
     # Generating
 
@@ -341,6 +344,7 @@ class CachedGenerator:
         tools: Sequence[rendering.Message] | None = None,
         save: SavePolicy | None = None,
         reuse: bool | None = None,
+        exact: bool | None = None,
         temp: float | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
@@ -354,8 +358,11 @@ class CachedGenerator:
         kv_bits: int | None = None,
         kv_group_size: int = 64,
         quantized_kv_start: int = 5000,
+        max_kv_size: int | None = None,
+        draft_model: Any = None,
+        num_draft_tokens: int = DEFAULT_DRAFT_TOKENS,
+        input_embeddings: mx.array | None = None,
         prompt_progress_callback: Progress | None = None,
-        **kwargs: Any,
     ) -> Generator[GenerationResponse, None, None]:
         """Generate token by token, like `mlx_lm.stream_generate`.
 
@@ -368,6 +375,9 @@ class CachedGenerator:
             tools: Tools for the chat template.
             save: Overrides the generator's policy.
             reuse: Overrides whether to look for cached prefixes.
+            exact: Reuse only where plain mlx-lm's own prefill pieces end, so that a
+                run repeats its arithmetic, piece for piece. None: only where the
+                model's values depend on the length of what is read.
             temp: Sampling temperature, 0 for greedy; see `make_sampler`.
             top_p: See `mlx_lm.sample_utils.make_sampler`.
             min_p: See `mlx_lm.sample_utils.make_sampler`.
@@ -385,20 +395,33 @@ class CachedGenerator:
             quantized_kv_start: See `mlx_lm.generate.generate_step`.
             prompt_progress_callback: Called with the prompt tokens done so far,
                 cached ones included, and their total.
-            kwargs: `max_kv_size`, `draft_model`, `num_draft_tokens` and
-                `input_embeddings` of mlx-lm, with which nothing is cached.
+            max_kv_size: See `mlx_lm.generate.generate_step`.
+            draft_model: See `mlx_lm.stream_generate`. Both models' caches are reused.
+            num_draft_tokens: See `mlx_lm.generate.speculative_generate_step`.
+            input_embeddings: See `mlx_lm.generate.generate_step`; nothing is cached.
 
         Raises:
-            UsageError: The arguments make no sense.
+            UsageError: The arguments make no sense, or mlx-lm cannot do it with this
+                model.
         """
         if max_tokens == 0 or max_tokens < -1:
             raise UsageError("max_tokens must be at least 1, or -1 for no limit")
         if seed is not None and not 0 <= seed < 2**64:
             raise UsageError(f"seed must be in [0, 2**64), not {seed}")
-        _check_options(kwargs)
+        if draft_model is not None and input_embeddings is not None:
+            raise UsageError("mlx-lm takes no input_embeddings with a draft model")
         if seed is not None:
             mx.random.seed(seed)
-        rendered = rendering.render_prompt(self.tokenizer, prompt, tools=tools)
+        rendered = self.render(prompt, tools)
+        settings = Settings.of(
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
+            max_kv_size=max_kv_size,
+            exact=exact,
+            prefill_step_size=prefill_step_size,
+            draft_model=draft_model,
+        )
         request = Request(
             token_ids=rendered.token_ids,
             max_tokens=max_tokens,
@@ -409,21 +432,21 @@ class CachedGenerator:
                 *_penalty(repetition_penalty, repetition_context_size),
                 *(logits_processors or []),
             ],
-            cuts=Cuts(prefill_step_size, rendered.boundaries),
-            kv=KVSettings(kv_bits, kv_group_size, quantized_kv_start),
+            cuts=self._loaded.cuts(settings, rendered.boundaries),
+            kv=settings.kv,
             on_progress=prompt_progress_callback or (lambda done, total: None),
-            options=kwargs,
+            max_kv_size=max_kv_size,
+            draft_model=draft_model,
+            num_draft_tokens=num_draft_tokens,
+            input_embeddings=input_embeddings,
         )
         return Generation(
-            self.model, self.tokenizer, self.store, self.fingerprint, request
+            self.model,
+            self.tokenizer,
+            self.store,
+            lambda: self.fingerprint(settings),
+            request,
         ).stream()
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    if "prompt_cache" in options:
-        raise UsageError("prompt_cache is what CachedGenerator takes care of")
-    for name in options.keys() - FURTHER_OPTIONS:
-        raise TypeError(f"stream_generate() got an unexpected argument {name!r}")
 
 
 def _penalty(penalty: float | None, context_size: int) -> list[LogitsProcessor]:

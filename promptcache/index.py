@@ -18,6 +18,7 @@ from typing import Any
 from promptcache.chain import Chain
 from promptcache.errors import DamagedIndexError, StoreError, StoreFormatError
 from promptcache.types import (
+    CheckpointRow,
     Fingerprint,
     Leaf,
     ListedPrefix,
@@ -26,12 +27,17 @@ from promptcache.types import (
     SegmentRow,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ROOT_ID = 0
+# In place of the first token of a checkpoint, which has no tokens.
+NO_TOKEN = -1
 # Writers queue behind each other; a save holds the lock for milliseconds.
 TIMEOUT_SECONDS = 30
 
-SEGMENT_COLUMNS = "id, key, parent_id, start, end, nbytes, token_ids"
+SEGMENT_COLUMNS = (
+    "id, key, parent_id, start, end, nbytes, divisible, extendable, needs_checkpoint, "
+    "token_ids"
+)
 
 
 class Index:
@@ -85,8 +91,11 @@ class Index:
 
     def _prepare(self, populate: Callable[["Index"], object]) -> None:
         """Check the schema's version, or create the tables."""
-        if self._version() == SCHEMA_VERSION:
+        version = self._version()
+        if version == SCHEMA_VERSION:
             return
+        if version:
+            raise DamagedIndexError(f"the index has the older format {version}")
         if self.read_only:
             raise StoreError(f"the index {self.path} is empty and cannot be written")
         # Both have an effect before the first table only. Freed pages can then be
@@ -207,6 +216,20 @@ class Index:
         rows = self._all(sql, [*pairs, parent_id, fingerprint])
         return [SegmentRow(*row) for row in rows]
 
+    def checkpoints(self, parent_ids: Iterable[int]) -> list[CheckpointRow]:
+        """Return the checkpoints that hang on given segments."""
+        ids = list(parent_ids)
+        marks = ", ".join("?" for _ in ids)
+        sql = f"""
+            SELECT key, parent_id, start, extendable, has_logits, is_boundary,
+                id IN (SELECT segment_id FROM prefixes)
+            FROM segments WHERE parent_id IN ({marks}) AND first_token = ?
+        """
+        return [
+            CheckpointRow(*row[:3], *map(bool, row[3:]))
+            for row in self._all(sql, [*ids, NO_TOKEN])
+        ]
+
     def segment_id(self, key: str) -> int | None:
         """Return the id of a segment, or None."""
         row = self._execute("SELECT id FROM segments WHERE key = ?", [key]).fetchone()
@@ -222,10 +245,13 @@ class Index:
             SELECT s.id, s.key, s.parent_id, s.nbytes, s.used_at, EXISTS (
                 SELECT 1 FROM prefixes p
                 WHERE p.segment_id = s.id AND p.name IS NOT NULL
-            ), f.model
+            ), f.model, s.first_token = ?
             FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
         """
-        return [Leaf._make([*row[:5], bool(row[5]), row[6]]) for row in self._all(sql)]
+        return [
+            Leaf._make([*row[:5], bool(row[5]), row[6], bool(row[7])])
+            for row in self._all(sql, [NO_TOKEN])
+        ]
 
     def fingerprint_of(self, segment_id: int) -> Fingerprint:
         """Return the fingerprint that a segment was computed under."""
@@ -241,8 +267,8 @@ class Index:
     def prefixes(self) -> list[tuple[Prefix, int]]:
         """Return all prefixes, the last used first, each with its segment's id.
 
-        A leaf that no prefix ends in, left by an interrupted build, counts as one.
-        `nbytes` is not known here and 0.
+        The end of rows that no prefix needs, left by an interrupted build, counts as
+        one. `nbytes` is not known here and 0.
         """
         sql = """
             SELECT p.key, p.name, f.model, p.num_tokens, p.created_at, p.used_at,
@@ -252,11 +278,16 @@ class Index:
             UNION ALL
             SELECT s.key, NULL, f.model, s.end, s.created_at, s.used_at, 0, s.id
             FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
-            WHERE NOT EXISTS (SELECT 1 FROM segments c WHERE c.parent_id = s.id)
+            WHERE s.first_token != ?
+            AND NOT EXISTS (
+                SELECT 1 FROM segments c WHERE c.parent_id = s.id
+                AND (c.first_token != ? OR c.id IN (SELECT segment_id FROM prefixes))
+            )
             AND NOT EXISTS (SELECT 1 FROM prefixes p WHERE p.segment_id = s.id)
             ORDER BY 6 DESC, 1
         """
-        return [(_prefix(*row[:-1]), row[-1]) for row in self._all(sql)]
+        rows = self._all(sql, [NO_TOKEN, NO_TOKEN])
+        return [(_prefix(*row[:-1]), row[-1]) for row in rows]
 
     def add_prefix(
         self, key: str, segment_id: int, num_tokens: int, *, now: float
@@ -333,8 +364,9 @@ class Index:
             cursor = self._execute(
                 """
                 INSERT INTO segments (key, parent_id, fingerprint_id, start, end,
-                    first_token, nbytes, created_at, used_at, token_ids)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                    first_token, nbytes, created_at, used_at, divisible, extendable,
+                    needs_checkpoint, has_logits, is_boundary, token_ids)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                 """,
                 [
                     info.key,
@@ -342,10 +374,12 @@ class Index:
                     self._fingerprint_id(info.fingerprint),
                     info.start,
                     info.end,
-                    chain.token_id(info.start),
+                    NO_TOKEN if info.is_checkpoint else chain.token_id(info.start),
                     nbytes,
                     info.created_at,
                     info.created_at,
+                    *info.resumption,
+                    info.is_boundary,
                     chain.span(info.start, info.end),
                 ],
             )
@@ -356,7 +390,8 @@ class Index:
                     [(h, segment_id) for h in chain.block_hashes(info.start, info.end)],
                 )
             if info.is_prefix:
-                self.add_prefix(info.key, segment_id, info.end, now=info.created_at)
+                key = chain.key_at(info.end)
+                self.add_prefix(key, segment_id, info.end, now=info.created_at)
 
     def _fingerprint_id(self, fingerprint: Fingerprint) -> int:
         self._execute(
@@ -448,14 +483,19 @@ def _create_tables(connection: sqlite3.Connection) -> None:
             "nbytes": int,
             "created_at": float,
             "used_at": float,
+            "divisible": int,
+            "extendable": int,
+            "needs_checkpoint": int,
+            "has_logits": int,
+            "is_boundary": int,
             "token_ids": bytes,
         },
         pk="id",
         foreign_keys=[("fingerprint_id", "fingerprints", "id")],
     )
     database["segments"].create_index(["key"], unique=True)
-    # Finds the child that continues a prompt at a token, and whether a segment
-    # has children.
+    # Finds the child that continues a prompt at a token, the checkpoints of a
+    # segment, and whether it has children.
     database["segments"].create_index(["parent_id", "start", "first_token"])
     database.execute(
         "CREATE TABLE blocks (hash INTEGER, segment_id INTEGER,"

@@ -11,6 +11,7 @@ import xxhash
 from promptcache import default_model, location
 from promptcache import fingerprint as fp
 from promptcache.errors import ModelError
+from promptcache.treatment import parts_of
 
 SCALARS = (bool, int, float, str)
 
@@ -208,4 +209,6 @@ def _scalars(module: Any) -> Iterator[str]:
 
 def hash_layout(cache: Sequence[Any]) -> str:
     """Return a hash over the classes and the plain attributes of a fresh cache."""
-    return fp.hash_json([[type(c).__name__, *_scalars(c)] for c in cache])
+    return fp.hash_json(
+        [[name, type(part).__name__, *_scalars(part)] for name, part in parts_of(cache)]
+    )

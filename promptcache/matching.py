@@ -4,13 +4,18 @@ The index finds the deepest block boundary it knows by binary search, which is
 sound because a segment's ancestors always exist. From there the match is extended
 token by token, into the segments that continue from that point, so that neither
 the end of a segment nor the fork of two prompts is rounded down to a block.
+
+Rows tell how far a prompt is known, not yet where a run can take over: a segment
+may have to be taken as a whole, and some models can be resumed only where a
+checkpoint was kept.
 """
 
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from promptcache.chain import BLOCK_SIZE, Chain, common_length
 from promptcache.index import ROOT_ID, Index
-from promptcache.types import Match, SegmentRow, SegmentSlice
+from promptcache.types import CheckpointRow, Match, SegmentRow, SegmentSlice
 
 
 class _Path(NamedTuple):
@@ -19,27 +24,156 @@ class _Path(NamedTuple):
     rows: list[SegmentRow]
     agreed: int
 
+    def stops(self) -> list[int]:
+        """Return up to where each segment is followed."""
+        stops = [*(row.start for row in self.rows[1:]), self.agreed]
+        return stops[: len(self.rows)]
 
-def longest_match(index: Index, chain: Chain, *, limit: int) -> Match:
-    """Return the longest prefix of `chain`, of at most `limit` tokens, in the index.
+    def usable(self) -> "_Path":
+        """Drop a last segment that would have to be cut and cannot be."""
+        rows, agreed = self
+        while rows and agreed < rows[-1].end and not rows[-1].divisible:
+            agreed = min(agreed, rows[-1].start)
+            rows = rows[:-1]
+        return _Path(rows, agreed)
 
-    Cost: log2(blocks) point queries and a few more, whatever the store's size.
+    def extendable(self, limit: int) -> "_Path":
+        """Drop a last segment that is good for another prompt only."""
+        rows, agreed = self
+        if not rows or rows[-1].extendable or agreed == limit == rows[-1].end:
+            return self
+        return _Path(rows[:-1], rows[-1].start)
+
+    def slices(self) -> tuple[SegmentSlice, ...]:
+        """Return the rows to take from each segment, leaving out what gives none."""
+        return tuple(
+            SegmentSlice(row.key, row.start, stop, row.end)
+            for row, stop in zip(self.rows, self.stops(), strict=True)
+            if row.start < stop
+        )
+
+
+def longest_rows(index: Index, chain: Chain, *, limit: int) -> Match:
+    """Return what is stored of the first `limit` tokens, wherever it ends.
+
     Raises StoreError.
     """
+    paths = (path.usable().extendable(limit) for path in _paths(index, chain, limit))
+    return Match(max(paths, key=lambda path: path.agreed).slices())
+
+
+def longest_match(
+    index: Index,
+    chain: Chain,
+    *,
+    generating: bool = False,
+    skip: Collection[str] = (),
+) -> Match:
+    """Return the longest prefix of `chain` that a run can take over from.
+
+    Cost: log2(blocks) point queries and a few more, whatever the store's size.
+
+    Args:
+        index: The index.
+        chain: The prompt.
+        generating: Leave at least one token to read, unless the logits after the
+            last one are stored.
+        skip: Keys of segments to do without.
+
+    Raises:
+        StoreError: The index cannot be read.
+    """
+    last = len(chain) - 1 if generating else len(chain)
+    best = Match()
+    found = _paths(index, chain, len(chain), skip)
+    paths = sorted(found, key=lambda path: -path.agreed)
+    for path in paths:
+        if path.agreed <= best.cached_tokens:
+            break
+        match = _resumable(index, path.usable(), last, skip)
+        best = max(best, match, key=lambda match: match.cached_tokens)
+    return best
+
+
+def _resumable(index: Index, path: _Path, last: int, skip: Collection[str]) -> Match:
+    """Return the deepest position of a path at which a run can take over."""
+    plain = Match(_plain(path, last).slices())
+    if not any(row.needs_checkpoint for row in path.rows):
+        return plain
+    checkpoint = _deepest_checkpoint(index, path, last, skip)
+    if checkpoint is None or checkpoint.position < plain.cached_tokens:
+        return plain
+    depth = [row.id for row in path.rows].index(checkpoint.parent_id) + 1
+    position = checkpoint.position
+    slices = _Path(path.rows[:depth], position).slices()
+    state = SegmentSlice(checkpoint.key, position, position, position)
+    # Logits are of use only where nothing is left to read.
+    return Match((*slices, state), has_logits=position > last)
+
+
+def _plain(path: _Path, last: int) -> _Path:
+    """Cut a path to where its rows alone are enough, at `last` or before."""
+    rows, agreed = path
+    while rows:
+        cut = _Path(rows, min(agreed, last)).usable()
+        if cut.rows == rows and not rows[-1].needs_checkpoint:
+            return cut
+        agreed = min(agreed, rows[-1].start)
+        rows = rows[:-1]
+    return _Path([], 0)
+
+
+def _deepest_checkpoint(
+    index: Index, path: _Path, last: int, skip: Collection[str]
+) -> CheckpointRow | None:
+    stops = {
+        row.id: (row, stop) for row, stop in zip(path.rows, path.stops(), strict=True)
+    }
+
+    def fits(checkpoint: CheckpointRow) -> bool:
+        row, stop = stops[checkpoint.parent_id]
+        position = checkpoint.position
+        is_end = position > last
+        return (
+            position <= stop
+            and (checkpoint.has_logits if is_end else checkpoint.extendable)
+            and (row.divisible or position == row.end)
+            and checkpoint.key not in skip
+        )
+
+    found = [c for c in index.checkpoints(stops) if fits(c)]
+    return max(found, key=lambda c: c.position, default=None)
+
+
+def checkpoints_on(index: Index, chain: Chain) -> dict[CheckpointRow, bool]:
+    """Return the checkpoints of the segments on the way to the end of `chain`.
+
+    In the order of their positions, and with whether they are on the way themselves:
+    a segment may go on where the prompt leaves it.
+    """
+    path = max(_paths(index, chain, len(chain)), key=lambda path: path.agreed)
+    stops = {row.id: stop for row, stop in zip(path.rows, path.stops(), strict=True)}
+    found = sorted(index.checkpoints(stops), key=lambda c: c.position)
+    return {c: c.position <= stops[c.parent_id] for c in found}
+
+
+def _paths(
+    index: Index, chain: Chain, limit: int, skip: Collection[str] = ()
+) -> Iterator[_Path]:
+    """Yield the paths that share the most with a prompt's start, and the root."""
+    yield _Path([], 0)
     num_blocks = _deepest_block(index, chain, limit // BLOCK_SIZE)
+    starts = [_Path([], 0)]
     if num_blocks:
         starts = [
-            _confirmed(index.path_to(segment_id), chain, limit)
+            _confirmed(index.path_to(segment_id), chain, limit, skip)
             for segment_id in index.segments_at_block(
                 chain.block_hash(num_blocks), chain.fingerprint
             )
         ]
-    else:
-        starts = [_Path([], 0)]
-    low = num_blocks * BLOCK_SIZE
-    paths = [_extended(index, chain, path, low, limit) for path in starts]
-    best = max(paths, key=lambda path: path.agreed, default=_Path([], 0))
-    return Match(_slices(best))
+    for path in starts:
+        low = num_blocks * BLOCK_SIZE
+        yield from _extended(index, chain, path, low, limit, skip)
 
 
 def _deepest_block(index: Index, chain: Chain, high: int) -> int:
@@ -53,10 +187,14 @@ def _deepest_block(index: Index, chain: Chain, high: int) -> int:
     return low
 
 
-def _confirmed(rows: list[SegmentRow], chain: Chain, limit: int) -> _Path:
+def _confirmed(
+    rows: list[SegmentRow], chain: Chain, limit: int, skip: Collection[str]
+) -> _Path:
     """Cut a path where its token ids first differ from the prompt's."""
     position = 0
     for i, row in enumerate(rows):
+        if row.key in skip:
+            return _Path(rows[:i], position)
         last = i == len(rows) - 1
         stop = min(row.end if last else rows[i + 1].start, limit)
         position = row.start + common_length(row.token_ids, chain.span(row.start, stop))
@@ -65,28 +203,23 @@ def _confirmed(rows: list[SegmentRow], chain: Chain, limit: int) -> _Path:
     return _Path(rows, position)
 
 
-def _extended(index: Index, chain: Chain, path: _Path, low: int, limit: int) -> _Path:
-    """Follow the children that continue the prompt and return the deepest path."""
+def _extended(
+    index: Index,
+    chain: Chain,
+    path: _Path,
+    low: int,
+    limit: int,
+    skip: Collection[str],
+) -> Iterator[_Path]:
+    """Yield a path, and the longer ones through children that continue the prompt."""
+    yield path
     parent_id = path.rows[-1].id if path.rows else ROOT_ID
     stop = min(path.agreed + 1, limit)
     starts = {position: chain.token_id(position) for position in range(low, stop)}
-    best = path
-    if starts:
-        for child in index.children(parent_id, chain.fingerprint, starts):
+    if not starts:
+        return
+    for child in index.children(parent_id, chain.fingerprint, starts):
+        if child.key not in skip:
             shared = common_length(child.token_ids, chain.span(child.start, limit))
             longer = _Path([*path.rows, child], child.start + shared)
-            longer = _extended(index, chain, longer, child.start + 1, limit)
-            best = max(best, longer, key=lambda path: path.agreed)
-    return best
-
-
-def _slices(path: _Path) -> tuple[SegmentSlice, ...]:
-    """Return the rows to take from each segment, leaving out what gives none."""
-    if not path.rows:
-        return ()
-    stops = [*(row.start for row in path.rows[1:]), path.agreed]
-    return tuple(
-        SegmentSlice(row.key, row.start, stop, row.end)
-        for row, stop in zip(path.rows, stops, strict=True)
-        if row.start < stop
-    )
+            yield from _extended(index, chain, longer, child.start + 1, limit, skip)

@@ -13,6 +13,10 @@ from promptcache.errors import UsageError
 
 # As in mlx-lm's generate_step.
 DEFAULT_STEP_SIZE = 2048
+# A rest of the prompt up to this long is read in one go with the last token, which
+# saves a pass through the model; longer ones as mlx-lm does, because the logits of
+# all their tokens would be computed.
+JOINED_TOKENS = 64
 # What mlx's affine quantization takes.
 KV_BITS = (2, 3, 4, 5, 6, 8)
 KV_GROUP_SIZES = (32, 64, 128)
@@ -52,25 +56,70 @@ class KVSettings:
 
 @dataclass(frozen=True, slots=True)
 class Cuts:
-    """Where the pieces of a prompt end.
+    """Where the pieces of a prompt end, and so where another run can take over.
+
+    From `exact_from` on a run repeats plain mlx-lm's arithmetic: pieces end at
+    multiples of the step only, and only there can another prompt take over.
 
     Attributes:
         step_size: Most tokens in a piece.
         boundaries: Positions to cut at besides the multiples of `step_size`.
+        exact_from: Position after which boundaries do not count, None for never.
     """
 
     step_size: int = DEFAULT_STEP_SIZE
     boundaries: tuple[int, ...] = ()
+    exact_from: int | None = None
+
+    def is_divisible(self, end: int) -> bool:
+        """Return whether rows up to `end` may be cut at any token."""
+        return self.exact_from is None or end <= self.exact_from
+
+    def can_resume(self, position: int) -> bool:
+        """Return whether other prompts may take over at a position."""
+        return self.is_divisible(position) or position % self.step_size == 0
+
+    def is_cut(self, position: int) -> bool:
+        """Return whether a piece of every longer prompt ends at a position."""
+        return position % self.step_size == 0 or self.is_boundary(position)
+
+    def is_boundary(self, position: int) -> bool:
+        """Return whether it is a cut because other prompts are likely to part there."""
+        return position in self._places()
+
+    def _places(self) -> list[int]:
+        return [b for b in self.boundaries if self.is_divisible(b)]
+
+    def segment_ends(self, end: int) -> tuple[int, ...]:
+        """Return where segments of `[0, end)` must end for `can_resume` to hold."""
+        if self.exact_from is None:
+            return ()
+        return (self.exact_from, *range(self.step_size, end, self.step_size))
 
     def after(self, position: int) -> int:
         """Return the first cut after a position."""
         step = (position // self.step_size + 1) * self.step_size
-        return min([step, *(b for b in self.boundaries if b > position)])
+        return min([step, *(b for b in self._places() if b > position)])
 
     def last_before(self, position: int) -> int:
         """Return the last cut before a position, 0 if there is none."""
         step = (position - 1) // self.step_size * self.step_size
-        return max([step, *(b for b in self.boundaries if b < position)])
+        return max([step, *(b for b in self._places() if b < position)])
+
+    def end_of_prefill(
+        self, num_tokens: int, cached_tokens: int, kv: "KVSettings"
+    ) -> int:
+        """Return where to stop a prefill, so that the rest can be read in one go."""
+        end = num_tokens - 1
+        if not self.is_divisible(num_tokens):
+            return end
+        cut = self.last_before(num_tokens)
+        # mlx-lm would quantize the last piece before it reads the last token.
+        if kv.bits is not None and cut < max(kv.start, 1) <= end:
+            return end
+        begin = max(cut, cached_tokens)
+        is_short = num_tokens - begin <= JOINED_TOKENS
+        return begin if begin and is_short else end
 
     def quantized_from(self, kv: KVSettings) -> int | None:
         """Return the cut at which a run from nothing quantizes, None for never."""
@@ -141,5 +190,40 @@ def quantize(cache: list[Any], num_tokens: int, kv: KVSettings) -> None:
     try:
         maybe_quantize_kv_cache(cache, kv.start, kv.group_size, kv.bits)
     except (ValueError, NotImplementedError) as error:
-        reason = str(error).rstrip(".")
-        raise UsageError(f"this model's cache cannot be quantized: {reason}") from error
+        raise _cannot_quantize(str(error)) from error
+
+
+def check_quantizable(model: Any, kv: KVSettings) -> None:
+    """Read two tokens with a quantized cache, to see that mlx-lm and the model can.
+
+    mlx-lm fails in the middle of a prompt where they cannot, or leaves the cache as
+    it is without a word.
+
+    Raises:
+        UsageError: They cannot.
+    """
+    import mlx.core as mx
+    from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+    if not any(hasattr(layer, "to_quantized") for layer in cache):
+        classes = ", ".join(sorted({type(layer).__name__ for layer in cache}))
+        raise _cannot_quantize(f"mlx-lm has no way to quantize {classes}")
+    try:
+        with mx.stream(generation_stream):
+            for _ in range(2):
+                mx.eval(model(mx.array([[0]]), cache=cache))
+                maybe_quantize_kv_cache(cache, 0, kv.group_size, kv.bits)
+    except (NotImplementedError, ValueError) as error:
+        raise _cannot_quantize(str(error)) from error
+    except Exception as error:
+        # The model's code raises whatever it likes.
+        raise _cannot_quantize("mlx-lm's code of it does not read one") from error
+
+
+def _cannot_quantize(reason: str) -> UsageError:
+    line = reason.splitlines()[0].rstrip(".")
+    return UsageError(
+        f"this model's cache cannot be quantized ({line}), leave kv_bits out"
+    )

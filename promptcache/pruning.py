@@ -185,10 +185,15 @@ class Tree:
         """Take all segments, and all prefixes with their segments' ids."""
         self._by_id = {segment.id: segment for segment in segments}
         self._needed_by: dict[int, set[str | int]] = {}
-        for segment in self._by_id.values():
-            self._needed_by.setdefault(segment.parent_id, set()).add(segment.id)
+        # Checkpoints on the way, which go with the rows they hang on.
+        self._loose: dict[int, list[Leaf]] = {}
         for prefix, segment_id in prefixes:
             self._needed_by.setdefault(segment_id, set()).add(prefix.key)
+        for segment in self._by_id.values():
+            if segment.is_checkpoint and segment.id not in self._needed_by:
+                self._loose.setdefault(segment.parent_id, []).append(segment)
+            else:
+                self._needed_by.setdefault(segment.parent_id, set()).add(segment.id)
 
     def freed(self, key: str, segment_id: int) -> list[Leaf]:
         """Return the segments that only this prefix needs, the deepest first."""
@@ -197,7 +202,7 @@ class Tree:
         while segment_id != ROOT_ID:
             if self._needed_by.get(segment_id, set()) - needed_by:
                 break
-            freed.append(self._by_id[segment_id])
+            freed += [*self._loose.get(segment_id, []), self._by_id[segment_id]]
             needed_by = {segment_id}
             segment_id = self._by_id[segment_id].parent_id
         return freed

@@ -141,7 +141,7 @@ def _adopt(index: Index, blobs: BlobFolder, header: BlobHeader) -> bool:
         # It went away meanwhile.
         return False
     chain = Chain(info.fingerprint.digest, joined(ancestors, info.start) + token_ids)
-    if len(chain) != info.end or chain.key_at(info.end) != info.key:
+    if len(chain) != info.end or chain.tagged_key_at(info.end, info.tag) != info.key:
         return False
     index.add_segment(info, chain, nbytes=blobs.nbytes(info.key))
     return True
@@ -182,7 +182,7 @@ def _has_key(index: Index, segment_id: int, entry: ListedPrefix) -> bool:
     """Return whether a prefix has the key that the file gives it."""
     rows = index.path_to(segment_id)
     num_tokens = entry.num_tokens
-    if not isinstance(num_tokens, int) or not rows[-1].start < num_tokens:
+    if not isinstance(num_tokens, int) or not rows[-1].start <= num_tokens:
         return False
     chain = Chain(index.fingerprint_of(segment_id).digest, joined(rows, num_tokens))
     return len(chain) == num_tokens and chain.key_at(num_tokens) == entry.key

@@ -21,26 +21,42 @@ class RenderedPrompt(NamedTuple):
         boundaries: Positions at which other prompts are likely to part from it: the
             end of the system prompt and tools, and what comes before the last
             user's text.
+        is_open: Whether more is to come before an answer: it is the start of prompts,
+            and none itself.
     """
 
     token_ids: list[int]
     boundaries: tuple[int, ...] = ()
+    is_open: bool = False
 
 
 Prompt = str | Sequence[int] | Sequence[Message] | RenderedPrompt
 
+# Of how many users' messages the ends are found.
+MOST_MESSAGES = 16
 # Two user messages that share no first token, to find where a template stops
 # depending on what the user says.
 PROBES = ("Hello", "42 reasons why")
 
 
 def render_prompt(
-    tokenizer: Any, prompt: Prompt, *, tools: Sequence[Message] | None = None
+    tokenizer: Any,
+    prompt: Prompt,
+    *,
+    tools: Sequence[Message] | None = None,
+    every_message: bool = False,
 ) -> RenderedPrompt:
     """Return text, chat messages or token ids as token ids with their boundaries.
 
     Text is tokenized as it is, like mlx-lm's `stream_generate` does; chat messages
     go through the model's chat template, with the start of the answer appended.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt: Text, token ids or chat messages.
+        tools: Tools for the chat template.
+        every_message: Whether to find the ends of the users' messages, too, which
+            takes a rendering for each of the last `MOST_MESSAGES`.
 
     Raises:
         UsageError: The prompt is empty, or no prompt.
@@ -52,6 +68,9 @@ def render_prompt(
     elif is_messages(prompt):
         token_ids = render(tokenizer, prompt, tools=tools)
         boundaries = find_boundaries(tokenizer, token_ids, prompt, tools=tools)
+        if every_message:
+            ends = find_message_ends(tokenizer, token_ids, prompt, tools=tools)
+            boundaries = tuple(sorted({*boundaries, *ends}))
         rendered = RenderedPrompt(token_ids, boundaries)
     else:
         rendered = RenderedPrompt([int(token_id) for token_id in _flat(prompt)])
@@ -78,6 +97,28 @@ def find_boundaries(
 
     places = [i for i, message in enumerate(messages) if message["role"] == "user"]
     found = {shared_before(place) for place in {*places[:1], *places[-1:]}}
+    return tuple(sorted(found - {0, len(token_ids)}))
+
+
+def find_message_ends(
+    tokenizer: Any,
+    token_ids: list[int],
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Message] | None = None,
+) -> tuple[int, ...]:
+    """Return where the last users' messages end in rendered messages.
+
+    A template may render an answer in another way once it is history, without its
+    thinking: what a turn surely shares with the next ends with the user's message.
+    """
+    packed = pack(token_ids)
+    places = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    found = set()
+    for place in places[-MOST_MESSAGES:]:
+        history = messages[: place + 1]
+        rendered = render(tokenizer, history, tools=tools, generation_prompt=False)
+        found.add(common_length(packed, pack(rendered)))
     return tuple(sorted(found - {0, len(token_ids)}))
 
 
@@ -132,8 +173,9 @@ def render(
     messages: Sequence[Message],
     *,
     tools: Sequence[Message] | None = None,
+    generation_prompt: bool = True,
 ) -> list[int]:
-    """Return the token ids of chat messages and the start of the answer.
+    """Return the token ids of chat messages and, if wanted, the start of the answer.
 
     A model without a chat template gets the contents one after the other. Where the
     template has no system role, the system message goes before the first user's.
@@ -148,7 +190,7 @@ def render(
         contents = (_content(message) for message in messages)
         return encode_text(tokenizer, "\n\n".join(contents))
     try:
-        return _apply_template(tokenizer, messages, tools)
+        return _apply_template(tokenizer, messages, tools, generation_prompt)
     except Exception as error:
         # Templates raise whatever they like; the second try shows the reason.
         if messages[0]["role"] != "system" or len(messages) < 2:
@@ -156,18 +198,22 @@ def render(
                 f"the chat template refuses the messages: {error}"
             ) from error
     try:
-        return _apply_template(tokenizer, _without_system(messages), tools)
+        messages = _without_system(messages)
+        return _apply_template(tokenizer, messages, tools, generation_prompt)
     except Exception as error:
         raise UsageError(f"the chat template refuses the messages: {error}") from error
 
 
 def _apply_template(
-    tokenizer: Any, messages: Sequence[Message], tools: Sequence[Message] | None
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[Message] | None,
+    generation_prompt: bool,
 ) -> list[int]:
     text = tokenizer.apply_chat_template(
         [dict(message) for message in messages],
         tools=list(tools) if tools else None,
-        add_generation_prompt=True,
+        add_generation_prompt=generation_prompt,
         tokenize=False,
     )
     return list(tokenizer.encode(text, add_special_tokens=False))

@@ -1,9 +1,8 @@
-"""Resuming: fill a fresh cache with what a match found in the store."""
+"""Resuming: fill a fresh cache with what the store has of a prompt."""
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from promptcache import codec
 from promptcache.chain import pack
@@ -11,63 +10,114 @@ from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.prefill import Cuts, KVSettings, quantize
 from promptcache.saving import warn
 from promptcache.store import PrefixStore
-from promptcache.types import Match, SegmentSlice
+from promptcache.types import Fingerprint, Match, SegmentSlice
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 # One step of mlx-lm's cache: an answer's first tokens need no new allocation.
 DECODE_ROOM = 256
 
 
+class Resumed(NamedTuple):
+    """What a cache was filled with.
+
+    Attributes:
+        match: The prefix it holds now.
+        logits: The logits of the next token, shape `(1, vocabulary)`, if the match is
+            the whole prompt and they were stored.
+    """
+
+    match: Match
+    logits: "mx.array | None" = None
+
+
 def resume(
     store: PrefixStore,
-    match: Match,
+    fingerprint: Fingerprint,
     cache: list[Any],
     token_ids: Sequence[int],
     *,
     cuts: Cuts,
     kv: KVSettings,
-) -> Match:
-    """Load a match into a fresh cache; return the part of it that could be loaded.
+    generating: bool,
+) -> Resumed:
+    """Fill a fresh cache with the longest cached prefix of a prompt.
 
-    A blob that is missing or damaged ends the match before it, with one warning;
-    the store forgets it. The cache then holds the returned match, quantized if a run
-    from nothing would have it so by now, and has room for all of `token_ids` and the
-    first steps of decoding.
+    A blob that is missing or damaged is forgotten, with one warning, and the next
+    best prefix taken. The cache is then quantized if a run from nothing would have it
+    so by now, and has room for all of `token_ids` and the first steps of decoding.
+
+    Args:
+        store: Where to look.
+        fingerprint: What KV values depend on.
+        cache: A fresh cache, which is filled.
+        token_ids: The prompt.
+        cuts: Where the pieces of its prefill end.
+        kv: When keys and values are quantized.
+        generating: Leave something to read, unless the next token's logits are stored.
+
+    Raises:
+        StoreError: The index cannot be read.
     """
-    quantized_from = cuts.quantized_from(kv)
-    segments: list[codec.LoadedSegment] = []
-    for part in match.slices:
+    loaded: dict[SegmentSlice, codec.LoadedSegment] = {}
+    skip: set[str] = set()
+    while True:
+        match = store.lookup(token_ids, fingerprint, generating=generating, skip=skip)
+        if not match.slices:
+            return Resumed(match)
+        part = match.slices[-1]
         try:
-            path, header = store.open_blob(part)
-            # A run from nothing still reads these rows as they were computed.
-            if codec.is_quantized(header.layout) and part.start < (quantized_from or 0):
-                break
-            ids = pack(token_ids[part.start : part.stop])
-            segments.append(codec.load(path, header, part, ids))
+            for part in match.slices:
+                if part not in loaded:
+                    loaded[part] = _load(store, part, token_ids, cuts, kv)
+            segments = [loaded[part] for part in match.slices]
+            room = len(token_ids) + DECODE_ROOM
+            cache[:] = codec.restore(cache, segments, room)
+            break
+        except _TooEarlyError:
+            skip.add(part.key)
         except StoreError as error:
             _give_up(store, part, error)
-            break
-    loaded = replace(match, slices=match.slices[: len(segments)])
-    if not segments:
-        return Match()
-    try:
-        cache[:] = codec.restore(cache, segments, len(token_ids) + DECODE_ROOM)
-    except StoreError as error:
-        _give_up(store, loaded.slices[0], error)
-        return Match()
-    if quantized_from is not None and loaded.cached_tokens >= quantized_from:
-        quantize(cache, loaded.cached_tokens, kv)
-    return loaded
+            # What does not fit into memory does not fit in part either.
+            is_damaged = isinstance(error, DamagedBlobError)
+            skip.add(part.key if is_damaged else match.slices[0].key)
+    quantized_from = cuts.quantized_from(kv)
+    if quantized_from is not None and match.cached_tokens >= quantized_from:
+        quantize(cache, match.cached_tokens, kv)
+    return Resumed(match, segments[-1].logits if match.has_logits else None)
 
 
-def checked(store: PrefixStore, match: Match) -> Match:
-    """Return the part of a match whose blobs are there, forgetting the rest."""
-    for i, part in enumerate(match.slices):
+class _TooEarlyError(Exception):
+    """A segment is quantized where a run from nothing is not yet."""
+
+
+def _load(
+    store: PrefixStore,
+    part: SegmentSlice,
+    token_ids: Sequence[int],
+    cuts: Cuts,
+    kv: KVSettings,
+) -> codec.LoadedSegment:
+    path, header = store.open_blob(part)
+    # A run from nothing still reads these rows as they were computed.
+    if codec.is_quantized(header.layout) and part.start < (
+        cuts.quantized_from(kv) or 0
+    ):
+        raise _TooEarlyError
+    ids = pack(token_ids[part.start : part.stop])
+    return codec.load(path, header, part, ids)
+
+
+def check_blobs(store: PrefixStore, match: Match) -> bool:
+    """Return whether the blobs of a match are there, forgetting one that is not."""
+    for part in match.slices:
         try:
             store.open_blob(part)
         except StoreError as error:
             _give_up(store, part, error)
-            return replace(match, slices=match.slices[:i])
-    return match
+            return False
+    return True
 
 
 def _give_up(store: PrefixStore, part: SegmentSlice, error: StoreError) -> None:

@@ -7,10 +7,11 @@ tokens, and whoever loads gets the path of a blob.
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from promptcache import location, pruning, recovery
 from promptcache.blobs import BlobFolder
@@ -23,9 +24,11 @@ from promptcache.errors import (
     StoreFullError,
     UsageError,
 )
+from promptcache.eviction import surplus_checkpoints
 from promptcache.index import Index
-from promptcache.matching import longest_match
+from promptcache.matching import checkpoints_on, longest_match, longest_rows
 from promptcache.types import (
+    CHECKPOINT_TAG,
     BlobHeader,
     EncodedSegment,
     Fingerprint,
@@ -138,16 +141,23 @@ class PrefixStore:
         token_ids: Sequence[int],
         fingerprint: Fingerprint,
         *,
-        limit: int | None = None,
+        generating: bool = False,
+        skip: Collection[str] = (),
     ) -> Match:
-        """Return the longest cached prefix of token ids, of at most `limit` tokens.
+        """Return the longest cached prefix of token ids that a run can take over from.
+
+        Args:
+            token_ids: The prompt.
+            fingerprint: What KV values depend on.
+            generating: Leave at least one token to read, unless the logits after the
+                last one are stored.
+            skip: Keys of segments to do without.
 
         Raises:
             StoreError: The index cannot be read.
         """
         chain = Chain(fingerprint.digest, token_ids)
-        stop = len(chain) if limit is None else max(min(limit, len(chain)), 0)
-        return longest_match(self._index, chain, limit=stop)
+        return longest_match(self._index, chain, generating=generating, skip=skip)
 
     def key_of(self, token_ids: Sequence[int], fingerprint: Fingerprint) -> str:
         """Return the key that a prefix has, or would have."""
@@ -264,6 +274,7 @@ class PrefixStore:
         encode: Encode,
         *,
         is_prefix: bool = True,
+        cut_at: Collection[int] = (),
     ) -> str:
         """Save what is not stored yet of a prefix; return its key.
 
@@ -273,46 +284,111 @@ class PrefixStore:
             encode: Returns the state of a token range `[start, end)`; it is called
                 for the ranges that are missing only.
             is_prefix: Whether to list its end, or keep it as a step on the way.
+            cut_at: Where segments must end, in place of multiples of
+                `MAX_SEGMENT_TOKENS`.
 
         Raises:
             StoreFullError: It does not fit and nothing more may be evicted.
             StoreError: It cannot be written.
         """
-        assert token_ids, "an empty prefix has no state"
+        chain = Chain(fingerprint.digest, token_ids)
+
+        def attempt() -> bool:
+            """Add what is missing; tell whether no ancestor went away meanwhile."""
+            rows = longest_rows(self._index, chain, limit=len(chain))
+            parent_key = rows.key
+            for start, end in _cuts(rows.cached_tokens, len(chain), cut_at):
+                segment = encode(start, end)
+                info = _info(
+                    chain,
+                    parent_key=parent_key,
+                    fingerprint=fingerprint,
+                    start=start,
+                    end=end,
+                    is_prefix=is_prefix and end == len(chain),
+                    resumption=segment.resumption,
+                )
+                if not self._add(info, segment, chain):
+                    return False
+                parent_key = info.key
+            assert parent_key is not None
+            return not is_prefix or self._list_prefix(chain, parent_key)
+
+        self._try(attempt)
+        return chain.key_at(len(chain))
+
+    def save_checkpoint(
+        self,
+        token_ids: Sequence[int],
+        fingerprint: Fingerprint,
+        segment: EncodedSegment,
+        *,
+        is_prefix: bool = True,
+        is_boundary: bool = False,
+    ) -> str:
+        """Save the state at the end of a prefix whose rows are stored; return its key.
+
+        Older checkpoints on the way there are thinned out.
+
+        Args:
+            token_ids: The whole prefix.
+            fingerprint: What its KV values depend on.
+            segment: The state.
+            is_prefix: Whether to list its end, or keep it as a step on the way.
+            is_boundary: Whether prompts are likely to part here.
+
+        Raises:
+            StoreFullError: It does not fit and nothing more may be evicted.
+            StoreError: It cannot be written.
+        """
+        chain = Chain(fingerprint.digest, token_ids)
+        position = len(chain)
+
+        def attempt() -> bool:
+            rows = longest_rows(self._index, chain, limit=position)
+            if rows.key is None or rows.cached_tokens < position:
+                raise StoreError("what it hangs on has been evicted meanwhile")
+            info = _info(
+                chain,
+                parent_key=rows.key,
+                fingerprint=fingerprint,
+                start=position,
+                end=position,
+                is_prefix=is_prefix,
+                resumption=segment.resumption,
+                is_boundary=is_boundary,
+            )
+            if self._index.segment_id(info.key) is None:
+                if not self._add(info, segment, chain):
+                    return False
+                self._thin(chain)
+            return not is_prefix or self._list_prefix(chain, rows.key)
+
+        self._try(attempt)
+        return chain.key_at(position)
+
+    def _try(self, attempt: Callable[[], bool]) -> None:
+        """Save, once more where others changed what it hangs on meanwhile."""
         if self.is_read_only:
             raise StoreError(f"the store {self.path} is read-only")
-        chain = Chain(fingerprint.digest, token_ids)
-        for _ in range(SAVE_ATTEMPTS):
-            try:
-                if self._save(chain, fingerprint, encode, is_prefix=is_prefix):
-                    return chain.key_at(len(chain))
-            except OSError as error:
-                raise StoreError(
-                    f"cannot write to the store {self.path} ({error.strerror})"
-                ) from error
+        try:
+            if any(attempt() for _ in range(SAVE_ATTEMPTS)):
+                return
+        except OSError as error:
+            raise StoreError(
+                f"cannot write to the store {self.path} ({error.strerror})"
+            ) from error
         raise StoreError("other processes evict faster than this one can save")
 
-    def _save(
-        self, chain: Chain, fingerprint: Fingerprint, encode: Encode, *, is_prefix: bool
-    ) -> bool:
-        """Add what is missing; return False if an ancestor went away meanwhile."""
-        match = longest_match(self._index, chain, limit=len(chain))
-        parent_key = match.key
-        for start, end in _cuts(match.cached_tokens, len(chain)):
-            info = SegmentInfo(
-                key=chain.key_at(end),
-                parent_key=parent_key,
-                fingerprint=fingerprint,
-                start=start,
-                end=end,
-                is_prefix=is_prefix and end == len(chain),
-                created_at=time.time(),
-            )
-            if not self._add(info, encode(start, end), chain):
-                return False
-            parent_key = info.key
-        assert parent_key is not None
-        return not is_prefix or self._list_prefix(chain, parent_key)
+    def _thin(self, chain: Chain) -> None:
+        """Remove the checkpoints that the newest one makes less worth their bytes."""
+        found = checkpoints_on(self._index, chain)
+        surplus = surplus_checkpoints(
+            [checkpoint for checkpoint, is_on_way in found.items() if is_on_way],
+            [checkpoint for checkpoint, is_on_way in found.items() if not is_on_way],
+        )
+        removed = [c.key for c in surplus if self._index.remove_leaf(c.key)]
+        pruning.remove_blobs(self._index, self._blobs, removed)
 
     def _add(self, info: SegmentInfo, segment: EncodedSegment, chain: Chain) -> bool:
         """Write a blob, then publish it together with its row.
@@ -322,9 +398,9 @@ class PrefixStore:
         needed = sum(tensor.data.nbytes for tensor in segment.tensors)
         self._make_room(needed + ROWS_NBYTES, protect=info.parent_key)
         with self._blobs.staged(info, segment) as staged, self._index.writing():
-            match = longest_match(self._index, chain, limit=info.end)
-            if (match.key, match.cached_tokens) != (info.parent_key, info.start):
-                return match.cached_tokens == info.end
+            rows = longest_rows(self._index, chain, limit=info.end)
+            if (rows.key, rows.cached_tokens) != (info.parent_key, info.start):
+                return rows.cached_tokens == info.end and not info.is_checkpoint
             staged.publish()
             self._index.add_segment(info, chain, nbytes=staged.nbytes)
         self._hold_limit(info.key)
@@ -351,7 +427,10 @@ class PrefixStore:
 
     def _list_prefix(self, chain: Chain, segment_key: str) -> bool:
         with self._index.writing():
-            segment_id = self._index.segment_id(segment_key)
+            checkpoint_key = chain.tagged_key_at(len(chain), CHECKPOINT_TAG)
+            segment_id = self._index.segment_id(
+                checkpoint_key
+            ) or self._index.segment_id(segment_key)
             if segment_id is None:
                 return False
             is_new = self._index.add_prefix(
@@ -507,9 +586,15 @@ def check_name(name: str) -> None:
         raise UsageError(f"{name!r} cannot be a name, use printable characters")
 
 
-def _cuts(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield the segments of a range, cut at multiples of the longest one."""
-    while start < end:
-        stop = min(start - start % MAX_SEGMENT_TOKENS + MAX_SEGMENT_TOKENS, end)
-        yield start, stop
-        start = stop
+def _info(chain: Chain, **fields: Any) -> SegmentInfo:
+    """Return what a new segment is, with the key that its chain and kind give it."""
+    info = SegmentInfo(key="", created_at=time.time(), **fields)
+    return replace(info, key=chain.tagged_key_at(info.end, info.tag))
+
+
+def _cuts(start: int, end: int, cut_at: Collection[int]) -> Iterator[tuple[int, int]]:
+    """Yield the segments of a range."""
+    places = cut_at or range(0, end, MAX_SEGMENT_TOKENS)
+    stops = [*sorted(place for place in places if start < place < end), end]
+    if start < end:
+        yield from pairwise([start, *stops])

@@ -23,7 +23,10 @@ class Fingerprint:
 
 
 class SegmentSlice(NamedTuple):
-    """The rows `[start, stop)` to take from the segment `[start, end)`."""
+    """The rows `[start, stop)` to take from the segment `[start, end)`.
+
+    A checkpoint has no rows: its start, stop and end are the same.
+    """
 
     key: str
     start: int
@@ -37,10 +40,13 @@ class Match:
 
     Attributes:
         slices: The segments to load, from the root; each starts where the
-            one before it stops.
+            one before it stops. A checkpoint, if there is one, is the last.
+        has_logits: Whether the checkpoint tells the logits of the next token, so that
+            nothing is left to read.
     """
 
     slices: tuple[SegmentSlice, ...] = ()
+    has_logits: bool = False
 
     @property
     def cached_tokens(self) -> int:
@@ -49,8 +55,9 @@ class Match:
 
     @property
     def key(self) -> str | None:
-        """Return the key of the deepest segment, or None without a match."""
-        return self.slices[-1].key if self.slices else None
+        """Return the key of the deepest segment with rows, or None without one."""
+        keys = [part.key for part in self.slices if part.start < part.end]
+        return keys[-1] if keys else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,30 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Resumption(NamedTuple):
+    """Where a run can take over from a segment.
+
+    Attributes:
+        divisible: Whether its rows can be cut at any token, else it is taken as a
+            whole or not at all.
+        extendable: Whether longer prompts can go on from its end, else it is good for
+            its very prompt.
+        needs_checkpoint: Whether rows are not enough, so that only positions with a
+            checkpoint will do.
+        has_logits: Whether a checkpoint tells the logits of the next token.
+    """
+
+    divisible: bool = True
+    extendable: bool = True
+    needs_checkpoint: bool = False
+    has_logits: bool = False
+
+
+AT_ANY_TOKEN = Resumption()
+CHECKPOINT_TAG = "checkpoint"
+TAIL_TAG = "tail"
+
+
 @dataclass(frozen=True, slots=True)
 class SegmentInfo:
     """What a blob says of its segment.
@@ -86,10 +117,14 @@ class SegmentInfo:
         key: Chain hash at `end`, in hex.
         parent_key: The segment this one hangs on, or None for a root.
         fingerprint: What the KV values depend on.
-        start: First token of the range `[start, end)`.
+        start: First token of the range `[start, end)`; a checkpoint's start and end
+            are the same.
         end: The token after the last.
         is_prefix: Whether a prompt that was built or saved ends here.
         created_at: Unix time.
+        resumption: Where a run can take over.
+        is_boundary: Whether prompts are likely to part here, as at the end of a
+            message; of checkpoints only.
     """
 
     key: str
@@ -99,6 +134,20 @@ class SegmentInfo:
     end: int
     is_prefix: bool
     created_at: float
+    resumption: Resumption = AT_ANY_TOKEN
+    is_boundary: bool = False
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Return whether it is the state at one position, without rows."""
+        return self.start == self.end
+
+    @property
+    def tag(self) -> str:
+        """Return what tells its key from that of a common segment with its end."""
+        if self.is_checkpoint:
+            return CHECKPOINT_TAG
+        return "" if self.resumption.extendable else TAIL_TAG
 
 
 class EncodedSegment(NamedTuple):
@@ -106,6 +155,7 @@ class EncodedSegment(NamedTuple):
 
     layout: str
     tensors: list[Tensor]
+    resumption: Resumption = AT_ANY_TOKEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +186,22 @@ class SegmentRow(NamedTuple):
     start: int
     end: int
     nbytes: int
+    divisible: bool
+    extendable: bool
+    needs_checkpoint: bool
     token_ids: bytes
+
+
+class CheckpointRow(NamedTuple):
+    """A checkpoint as the index knows it; it hangs on the segment `parent_id`."""
+
+    key: str
+    parent_id: int
+    position: int
+    extendable: bool
+    has_logits: bool
+    is_boundary: bool
+    is_prefix: bool
 
 
 class ListedPrefix(NamedTuple):
@@ -158,6 +223,7 @@ class Leaf(NamedTuple):
     used_at: float
     pinned: bool
     model: str
+    is_checkpoint: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,13 @@ import struct
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from segments import expected_digests, expected_key
 
 from promptcache.blobs import BlobFolder
 from promptcache.store import PrefixStore
+from promptcache.types import Resumption
 
 
 class Row(NamedTuple):
@@ -24,7 +25,20 @@ class Row(NamedTuple):
     end: int
     first_token: int
     nbytes: int
+    resumption: Resumption
+    is_boundary: bool
     token_ids: bytes
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.start == self.end
+
+    @property
+    def tag(self) -> str:
+        """Return what tells its key from that of a common segment with its end."""
+        if self.is_checkpoint:
+            return "checkpoint"
+        return "" if self.resumption.extendable else "tail"
 
 
 def check_invariants(store: PrefixStore | Path) -> None:
@@ -40,17 +54,22 @@ def check_invariants(store: PrefixStore | Path) -> None:
 
 def read_rows(folder: Path) -> dict[int, Row]:
     """Return all segments by id."""
-    sql = """
-        SELECT s.id, key, parent_id, digest, start, end, first_token, nbytes, token_ids
+    sql = f"""
+        SELECT s.id, key, parent_id, digest, start, end, first_token, nbytes,
+            {", ".join(Resumption._fields)}, is_boundary, token_ids
         FROM segments s JOIN fingerprints f ON f.id = fingerprint_id
     """
     num_segments = query(folder, "SELECT count(*) FROM segments")[0][0]
-    rows = {row[0]: Row(*row) for row in query(folder, sql)}
+    rows: dict[int, Row] = {}
+    for *fields, is_boundary, token_ids in query(folder, sql):
+        resumption = Resumption(*map(bool, fields[8:]))
+        row = Row._make([*fields[:8], resumption, bool(is_boundary), token_ids])
+        rows[row.id] = row
     assert len(rows) == num_segments, "a segment without a fingerprint"
     return rows
 
 
-def query(folder: Path, sql: str) -> list[tuple[object, ...]]:
+def query(folder: Path, sql: str) -> list[tuple[Any, ...]]:
     """Return what a query finds in the real index."""
     uri = f"file:{folder / 'index.db'}?mode=ro"
     with closing(sqlite3.connect(uri, uri=True)) as connection:
@@ -75,23 +94,30 @@ def check_blobs(folder: Path, rows: dict[int, Row]) -> None:
         assert (info.key, info.parent_key) == (row.key, parent_key)
         assert (info.start, info.end) == (row.start, row.end)
         assert info.fingerprint.digest == row.digest
+        assert (info.resumption, info.is_boundary) == (row.resumption, row.is_boundary)
         assert blobs.path(row.key).stat().st_size == row.nbytes
 
 
 def check_tree(rows: dict[int, Row]) -> None:
-    """Assert that the segments are radix trees."""
+    """Assert that the segments are radix trees, with checkpoints as leaves."""
     for row in rows.values():
-        assert row.start < row.end
         assert len(row.token_ids) == 4 * (row.end - row.start)
-        assert row.first_token == struct.unpack("<I", row.token_ids[:4])[0]
+        if row.is_checkpoint:
+            assert row.first_token == -1
+        else:
+            assert row.start < row.end
+            assert row.first_token == struct.unpack("<I", row.token_ids[:4])[0]
         if row.parent_id:
             parent = rows[row.parent_id]
+            assert not parent.is_checkpoint
             assert parent.start < row.start <= parent.end
             assert parent.digest == row.digest
         else:
-            assert row.start == 0
+            assert row.start == 0 < row.end
     edges = Counter(
-        (row.parent_id, row.digest, row.start, row.first_token) for row in rows.values()
+        (row.parent_id, row.digest, row.start, row.first_token)
+        for row in rows.values()
+        if row.resumption.divisible
     )
     assert not edges or max(edges.values()) == 1, "two segments for the same tokens"
 
@@ -109,7 +135,7 @@ def check_hashes(folder: Path, rows: dict[int, Row]) -> None:
     wanted: set[tuple[object, ...]] = set()
     for row in rows.values():
         token_ids = path_token_ids(rows, row.id)
-        assert row.key == expected_key(row.digest, token_ids)
+        assert row.key == expected_key(row.digest, token_ids, row.tag)
         digests = expected_digests(row.digest, token_ids)
         for i in range(row.start // 32 + 1, row.end // 32 + 1):
             wanted.add((struct.unpack("<q", digests[i][:8])[0], row.id))
@@ -120,9 +146,8 @@ def check_prefixes(folder: Path, rows: dict[int, Row]) -> None:
     """Assert that every listed prefix ends inside its segment."""
     sql = "SELECT key, segment_id, num_tokens FROM prefixes"
     for key, segment_id, num_tokens in query(folder, sql):
-        assert isinstance(segment_id, int)
-        assert isinstance(num_tokens, int)
         row = rows[segment_id]
-        assert row.start < num_tokens <= row.end
+        # A checkpoint has no tokens of its own.
+        assert row.start < num_tokens + row.is_checkpoint <= row.end + row.is_checkpoint
         token_ids = path_token_ids(rows, segment_id)[:num_tokens]
         assert key == expected_key(row.digest, token_ids)

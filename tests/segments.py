@@ -4,10 +4,11 @@ Every value of a segment says which token at which position it belongs to.
 """
 
 import hashlib
+import math
 import os
 import struct
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import xxhash
@@ -15,12 +16,19 @@ import xxhash
 from promptcache.blobs import BlobFolder
 from promptcache.store import Encode, PrefixStore
 from promptcache.types import (
+    AT_ANY_TOKEN,
+    BlobHeader,
     EncodedSegment,
     Fingerprint,
     Match,
+    Resumption,
     SegmentInfo,
     Tensor,
 )
+
+NEEDS_CHECKPOINT = Resumption(needs_checkpoint=True)
+# One for all segments, or a function that tells it from start and end.
+ResumptionOf = Resumption | Callable[[int, int], Resumption]
 
 
 def fingerprint(model: str = "tiny") -> Fingerprint:
@@ -42,7 +50,12 @@ def values(token_ids: Sequence[int], start: int, end: int) -> "array[float]":
     return array("f", (1000 * token_ids[i] + i for i in range(start, end)))
 
 
-def encoder(token_ids: Sequence[int], *, width: int = 1) -> Encode:
+def encoder(
+    token_ids: Sequence[int],
+    *,
+    width: int = 1,
+    resumption: ResumptionOf = AT_ANY_TOKEN,
+) -> Encode:
     """Return an `encode` for these token ids; each row has `width` floats."""
 
     def encode(start: int, end: int) -> EncodedSegment:
@@ -54,9 +67,37 @@ def encoder(token_ids: Sequence[int], *, width: int = 1) -> Encode:
             Tensor("token_ids", "U32", (end - start,), memoryview(ids)),
             Tensor("rows", "F32", (end - start, width), memoryview(rows).cast("B")),
         ]
-        return EncodedSegment('[{"kind":"delta"}]', tensors)
+        allowed = (
+            resumption if isinstance(resumption, Resumption) else resumption(start, end)
+        )
+        return EncodedSegment('[{"kind":"delta"}]', tensors, allowed)
 
     return encode
+
+
+def state(token_ids: Sequence[int]) -> bytes:
+    """Return the bytes that stand for the state after these token ids."""
+    packed = struct.pack(f"<{len(token_ids)}I", *token_ids)
+    return xxhash.xxh3_128_digest(packed)
+
+
+def checkpoint(
+    token_ids: Sequence[int],
+    *,
+    width: int = 1,
+    extendable: bool = True,
+    has_logits: bool = False,
+) -> EncodedSegment:
+    """Return the checkpoint after these token ids, of `width` times 16 bytes."""
+    data = memoryview(state(token_ids) * width)
+    tensors = [
+        Tensor("token_ids", "U32", (0,), memoryview(b"")),
+        Tensor("state", "U32", (4 * width,), data),
+    ]
+    resumption = Resumption(
+        extendable=extendable, needs_checkpoint=True, has_logits=has_logits
+    )
+    return EncodedSegment('[{"kind":"checkpoint"}]', tensors, resumption)
 
 
 def save(
@@ -66,10 +107,60 @@ def save(
     *,
     width: int = 1,
     is_prefix: bool = True,
+    resumption: ResumptionOf = AT_ANY_TOKEN,
+    cut_at: Collection[int] = (),
 ) -> str:
     """Save a prefix with fake values and return its key."""
-    encode = encoder(token_ids, width=width)
-    return store.save(token_ids, model, encode, is_prefix=is_prefix)
+    encode = encoder(token_ids, width=width, resumption=resumption)
+    return store.save(token_ids, model, encode, is_prefix=is_prefix, cut_at=cut_at)
+
+
+def save_checkpoint(
+    store: PrefixStore,
+    token_ids: Sequence[int],
+    model: Fingerprint = TINY,
+    *,
+    width: int = 1,
+    extendable: bool = True,
+    has_logits: bool = False,
+    is_prefix: bool = False,
+    is_boundary: bool = False,
+) -> str:
+    """Save a fake checkpoint at the end of a prefix whose rows are stored."""
+    segment = checkpoint(
+        token_ids, width=width, extendable=extendable, has_logits=has_logits
+    )
+    return store.save_checkpoint(
+        token_ids, model, segment, is_prefix=is_prefix, is_boundary=is_boundary
+    )
+
+
+def save_with_checkpoints(
+    store: PrefixStore,
+    token_ids: Sequence[int],
+    positions: Iterable[int] = (),
+    model: Fingerprint = TINY,
+    *,
+    width: int = 1,
+) -> str:
+    """Save a prefix that only its checkpoints can be resumed at; return its key.
+
+    The positions before its end are steps on the way. The checkpoint at its end has
+    the logits.
+    """
+    save(
+        store,
+        token_ids,
+        model,
+        width=width,
+        is_prefix=False,
+        resumption=NEEDS_CHECKPOINT,
+    )
+    for position in sorted(positions):
+        save_checkpoint(store, token_ids[:position], model, width=width)
+    return save_checkpoint(
+        store, token_ids, model, width=width, has_logits=True, is_prefix=True
+    )
 
 
 def cached_tokens(
@@ -96,12 +187,17 @@ def expected_digests(digest: str, token_ids: Sequence[int]) -> list[bytes]:
     return digests
 
 
-def expected_key(digest: str, token_ids: Sequence[int]) -> str:
-    """Return the key of a prefix, as the format defines it."""
+def expected_key(digest: str, token_ids: Sequence[int], tag: str = "") -> str:
+    """Return the key of a prefix, as the format defines it.
+
+    With a tag, that of a checkpoint or a tail, which is good for one prompt only.
+    """
     last = expected_digests(digest, token_ids)[-1]
     rest = token_ids[len(token_ids) - len(token_ids) % 32 :]
     if rest:
         last = xxhash.xxh3_128_digest(last + struct.pack(f"<{len(rest)}I", *rest))
+    if tag:
+        last = xxhash.xxh3_128_digest(last + tag.encode())
     return last.hex()
 
 
@@ -123,21 +219,32 @@ def longest_shared(token_ids: Sequence[int], stored: Iterable[Sequence[int]]) ->
 def check_match(store: PrefixStore, match: Match, token_ids: Sequence[int]) -> None:
     """Assert that a match's blobs hold the values of these very token ids."""
     position = 0
-    for part in match.slices:
-        assert part.start == position < part.stop <= part.end
+    for i, part in enumerate(match.slices):
+        assert part.start == position <= part.stop <= part.end
         path, header = store.open_blob(part)
-        first = header.data_start
-        for spec in header.tensors:
-            nbytes = 4 * spec.shape[0] * (spec.shape[1] if len(spec.shape) > 1 else 1)
-            if spec.name == "rows":
-                width = spec.shape[1]
-                rows = array("f", path.read_bytes()[first : first + nbytes])
-                wanted = values(token_ids, part.start, part.stop)
-                taken = rows[: (part.stop - part.start) * width : width]
-                assert taken == wanted
-            first += nbytes
+        if part.start == part.end:
+            assert i == len(match.slices) - 1 > 0, "a checkpoint comes last, after rows"
+            wanted = state(token_ids[: part.end])
+            assert tensor_bytes(path, header, "state")[: len(wanted)] == wanted
+        else:
+            assert part.start < part.stop
+            width = next(s.shape[1] for s in header.tensors if s.name == "rows")
+            rows = array("f", tensor_bytes(path, header, "rows"))
+            taken = rows[: (part.stop - part.start) * width : width]
+            assert taken == values(token_ids, part.start, part.stop)
         position = part.stop
     assert position == match.cached_tokens
+
+
+def tensor_bytes(path: Path, header: BlobHeader, name: str) -> bytes:
+    """Return the bytes of a tensor whose values have four bytes each."""
+    first = header.data_start
+    for spec in header.tensors:
+        nbytes = 4 * math.prod(spec.shape)
+        if spec.name == name:
+            return path.read_bytes()[first : first + nbytes]
+        first += nbytes
+    raise AssertionError(f"blob has no {name}")
 
 
 def blob_nbytes(store: PrefixStore) -> int:

@@ -14,7 +14,7 @@ import workers
 from safetensors import safe_open
 from segments import TINY, expected_key, flip, publish, tokens, values
 
-from promptcache.blobs import BlobFolder
+from promptcache.blobs import FORMAT_VERSION, BlobFolder
 from promptcache.errors import DamagedBlobError, StoreFormatError
 from promptcache.types import EncodedSegment, SegmentInfo, Tensor
 
@@ -70,7 +70,7 @@ def test_safetensors_reads_a_blob(folder: BlobFolder) -> None:
     assert rows.shape == (5, 1)
     assert array("f", rows.flatten()) == values(tokens(5), 0, 5)
     assert metadata["key"] == key
-    assert metadata["format_version"] == "1"
+    assert metadata["format_version"] == "2"
     assert (metadata["start"], metadata["end"]) == ("0", "5")
 
 
@@ -221,19 +221,38 @@ def test_blob_of_a_newer_format_is_refused_as_such(folder: BlobFolder) -> None:
     key = publish(folder, tokens(5))
     make_newer(folder.path(key))
 
-    with pytest.raises(StoreFormatError, match=r"blob has format 2 .* up to 1, upgr"):
+    with pytest.raises(StoreFormatError, match=r"blob has format 3 .* up to 2, upgr"):
+        folder.check(key)
+
+
+def test_blob_of_an_older_format_is_refused_as_such(folder: BlobFolder) -> None:
+    key = publish(folder, tokens(5))
+    make_older(folder.path(key))
+
+    with pytest.raises(StoreFormatError, match=r"older format 1, .* prune` removes it"):
         folder.check(key)
 
 
 def make_newer(path: Path) -> None:
     """Write a blob again as a newer promptcache would, with the same checksum rule."""
+    change_metadata(path, format_version=str(FORMAT_VERSION + 1))
+
+
+def make_older(path: Path) -> None:
+    """Write a blob again as the first promptcache did, which knew no checkpoints."""
+    change_metadata(path, format_version="1", resumption=None, is_boundary=None)
+
+
+def change_metadata(path: Path, **changes: str | None) -> None:
+    """Write a blob again with other metadata; None leaves a key out."""
     from promptcache.blobs import _header_checksum, _safetensors_header
     from promptcache.types import TensorSpec
 
     data = path.read_bytes()
     data_start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:data_start])
-    metadata = header.pop("__metadata__") | {"format_version": "2"}
+    changed = header.pop("__metadata__") | changes
+    metadata = {key: value for key, value in changed.items() if value is not None}
     del metadata["checksum"]
     specs = [TensorSpec(n, s["dtype"], tuple(s["shape"])) for n, s in header.items()]
     metadata["checksum"] = _header_checksum(metadata, specs)

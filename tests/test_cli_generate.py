@@ -406,3 +406,39 @@ def test_unsupported_model_builds_nothing_and_generates_with_a_warning(
 
     assert result.stdout.endswith("\n")
     assert re.fullmatch(r"promptcache: warning: .*RotatingKVCache.*\n", result.stderr)
+
+
+# Draft models and exact mode
+
+
+def test_draft_model_resumes_with_the_same_tokens(model_dir: Path) -> None:
+    question = "Where does the lighthouse keeper sleep?"
+    options = ("--draft-model", model_dir, "--max-tokens", "8", "--json")
+    cold = json.loads(ok("generate", question, *options, "--save").stdout)
+
+    warm = json.loads(ok("generate", question, *options).stdout)
+
+    assert warm["cached_tokens"] == warm["prompt_tokens"] - 1
+    assert warm["token_ids"] == cold["token_ids"]
+    plain = json.loads(ok("generate", question, "--max-tokens", "8", "--json").stdout)
+    assert plain["token_ids"] == cold["token_ids"]
+    assert plain["cached_tokens"] == 0
+
+
+def test_missing_draft_model_is_one_line() -> None:
+    result = invoke("generate", "Hello", "--draft-model", "/no/such/folder")
+
+    assert_fails(result, 1, "/no/such/folder", "not found")
+
+
+def test_exact_mode_finds_what_was_built_exactly() -> None:
+    prompt = "The sea, the sea, the wide and open sea. " * 4
+    sizes = ("--prefill-step-size", "32")
+    ok("build", "--raw", prompt, "--exact", *sizes)
+
+    warm = ok("generate", "--raw", f"{prompt}!", "--exact", *sizes, "--json")
+    tight = ok("generate", "--raw", f"{prompt}!", *sizes, "--json")
+
+    assert json.loads(warm.stdout)["cached_tokens"] % 32 == 0
+    assert json.loads(warm.stdout)["cached_tokens"] > 0
+    assert json.loads(tight.stdout)["cached_tokens"] == 0

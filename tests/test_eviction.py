@@ -7,8 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import trees
 
-from promptcache.eviction import plan_eviction
-from promptcache.types import Leaf
+from promptcache.eviction import (
+    CHECKPOINT_SPACING,
+    CHECKPOINTS_BESIDE,
+    plan_eviction,
+    surplus_checkpoints,
+)
+from promptcache.types import CheckpointRow, Leaf
 
 anything = settings(deadline=None, max_examples=300)
 sets_of_ids = st.sets(st.integers(1, 25), max_size=3)
@@ -132,3 +137,171 @@ def test_parent_with_one_child_left_stays() -> None:
 @pytest.mark.parametrize("nbytes", [0, -1])
 def test_nothing_goes_when_nothing_is_needed(nbytes: int) -> None:
     assert plan_eviction([leaf(1)], nbytes=nbytes) == []
+
+
+# Checkpoints
+
+
+def checkpoint(
+    position: int, *, is_prefix: bool = False, is_boundary: bool = True
+) -> CheckpointRow:
+    return CheckpointRow(
+        key=f"{position:032x}",
+        parent_id=1,
+        position=position,
+        extendable=True,
+        has_logits=False,
+        is_boundary=is_boundary,
+        is_prefix=is_prefix,
+    )
+
+
+any_checkpoints = st.dictionaries(
+    st.integers(1, 100_000) | st.integers(1, 400),
+    st.tuples(st.booleans(), st.booleans()),
+    min_size=1,
+    max_size=40,
+).map(
+    lambda found: [
+        checkpoint(position, is_prefix=flags[0], is_boundary=flags[1])
+        for position, flags in sorted(found.items())
+    ]
+)
+
+
+def after_each(positions: Iterable[int]) -> list[CheckpointRow]:
+    """Return what is left of checkpoints that were taken one after the other."""
+    kept: list[CheckpointRow] = []
+    for position in positions:
+        kept.append(checkpoint(position))
+        surplus = surplus_checkpoints(kept)
+        kept = [one for one in kept if one not in surplus]
+    return kept
+
+
+def bucket(newest: CheckpointRow, other: CheckpointRow) -> int:
+    """Return how far away a checkpoint is, as a power of two."""
+    distance = newest.position - other.position
+    return distance.bit_length() if distance >= CHECKPOINT_SPACING else 0
+
+
+@anything
+@given(any_checkpoints)
+def test_newest_checkpoint_and_the_first_boundary_stay(
+    on_way: list[CheckpointRow],
+) -> None:
+    surplus = surplus_checkpoints(on_way)
+
+    first = [c for c in on_way if c.is_boundary or c.is_prefix][:1]
+    assert not {on_way[-1], *first} & set(surplus)
+    assert len(set(surplus)) == len(surplus)
+    assert set(surplus) < set(on_way)
+
+
+@anything
+@given(any_checkpoints)
+def test_checkpoint_goes_for_another_one_about_as_far_away(
+    on_way: list[CheckpointRow],
+) -> None:
+    surplus = surplus_checkpoints(on_way)
+
+    kept = [c for c in on_way[:-1] if c not in surplus]
+    for gone in surplus:
+        rivals = [c for c in kept if bucket(on_way[-1], c) == bucket(on_way[-1], gone)]
+        worth = (gone.is_prefix, gone.is_boundary)
+        assert any((c.is_prefix, c.is_boundary) >= worth for c in rivals)
+
+
+@anything
+@given(any_checkpoints)
+def test_number_of_checkpoints_grows_with_the_logarithm_of_the_length(
+    on_way: list[CheckpointRow],
+) -> None:
+    num_kept = len(on_way) - len(surplus_checkpoints(on_way))
+
+    length = on_way[-1].position - on_way[0].position
+    num_buckets = (length // CHECKPOINT_SPACING).bit_length() + 1
+    assert num_kept <= num_buckets + 2
+
+
+@anything
+@given(any_checkpoints)
+def test_thinning_twice_takes_nothing_more(on_way: list[CheckpointRow]) -> None:
+    surplus = surplus_checkpoints(on_way)
+
+    assert surplus_checkpoints([c for c in on_way if c not in surplus]) == []
+
+
+@anything
+@given(st.lists(st.integers(1, 100_000), min_size=1, max_size=40, unique=True))
+def test_far_fork_loses_no_more_than_it_shares_with_the_newest(
+    positions: list[int],
+) -> None:
+    """Of equals, the first one in twice the distance stays."""
+    on_way = [checkpoint(position) for position in sorted(positions)]
+    surplus = surplus_checkpoints(on_way)
+
+    newest = on_way[-1].position
+    for gone in surplus:
+        distance = newest - gone.position
+        if distance >= CHECKPOINT_SPACING:
+            kept = [c for c in on_way if c not in surplus]
+            before = max(c.position for c in kept if c.position <= gone.position)
+            assert newest - before < 2 * distance
+
+
+@pytest.mark.parametrize("turn", [20, 30, 32, 50, 64, 65, 100, 128, 500, 1000, 2048])
+def test_long_conversation_keeps_a_checkpoint_before_every_fork(turn: int) -> None:
+    """Thinned after each turn, it is at most about seven times as far away."""
+    ends = range(100, 100 + 300 * turn, turn)
+    for num_turns in (10, 100, 137, 200, 255, 299):
+        kept = [c.position for c in after_each(ends[:num_turns])]
+
+        newest = ends[num_turns - 1]
+        for fork in ends[:num_turns]:
+            distance = newest - fork
+            before = max(position for position in kept if position <= fork)
+            assert newest - before <= 8 * distance + CHECKPOINT_SPACING
+
+
+@pytest.mark.parametrize("turn", [20, 64, 100, 2048])
+def test_long_conversation_keeps_few_checkpoints(turn: int) -> None:
+    kept = after_each(range(100, 100 + 1000 * turn, turn))
+
+    assert len(kept) <= (1000 * turn // CHECKPOINT_SPACING).bit_length() + 3
+
+
+def test_end_of_a_prefix_stays_rather_than_a_boundary_and_that_than_a_step() -> None:
+    step = checkpoint(1000, is_boundary=False)
+    boundary = checkpoint(1010)
+    prefix = checkpoint(1020, is_prefix=True, is_boundary=False)
+    first, newest = checkpoint(5), checkpoint(1600)
+
+    def surplus(*others: CheckpointRow) -> list[CheckpointRow]:
+        return surplus_checkpoints([first, *others, newest])
+
+    assert surplus(step, boundary, prefix) == [step, boundary]
+    assert surplus(step, boundary) == [step]
+    assert surplus(step, prefix) == [step]
+    assert surplus(boundary, prefix) == [boundary]
+
+
+def test_first_step_goes_where_a_boundary_is_as_far_away() -> None:
+    step = checkpoint(1000, is_boundary=False)
+
+    surplus = surplus_checkpoints([step, checkpoint(1010), checkpoint(1600)])
+
+    assert surplus == [step]
+
+
+def test_only_checkpoint_stays() -> None:
+    assert surplus_checkpoints([checkpoint(100)]) == []
+
+
+@given(st.lists(st.integers(1, 1000), unique=True, max_size=8))
+def test_last_checkpoints_beside_the_way_stay(positions: list[int]) -> None:
+    beside = [checkpoint(position) for position in sorted(positions)]
+
+    surplus = surplus_checkpoints([checkpoint(5), checkpoint(500)], beside)
+
+    assert surplus == beside[:-CHECKPOINTS_BESIDE]

@@ -46,7 +46,7 @@ def test_fingerprint_covers_its_parts_only() -> None:
 
     assert first.digest == renamed.digest
     assert len({first.digest, other.digest, more.digest}) == 3
-    assert first.parts == {"state_version": "1", "weights": "1"}
+    assert first.parts == {"state_version": "2", "weights": "1"}
     assert bytes.fromhex(first.digest).hex() == first.digest
     assert len(first.digest) == 32
 

@@ -1,5 +1,6 @@
 """A warm run equals a cold one, and a cold one equals plain mlx-lm."""
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 import tiny
+from mlx_lm.models.cache import KVCache
+from segments import flip
 
 from promptcache import (
     CachedGenerator,
@@ -339,7 +342,7 @@ def test_text_in_pieces_is_that_of_plain_mlx_lm(
     generator: CachedGenerator, text: str
 ) -> None:
     forced = generator.tokenizer.encode(text, add_special_tokens=False)
-    options = {
+    options: dict[str, Any] = {
         "logits_processors": [forcing([*forced, 0])],
         "max_tokens": len(forced),
     }
@@ -765,6 +768,381 @@ def test_prefixes_of_another_quantization_are_not_reused(
     assert four.last.cached_tokens == 0
 
 
+# Windows
+
+FORKS = {
+    "after one token": 1,
+    "before the window is full": 31,
+    "where the window is full": 32,
+    "after the window was full": 33,
+    "in the middle of a piece": 57,
+    "before the last token": 99,
+    "at the end": 100,
+}
+
+
+@pytest.fixture
+def windowed(make_model: Callable[[str], Path], store: PrefixStore) -> CachedGenerator:
+    """A generator whose model looks back 32 tokens in every other layer."""
+    return CachedGenerator.load(make_model("gemma3_text"), store=store)
+
+
+@pytest.mark.parametrize("step", [2048, 40])
+@pytest.mark.parametrize("how", ["built", "answered"])
+@pytest.mark.parametrize("name", FORKS)
+def test_window_is_resumed_at_any_fork(
+    windowed: CachedGenerator, name: str, how: str, step: int
+) -> None:
+    fork = FORKS[name]
+    stored = [*PROMPT[:fork], *OTHER]
+    if how == "built":
+        windowed.build(stored, prefill_step_size=step)
+    else:
+        run(windowed, stored, save=True, max_tokens=1, prefill_step_size=step)
+
+    warm = run(windowed, PROMPT, prefill_step_size=step)
+
+    expected = cold(windowed, PROMPT, prefill_step_size=step)
+    assert warm.last.cached_tokens == min(fork, len(PROMPT) - 1)
+    assert warm.tokens == expected.tokens
+    assert largest_difference(warm.logprobs, expected.logprobs) < 1e-4
+
+
+@pytest.mark.parametrize("num_tokens", [20, 33, 100])
+def test_window_that_is_saved_equals_plain_mlx_lm(
+    windowed: CachedGenerator, num_tokens: int
+) -> None:
+    prompt = PROMPT[:num_tokens]
+
+    saved = run(windowed, prompt, save=True)
+
+    expected = plain(windowed, prompt)
+    assert saved.tokens == expected.tokens
+    assert largest_difference(saved.logprobs, expected.logprobs) < 1e-4
+
+
+@pytest.mark.parametrize("step", [2048, 40])
+def test_rows_of_a_window_are_those_of_the_prompt_after_a_long_answer(
+    windowed: CachedGenerator, step: int
+) -> None:
+    run(windowed, PROMPT, save=True, max_tokens=100, prefill_step_size=step)
+
+    for fork in (5, 31, 32, 33, 64, 80, 99, 100):
+        prompt = [*PROMPT[:fork], *OTHER[:20]]
+        warm = run(windowed, prompt, prefill_step_size=step, max_tokens=8)
+
+        expected = cold(windowed, prompt, prefill_step_size=step, max_tokens=8)
+        assert warm.last.cached_tokens == fork
+        assert warm.tokens == expected.tokens
+        assert largest_difference(warm.logprobs, expected.logprobs) < 1e-4
+
+
+def test_window_that_is_resumed_is_saved_with_all_its_rows(
+    windowed: CachedGenerator, store: PrefixStore
+) -> None:
+    longer = [*PROMPT, *OTHER]
+    windowed.build(PROMPT[:50])
+    run(windowed, PROMPT, save=True)
+    run(windowed, longer, save=True)
+
+    for fork in (40, 50, 60, 100, 110, 199):
+        prompt = [*longer[:fork], 7, 8, 9]
+        warm = run(windowed, prompt, max_tokens=8)
+        assert warm.last.cached_tokens == fork
+        assert warm.tokens == cold(windowed, prompt, max_tokens=8).tokens
+    assert store.verify().is_sound
+
+
+# Models that only a checkpoint can resume
+
+
+@pytest.fixture(scope="module")
+def hybrid_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("hybrid"), tiny.QWEN3_NEXT)
+
+
+@pytest.fixture
+def hybrid(hybrid_dir: Path, store: PrefixStore) -> CachedGenerator:
+    """A generator whose model has linear attention in every other layer."""
+    return CachedGenerator.load(hybrid_dir, store=store)
+
+
+@pytest.fixture
+def calls(hybrid: CachedGenerator, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Note how many tokens the model reads with each call."""
+    noted: list[int] = []
+    model_class = type(hybrid.model)
+    call = model_class.__call__
+
+    def noting(model: Any, inputs: mx.array, *args: Any, **kwargs: Any) -> Any:
+        noted.append(inputs.size)
+        return call(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(model_class, "__call__", noting)
+    return noted
+
+
+def chat(*contents: str) -> list[dict[str, str]]:
+    """Return a system message, and what user and assistant say in turns."""
+    roles = ["system", *(["user", "assistant"] * len(contents))]
+    return [
+        {"role": role, "content": content}
+        for role, content in zip(roles, contents, strict=False)
+    ]
+
+
+FIRST_TURN = chat("You narrate. " * 5, "I open the door. " * 8)
+SECOND_TURN = [
+    *FIRST_TURN,
+    {"role": "assistant", "content": "It is dark. " * 8},
+    {"role": "user", "content": "I light a torch."},
+]
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:1], FIRST_TURN], ids=len)
+def test_prompt_that_was_answered_costs_no_prefill(
+    hybrid: CachedGenerator, calls: list[int], prompt: Any
+) -> None:
+    first = run(hybrid, prompt, save=True)
+    num_read = sum(calls)
+    calls.clear()
+    told: list[tuple[int, int]] = []
+
+    again = run(
+        hybrid, prompt, prompt_progress_callback=lambda *done: told.append(done)
+    )
+
+    num_tokens = again.last.prompt_tokens
+    assert first.last.cached_tokens == 0
+    assert again.last.cached_tokens == num_tokens
+    assert num_read == num_tokens + MAX_TOKENS - 1
+    assert calls == [1] * (MAX_TOKENS - 1)
+    assert told == [(num_tokens, num_tokens)]
+    assert again.tokens == first.tokens
+    assert largest_difference(again.logprobs, first.logprobs) == 0.0
+
+
+def test_prompt_that_was_built_costs_no_prefill(
+    hybrid: CachedGenerator, calls: list[int]
+) -> None:
+    hybrid.build(PROMPT)
+    assert sum(calls) == len(PROMPT)
+    calls.clear()
+
+    warm = run(hybrid, PROMPT)
+
+    assert warm.last.cached_tokens == len(PROMPT)
+    assert calls == [1] * (MAX_TOKENS - 1)
+    expected = cold(hybrid, PROMPT)
+    assert warm.tokens == expected.tokens
+    assert largest_difference(warm.logprobs, expected.logprobs) == 0.0
+
+
+def test_prefix_that_was_built_is_not_read_again(
+    hybrid: CachedGenerator, calls: list[int]
+) -> None:
+    first = hybrid.build(PROMPT, prefill_step_size=32)
+    calls.clear()
+
+    again = hybrid.build(PROMPT, prefill_step_size=32)
+
+    assert (first.cached_tokens, again.cached_tokens) == (0, len(PROMPT))
+    assert calls == []
+
+
+def test_second_turn_reads_that_turn_only(
+    hybrid: CachedGenerator, calls: list[int]
+) -> None:
+    first = run(hybrid, FIRST_TURN, save=True, max_tokens=1)
+    calls.clear()
+
+    second = run(hybrid, SECOND_TURN, max_tokens=1)
+
+    num_first, num_second = first.last.prompt_tokens, second.last.prompt_tokens
+    assert second.last.cached_tokens == num_first
+    assert sum(calls) == num_second - num_first
+    expected = cold(hybrid, SECOND_TURN, max_tokens=1)
+    assert second.tokens == expected.tokens
+    assert largest_difference(second.logprobs, expected.logprobs) < 1e-4
+
+
+THINKING_TEMPLATE = tiny.CHAT_TEMPLATE.replace(
+    "{% if add_generation_prompt %}<|assistant|>",
+    "{% if add_generation_prompt %}<|assistant|><think>",
+)
+
+
+def test_second_turn_resumes_at_the_last_message_where_thinking_is_dropped(
+    hybrid_dir: Path, store: PrefixStore, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(hybrid_dir, tmp_path / "thinking"))
+    tiny.save_tokenizer(folder, THINKING_TEMPLATE)
+    generator = CachedGenerator.load(folder, store=store)
+    first = run(generator, FIRST_TURN, save=True)
+    end_of_message = first.last.prompt_tokens - len(
+        generator.tokenizer.encode("<|assistant|><think>", add_special_tokens=False)
+    )
+
+    second = run(generator, SECOND_TURN, save=True)
+    third = run(generator, [*SECOND_TURN[:3], SECOND_TURN[1]])
+
+    assert second.last.cached_tokens == end_of_message
+    assert second.tokens == cold(generator, SECOND_TURN).tokens
+    assert third.last.cached_tokens >= end_of_message
+    assert third.tokens == cold(generator, [*SECOND_TURN[:3], SECOND_TURN[1]]).tokens
+
+
+def test_chat_after_its_built_system_reads_the_rest_only(
+    hybrid: CachedGenerator, calls: list[int]
+) -> None:
+    built = hybrid.build(system=FIRST_TURN[0]["content"])
+    calls.clear()
+
+    warm = run(hybrid, FIRST_TURN, max_tokens=1)
+
+    assert warm.last.cached_tokens == built.num_tokens
+    assert sum(calls) == warm.last.prompt_tokens - built.num_tokens
+    expected = cold(hybrid, FIRST_TURN, max_tokens=1)
+    assert largest_difference(warm.logprobs, expected.logprobs) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("fork", "cached_tokens"),
+    [(1, 0), (127, 0), (128, 128), (129, 128), (300, 256), (399, 384)],
+)
+def test_fork_is_resumed_at_the_last_piece_before_it(
+    hybrid: CachedGenerator, fork: int, cached_tokens: int
+) -> None:
+    prompt = ids(400)
+    hybrid.build(prompt, prefill_step_size=128)
+    forked = [*prompt[:fork], *OTHER[:9]]
+
+    warm = run(hybrid, forked, prefill_step_size=128, max_tokens=8)
+
+    expected = cold(hybrid, forked, prefill_step_size=128, max_tokens=8)
+    assert warm.last.cached_tokens == cached_tokens
+    assert warm.tokens == expected.tokens
+    assert largest_difference(warm.logprobs, expected.logprobs) < 1e-4
+
+
+def checkpoint_paths(store: PrefixStore) -> list[Path]:
+    """Return the blobs of checkpoints, the deepest first."""
+    blobs = BlobFolder(store.path)
+    infos = [blobs.read_header(key).info for key, _ in blobs.stored()]
+    deepest = sorted(infos, key=lambda info: -info.end)
+    return [blobs.path(info.key) for info in deepest if info.is_checkpoint]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "deleted"])
+def test_damaged_checkpoint_is_one_warning_and_the_right_tokens(
+    hybrid: CachedGenerator, store: PrefixStore, damage: str
+) -> None:
+    run(hybrid, FIRST_TURN, save=True)
+    path = checkpoint_paths(store)[0]
+    path.unlink() if damage == "deleted" else flip(path)
+
+    with pytest.warns(PromptCacheWarning) as record:
+        warm = run(hybrid, FIRST_TURN, save=True)
+    healed = run(hybrid, FIRST_TURN)
+
+    assert "read again" in only_warning(record)
+    assert 0 < warm.last.cached_tokens < warm.last.prompt_tokens
+    assert healed.last.cached_tokens == healed.last.prompt_tokens
+    expected = cold(hybrid, FIRST_TURN).tokens
+    assert warm.tokens == healed.tokens == expected
+    assert store.verify().is_sound
+
+
+def test_all_checkpoints_damaged_is_a_warning_each_and_the_right_tokens(
+    hybrid: CachedGenerator, store: PrefixStore
+) -> None:
+    run(hybrid, FIRST_TURN, save=True)
+    paths = checkpoint_paths(store)
+    for path in paths:
+        flip(path)
+
+    with pytest.warns(PromptCacheWarning) as record:
+        warm = run(hybrid, FIRST_TURN)
+
+    assert len(record) == len(paths) > 1
+    assert warm.last.cached_tokens == 0
+    assert warm.tokens == cold(hybrid, FIRST_TURN).tokens
+
+
+def test_early_close_keeps_what_was_read(hybrid: CachedGenerator) -> None:
+    responses = hybrid.stream_generate(PROMPT, MAX_TOKENS, save=True)
+    next(responses)
+
+    responses.close()
+
+    warm = run(hybrid, PROMPT)
+    assert warm.last.cached_tokens == len(PROMPT)
+    assert warm.tokens == cold(hybrid, PROMPT).tokens
+
+
+def test_interrupted_build_resumes_at_its_last_piece(hybrid: CachedGenerator) -> None:
+    def interrupt(done: int, _: int) -> None:
+        if done >= 64:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hybrid.build(PROMPT, prefill_step_size=32, prompt_progress_callback=interrupt)
+
+    built = hybrid.build(PROMPT, prefill_step_size=32)
+
+    assert built.cached_tokens == 64
+    warm = run(hybrid, PROMPT, prefill_step_size=32)
+    expected = cold(hybrid, PROMPT, prefill_step_size=32)
+    assert warm.last.cached_tokens == len(PROMPT)
+    assert largest_difference(warm.logprobs, expected.logprobs) == 0.0
+
+
+def test_match_tells_the_whole_prompt_where_its_logits_are_stored(
+    hybrid: CachedGenerator,
+) -> None:
+    key = hybrid.build(PROMPT).key
+
+    assert hybrid.match(PROMPT).cached_tokens == len(PROMPT)
+    assert hybrid.match(PROMPT).has_logits
+    assert hybrid.match([*PROMPT, 1]).cached_tokens == len(PROMPT)
+    assert hybrid.match([*PROMPT, 1]).key == key
+    assert hybrid.match(PROMPT[:99]).cached_tokens == 0
+
+
+def test_hybrid_logprobs_equal_plain_ones_to_the_bit(hybrid: CachedGenerator) -> None:
+    saved = run(hybrid, PROMPT, save=True)
+    again = run(hybrid, PROMPT)
+
+    expected = plain(hybrid, PROMPT)
+    assert saved.tokens == again.tokens == expected.tokens
+    assert largest_difference(again.logprobs, expected.logprobs) == 0.0
+
+
+def test_hybrid_samples_the_same_warm(hybrid: CachedGenerator) -> None:
+    options: dict[str, Any] = {"temp": 1.0, "seed": 7, "repetition_penalty": 1.5}
+    first = run(hybrid, PROMPT, save=True, **options)
+
+    again = run(hybrid, PROMPT, **options)
+
+    assert again.last.cached_tokens == len(PROMPT)
+    assert again.tokens == first.tokens == cold(hybrid, PROMPT, **options).tokens
+
+
+@pytest.mark.parametrize("kv", QUANTIZED)
+def test_quantized_hybrid_runs_warm(
+    hybrid: CachedGenerator, kv: dict[str, Any]
+) -> None:
+    longer = [*PROMPT, *OTHER]
+    run(hybrid, PROMPT, save=True, prefill_step_size=32, **kv)
+
+    again = run(hybrid, PROMPT, prefill_step_size=32, **kv)
+    warm = run(hybrid, longer, prefill_step_size=32, **kv)
+
+    assert again.tokens == cold(hybrid, PROMPT, prefill_step_size=32, **kv).tokens
+    assert warm.tokens == cold(hybrid, longer, prefill_step_size=32, **kv).tokens
+    assert warm.last.cached_tokens >= 96
+
+
 # What cannot be cached
 
 
@@ -775,73 +1153,42 @@ def only_warning(record: pytest.WarningsRecorder) -> str:
     return str(found[0].message)
 
 
+class UnknownCache(KVCache):
+    """A cache class that neither mlx-lm nor the model defines."""
+
+
+@pytest.fixture
+def unsupported(
+    model_dir: Path, store: PrefixStore, monkeypatch: pytest.MonkeyPatch
+) -> CachedGenerator:
+    """A generator whose model makes a cache of an unknown class."""
+    model, tokenizer = mlx_lm.load(str(model_dir))[:2]
+    monkeypatch.setattr(
+        type(model), "make_cache", lambda model: [KVCache(), UnknownCache()]
+    )
+    return CachedGenerator(model, tokenizer, store=store)
+
+
 def test_unsupported_cache_class_is_one_warning_and_a_plain_run(
-    make_model: Callable[[str], Path], store: PrefixStore
+    unsupported: CachedGenerator, store: PrefixStore
 ) -> None:
-    generator = CachedGenerator.load(make_model("gemma3_text"), store=store)
-
     with pytest.warns(PromptCacheWarning) as record:
-        tokens = run(generator, PROMPT, save=True).tokens
+        tokens = run(unsupported, PROMPT, save=True).tokens
 
-    assert "RotatingKVCache" in only_warning(record)
-    assert tokens == plain(generator, PROMPT).tokens
+    assert "UnknownCache" in only_warning(record)
+    assert tokens == plain(unsupported, PROMPT).tokens
     assert store.prefixes() == []
 
 
 def test_unsupported_cache_class_is_refused_before_any_prefill(
-    make_model: Callable[[str], Path], store: PrefixStore
+    unsupported: CachedGenerator,
 ) -> None:
-    generator = CachedGenerator.load(make_model("gemma3_text"), store=store)
     calls: list[object] = []
 
-    with pytest.raises(UnsupportedCacheError, match="RotatingKVCache"):
-        generator.build(PROMPT, prompt_progress_callback=lambda *a: calls.append(a))
+    with pytest.raises(UnsupportedCacheError, match="UnknownCache"):
+        unsupported.build(PROMPT, prompt_progress_callback=lambda *a: calls.append(a))
 
     assert calls == []
-
-
-def test_max_kv_size_is_one_warning_and_a_plain_run(
-    store: PrefixStore, tmp_path: Path
-) -> None:
-    config = {**tiny.LLAMA, "model_type": "qwen3"}
-    folder = tiny.save_model(tmp_path / "model", config)
-    generator = CachedGenerator.load(folder, store=store)
-
-    with pytest.warns(PromptCacheWarning) as record:
-        limited = run(generator, PROMPT, max_kv_size=32, save=True)
-
-    assert "RotatingKVCache" in only_warning(record)
-    assert limited.tokens == plain(generator, PROMPT, max_kv_size=32).tokens
-
-
-def test_draft_model_is_one_warning_and_a_plain_run(
-    generator: CachedGenerator, model_dir: Path
-) -> None:
-    draft = mlx_lm.load(str(model_dir))[0]
-    generator.build(PROMPT)
-
-    with pytest.warns(PromptCacheWarning) as record:
-        responses = list(
-            generator.stream_generate(
-                PROMPT, MAX_TOKENS, draft_model=draft, num_draft_tokens=3, save=True
-            )
-        )
-
-    assert "draft_model" in only_warning(record)
-    expected = list(
-        mlx_lm.stream_generate(
-            generator.model,
-            generator.tokenizer,
-            PROMPT,
-            MAX_TOKENS,
-            draft_model=draft,
-            num_draft_tokens=3,
-        )
-    )
-    assert [(r.token, r.from_draft, r.text) for r in responses] == [
-        (r.token, r.from_draft, r.text) for r in expected
-    ]
-    assert any(r.from_draft for r in responses)
 
 
 def test_input_embeddings_are_one_warning_and_a_plain_run(
@@ -862,21 +1209,19 @@ def test_input_embeddings_are_one_warning_and_a_plain_run(
 # Arguments
 
 
-def test_prompt_cache_is_refused(generator: CachedGenerator) -> None:
-    with pytest.raises(UsageError, match="prompt_cache"):
-        generator.stream_generate(PROMPT, prompt_cache=[])
-
-
 def test_max_tokens_of_zero_is_refused(generator: CachedGenerator) -> None:
     with pytest.raises(UsageError, match="max_tokens"):
         generator.stream_generate(PROMPT, 0)
 
 
-def test_argument_that_mlx_lm_does_not_know_is_refused(
-    generator: CachedGenerator,
+@pytest.mark.parametrize("name", ["max_token", "prompt_cache", "prompt_cach"])
+def test_unknown_argument_is_refused_as_python_does(
+    generator: CachedGenerator, name: str
 ) -> None:
-    with pytest.raises(TypeError, match="max_token"):
-        list(generator.stream_generate(PROMPT, max_token=3))
+    options: dict[str, Any] = {name: 3}
+
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        generator.stream_generate(PROMPT, **options)
 
 
 @pytest.mark.parametrize("prompt", ["", [], [{"content": "no role"}]], ids=str)

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from promptcache import CachedGenerator, ModelError, PrefixStore
-from promptcache.prefill import KVSettings
+from promptcache.settings import DEFAULT_SETTINGS, Settings
 
 LORA = {
     "fine_tune_type": "lora",
@@ -35,9 +35,11 @@ def copy_dir(model_dir: Path, tmp_path: Path) -> Path:
 def digest(store: PrefixStore) -> Callable[..., str]:
     """Return a function that loads a folder and fingerprints it."""
 
-    def fingerprint(folder: Path, kv: KVSettings | None = None, **options: Any) -> str:
+    def fingerprint(
+        folder: Path, settings: Settings = DEFAULT_SETTINGS, **options: Any
+    ) -> str:
         generator = CachedGenerator.load(folder, store=store, **options)
-        return generator.fingerprint(kv).digest
+        return generator.fingerprint(settings).digest
 
     return fingerprint
 
@@ -173,14 +175,14 @@ def test_quantization_of_keys_and_values_changes_it(
     model_dir: Path, digest: Callable[..., str]
 ) -> None:
     settings = [
-        None,
-        KVSettings(8, 32, 0),
-        KVSettings(4, 32, 0),
-        KVSettings(8, 64, 0),
-        KVSettings(8, 32, 100),
+        DEFAULT_SETTINGS,
+        Settings.of(kv_bits=8, kv_group_size=32, quantized_kv_start=0),
+        Settings.of(kv_bits=4, kv_group_size=32, quantized_kv_start=0),
+        Settings.of(kv_bits=8, kv_group_size=64, quantized_kv_start=0),
+        Settings.of(kv_bits=8, kv_group_size=32, quantized_kv_start=100),
     ]
 
-    digests = [digest(model_dir, kv) for kv in settings]
+    digests = [digest(model_dir, wanted) for wanted in settings]
 
     assert len(set(digests)) == len(settings)
 
@@ -188,7 +190,9 @@ def test_quantization_of_keys_and_values_changes_it(
 def test_settings_without_bits_are_one(
     model_dir: Path, digest: Callable[..., str]
 ) -> None:
-    assert digest(model_dir, KVSettings(None, 32, 0)) == digest(model_dir)
+    without = Settings.of(kv_bits=None, kv_group_size=32, quantized_kv_start=0)
+
+    assert digest(model_dir, without) == digest(model_dir)
 
 
 def test_namespace_changes_it(model_dir: Path, digest: Callable[..., str]) -> None:

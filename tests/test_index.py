@@ -11,13 +11,28 @@ from pathlib import Path
 import pytest
 import workers
 from invariants import query
-from segments import TINY, cached_tokens, fingerprint, save, tokens, tree_hash
+from segments import (
+    NEEDS_CHECKPOINT,
+    TINY,
+    cached_tokens,
+    expected_key,
+    fingerprint,
+    save,
+    tokens,
+    tree_hash,
+)
 
 from promptcache.chain import Chain
 from promptcache.errors import DamagedIndexError, StoreError, StoreFormatError
 from promptcache.index import ROOT_ID, SCHEMA_VERSION, Index
 from promptcache.store import PrefixStore
-from promptcache.types import Fingerprint, SegmentInfo
+from promptcache.types import (
+    AT_ANY_TOKEN,
+    CheckpointRow,
+    Fingerprint,
+    Resumption,
+    SegmentInfo,
+)
 
 OTHER = fingerprint("other")
 
@@ -69,13 +84,45 @@ def add(
     model: Fingerprint = TINY,
     is_prefix: bool = True,
     now: float = 1.0,
+    resumption: Resumption = AT_ANY_TOKEN,
+    parent_key: str | None = None,
 ) -> str:
     """Add the row of a segment `[start, len(token_ids))`; return its key."""
     chain = Chain(model.digest, token_ids)
     key = chain.key_at(len(chain))
-    parent = chain.key_at(start) if start else None
-    info = SegmentInfo(key, parent, model, start, len(chain), is_prefix, now)
+    parent = parent_key or (chain.key_at(start) if start else None)
+    info = SegmentInfo(
+        key, parent, model, start, len(chain), is_prefix, now, resumption
+    )
     index.add_segment(info, chain, nbytes=10)
+    return key
+
+
+def add_checkpoint(
+    index: Index,
+    token_ids: list[int],
+    parent_key: str,
+    *,
+    resumption: Resumption = NEEDS_CHECKPOINT,
+    is_prefix: bool = False,
+    is_boundary: bool = False,
+) -> str:
+    """Add the row of a checkpoint after token ids; return its key."""
+    chain = Chain(TINY.digest, token_ids)
+    key = expected_key(TINY.digest, token_ids, "checkpoint")
+    position = len(chain)
+    info = SegmentInfo(
+        key=key,
+        parent_key=parent_key,
+        fingerprint=TINY,
+        start=position,
+        end=position,
+        is_prefix=is_prefix,
+        created_at=1.0,
+        resumption=resumption,
+        is_boundary=is_boundary,
+    )
+    index.add_segment(info, chain, nbytes=7)
     return key
 
 
@@ -148,7 +195,7 @@ def test_newer_index_is_refused_and_not_touched(path: Path, journal_mode: str) -
         connection.execute(f"PRAGMA journal_mode={journal_mode}")
     before = path.read_bytes()
 
-    with pytest.raises(StoreFormatError, match=r"has format 2 .* reads up to 1, upgr"):
+    with pytest.raises(StoreFormatError, match=r"has format 3 .* reads up to 2, upgr"):
         Index(path)
 
     assert path.read_bytes() == before
@@ -159,13 +206,22 @@ def test_newer_store_is_refused_and_not_touched(tmp_path: Path) -> None:
         save(store, tokens(40))
         store.pin(store.prefixes()[0].key, "name")
     with closing(sqlite3.connect(store.path / "index.db")) as connection:
-        connection.execute("PRAGMA user_version=2")
+        connection.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
     before = tree_hash(store.path)
 
     with pytest.raises(StoreFormatError):
         PrefixStore(store.path)
 
     assert tree_hash(store.path) == before
+
+
+def test_older_index_has_to_be_rebuilt(path: Path) -> None:
+    Index(path).close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA user_version={SCHEMA_VERSION - 1}")
+
+    with pytest.raises(DamagedIndexError, match="older format 1"):
+        Index(path)
 
 
 @pytest.mark.parametrize("nbytes", [15, 16, 100, 4096, 100_000])
@@ -346,6 +402,112 @@ def test_children_are_found_by_start_token_and_fingerprint(index: Index) -> None
     found = index.children(ROOT_ID, TINY.digest, {0: 0, 1: 7})
 
     assert [row.key for row in found] == [key]
+
+
+def test_flags_of_a_segment_come_back(index: Index) -> None:
+    tail = Resumption(divisible=False, extendable=False, needs_checkpoint=True)
+    first = add(index, tokens(40))
+    second = add(index, tokens(80), start=40, resumption=tail)
+    segment_id = index.segment_id(second)
+    assert segment_id is not None
+
+    path = index.path_to(segment_id)
+
+    assert [row.key for row in path] == [first, second]
+    assert [(row.divisible, row.extendable, row.needs_checkpoint) for row in path] == [
+        (True, True, False),
+        (False, False, True),
+    ]
+
+
+def test_checkpoints_are_found_by_the_segments_they_hang_on(index: Index) -> None:
+    first = add(index, tokens(40))
+    second = add(index, tokens(80), start=40, is_prefix=False)
+    inside = add_checkpoint(index, tokens(20), first, is_boundary=True)
+    with_logits = Resumption(extendable=False, needs_checkpoint=True, has_logits=True)
+    end = add_checkpoint(
+        index, tokens(80), second, resumption=with_logits, is_prefix=True
+    )
+    ids = [index.segment_id(key) for key in (first, second)]
+    assert ids[0] is not None
+    assert ids[1] is not None
+
+    by_parent = [index.checkpoints([id_]) for id_ in ids if id_ is not None]
+
+    assert by_parent == [
+        [CheckpointRow(inside, ids[0], 20, True, False, True, False)],
+        [CheckpointRow(end, ids[1], 80, False, True, False, True)],
+    ]
+    assert index.checkpoints([]) == []
+
+
+def test_checkpoint_is_no_child_that_continues_a_prompt(index: Index) -> None:
+    parent = add(index, tokens(40))
+    add_checkpoint(index, tokens(30), parent)
+    forked = [*tokens(30), *tokens(9, first=500)]
+    child = add(index, forked, start=30, parent_key=parent)
+    parent_id = index.segment_id(parent)
+    assert parent_id is not None
+
+    found = index.children(parent_id, TINY.digest, {29: 29, 30: 500})
+
+    assert [row.key for row in found] == [child]
+    assert index.num_children(parent_id) == 2
+
+
+def test_segment_with_a_checkpoint_stays(index: Index) -> None:
+    parent = add(index, tokens(40))
+    checkpoint = add_checkpoint(index, tokens(30), parent)
+
+    removed = [index.remove_leaf(key) for key in (parent, checkpoint, parent)]
+
+    assert removed == [False, True, True]
+
+
+def test_checkpoint_goes_with_the_segment_it_hangs_on(index: Index) -> None:
+    parent = add(index, tokens(40))
+    checkpoint = add_checkpoint(index, tokens(30), parent)
+
+    assert set(index.remove_subtree(parent)) == {parent, checkpoint}
+    assert index.segment_keys() == set()
+
+
+def test_leaves_tell_checkpoints_from_rows(index: Index) -> None:
+    parent = add(index, tokens(40))
+    checkpoint = add_checkpoint(index, tokens(30), parent)
+
+    leaves = {leaf.key: leaf for leaf in index.leaves()}
+
+    assert [leaves[key].is_checkpoint for key in (parent, checkpoint)] == [False, True]
+    assert leaves[checkpoint].parent_id == leaves[parent].id
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "listed"),
+    [
+        ({}, {100}),
+        ({40: False}, {100}),
+        ({40: False, 100: False}, {100}),
+        ({40: True}, {40}),
+        ({100: True}, {100}),
+        ({40: True, 100: True}, {40, 100}),
+    ],
+    ids=str,
+)
+def test_rows_are_listed_unless_a_prefix_needs_them(
+    index: Index, checkpoints: dict[int, bool], listed: set[int]
+) -> None:
+    rows = add(index, tokens(100), is_prefix=False)
+    for position, is_prefix in checkpoints.items():
+        add_checkpoint(index, tokens(position), rows, is_prefix=is_prefix)
+
+    found = [prefix for prefix, _ in index.prefixes()]
+
+    assert {prefix.num_tokens for prefix in found} == listed
+    assert len(found) == len(listed)
+    assert {prefix.key for prefix in found} == {
+        expected_key(TINY.digest, tokens(num_tokens)) for num_tokens in listed
+    }
 
 
 def test_segment_with_children_stays(index: Index) -> None:

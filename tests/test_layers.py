@@ -21,21 +21,41 @@ TREES = {
 # From the bottom up; a module imports from lower lines only.
 LAYERS = [
     ["errors"],
-    ["units", "types", "chain"],
+    ["units", "types", "chain", "state", "treatment", "length_dependence"],
     ["location", "fingerprint", "blobs", "index", "eviction", "codec"],
     ["matching", "pruning", "recovery"],
     ["store"],
     ["prefill", "rendering", "gguf"],
-    ["default_model", "decoding", "saving"],
-    ["loading", "resuming"],
-    ["generation"],
+    ["default_model", "decoding", "saving", "settings"],
+    ["loading", "resuming", "speculation"],
+    ["generation", "loaded_model"],
+    ["building"],
     ["generator"],
+    ["parity"],
 ]
 HEIGHTS = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
 # Where tensors live. The first import mlx when they are imported themselves.
-TENSOR_MODULES = {"decoding", "generation", "generator"}
-LAZY_TENSOR_MODULES = {"codec", "prefill", "loading", "gguf", "default_model"}
+TENSOR_MODULES = {
+    "building",
+    "decoding",
+    "generation",
+    "generator",
+    "loaded_model",
+    "parity",
+    "speculation",
+}
+LAZY_TENSOR_MODULES = {
+    "codec",
+    "default_model",
+    "gguf",
+    "loading",
+    "prefill",
+    "resuming",
+    "saving",
+    "state",
+    "treatment",
+}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

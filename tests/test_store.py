@@ -4,9 +4,11 @@ import os
 import random
 import resource
 import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from invariants import check_invariants
+from invariants import check_invariants, read_rows
 from segments import (
+    NEEDS_CHECKPOINT,
     TINY,
     blob_nbytes,
     blob_path,
@@ -36,11 +39,13 @@ from segments import (
     flip,
     longest_shared,
     save,
+    save_checkpoint,
+    save_with_checkpoints,
     tokens,
     tree_hash,
 )
 from strategies import prompts
-from test_blobs import make_newer
+from test_blobs import change_metadata, make_newer, make_older
 
 from promptcache.errors import (
     DamagedBlobError,
@@ -53,7 +58,13 @@ from promptcache.errors import (
 )
 from promptcache.index import Index
 from promptcache.store import PrefixStore
-from promptcache.types import EncodedSegment, Match, PrunePolicy, SegmentSlice
+from promptcache.types import (
+    EncodedSegment,
+    Fingerprint,
+    Match,
+    PrunePolicy,
+    SegmentSlice,
+)
 
 OTHER = fingerprint("other")
 EVERYTHING = PrunePolicy(max_nbytes=0)
@@ -930,6 +941,420 @@ def test_progress_counts_the_blobs(filled: PrefixStore) -> None:
     assert steps == [(i, 5) for i in range(1, 6)]
 
 
+# Checkpoints
+
+
+@pytest.fixture
+def resumable(store: PrefixStore) -> Iterator[PrefixStore]:
+    """A store whose prefixes can be resumed at checkpoints only, with a fork and a pin.
+
+    There are checkpoints on the way at 40, which is a boundary, and at 300.
+    """
+    save(store, TURNS[1], is_prefix=False, resumption=NEEDS_CHECKPOINT)
+    save_checkpoint(store, tokens(40), is_boundary=True)
+    save_checkpoint(store, tokens(300))
+    save_checkpoint(store, TURNS[0], has_logits=True, is_prefix=True)
+    save_checkpoint(store, TURNS[1], has_logits=True, is_prefix=True)
+    save_with_checkpoints(store, TURNS[2])
+    store.pin(expected_key(TINY.digest, TURNS[0]), "first")
+    yield store
+
+
+# So long that no checkpoint is thinned out.
+TURNS = [tokens(700), tokens(1100), [*tokens(800), *tokens(300, first=5000)]]
+
+
+def found(store: PrefixStore, prompt: list[int]) -> tuple[int, bool]:
+    """Return where a generation takes over, and whether it knows the logits there."""
+    match = store.lookup(prompt, TINY, generating=True)
+    check_match(store, match, prompt)
+    return match.cached_tokens, match.has_logits
+
+
+def checkpoint_key(prompt: list[int]) -> str:
+    return expected_key(TINY.digest, prompt, "checkpoint")
+
+
+def check_all_resumable(store: PrefixStore) -> None:
+    """Assert that everything of `resumable` is there."""
+    check_invariants(store)
+    for prompt in TURNS:
+        assert found(store, prompt) == (len(prompt), True)
+        assert found(store, [*prompt, 9]) == (len(prompt), False)
+    assert found(store, tokens(699)) == (300, False)
+    assert found(store, tokens(299)) == (40, False)
+    assert found(store, tokens(39)) == (0, False)
+    listed = {(prefix.num_tokens, prefix.name) for prefix in store.prefixes()}
+    assert len(store.prefixes()) == 3
+    assert listed == {(700, "first"), (1100, None)}
+
+
+def test_checkpointed_prefix_is_listed_once(resumable: PrefixStore) -> None:
+    keys = {prefix.key for prefix in resumable.prefixes()}
+
+    assert keys == {expected_key(TINY.digest, prompt) for prompt in TURNS}
+    assert len(resumable.prefixes()) == 3
+    check_all_resumable(resumable)
+
+
+def test_rows_without_a_checkpoint_at_their_end_are_listed_once(
+    store: PrefixStore,
+) -> None:
+    """As an interrupted build leaves them."""
+    save(store, tokens(100), is_prefix=False, resumption=NEEDS_CHECKPOINT)
+    save_checkpoint(store, tokens(40))
+    before = [prefix.num_tokens for prefix in store.prefixes()]
+
+    save_checkpoint(store, tokens(100), is_prefix=True)
+
+    assert before == [100]
+    assert [prefix.num_tokens for prefix in store.prefixes()] == [100]
+
+
+def test_report_of_a_checkpointed_prefix_tells_its_rows_and_its_state(
+    resumable: PrefixStore,
+) -> None:
+    report = resumable.report("first")
+
+    assert report.token_ids == tuple(tokens(700))
+    assert [(s.start, s.end) for s in report.segments] == [(0, 1100), (700, 700)]
+
+
+def test_checkpoint_has_a_key_of_its_own_and_its_prefix_the_usual_one(
+    store: PrefixStore,
+) -> None:
+    key = save_with_checkpoints(store, tokens(100))
+
+    assert key == expected_key(TINY.digest, tokens(100)) == store.prefixes()[0].key
+    assert store.lookup(tokens(101), TINY).key == key
+    assert {path.stem for path in blob_paths(store)} == {
+        key,
+        checkpoint_key(tokens(100)),
+    }
+
+
+def test_nbytes_of_a_checkpointed_prefix_is_what_removing_it_frees(
+    resumable: PrefixStore,
+) -> None:
+    rng = random.Random(2)
+    while prefixes := resumable.prefixes():
+        prefix = rng.choice(prefixes)
+        before = blob_nbytes(resumable)
+
+        report = resumable.remove(prefix.key)
+
+        assert before - blob_nbytes(resumable) == prefix.nbytes == report.freed_nbytes
+        check_invariants(resumable)
+    assert blob_paths(resumable) == []
+
+
+def test_remove_frees_the_rows_and_their_loose_checkpoints(store: PrefixStore) -> None:
+    key = save_with_checkpoints(store, tokens(1000), [40, 500])
+    assert len(blob_paths(store)) == 4
+
+    store.remove(key)
+
+    assert blob_paths(store) == []
+    assert store.prefixes() == []
+
+
+def test_remove_keeps_the_rows_that_another_checkpoint_needs(
+    resumable: PrefixStore,
+) -> None:
+    for prompt in TURNS[1:]:
+        resumable.remove(expected_key(TINY.digest, prompt))
+
+    assert found(resumable, TURNS[0]) == (700, True)
+    assert found(resumable, TURNS[1]) == (700, False)
+    assert found(resumable, tokens(699)) == (300, False)
+    check_invariants(resumable)
+
+
+def test_pinned_checkpoint_and_its_rows_survive_prune(resumable: PrefixStore) -> None:
+    resumable.execute(resumable.plan_prune(EVERYTHING))
+
+    assert [prefix.name for prefix in resumable.prefixes()] == ["first"]
+    assert found(resumable, TURNS[0]) == (700, True)
+    assert found(resumable, TURNS[1]) == (700, False)
+    # Those on the way are not what was pinned.
+    assert found(resumable, tokens(699)) == (0, False)
+    assert len(blob_paths(resumable)) == 2
+    check_invariants(resumable)
+
+
+def test_pinned_checkpoint_survives_pressure(path: Path, tmp_path: Path) -> None:
+    limit = base_nbytes(tmp_path) + 120_000
+    with PrefixStore(path, max_nbytes=limit) as store:
+        key = save_with_checkpoints(store, tokens(300), [40], width=10)
+        store.pin(key, "kept")
+
+        for i in range(20):
+            save_with_checkpoints(store, [900 + i, *tokens(300)], [40], width=10)
+
+            assert files_nbytes(path) <= limit
+            assert found(store, tokens(300)) == (300, True)
+        check_invariants(store)
+
+
+def test_end_of_an_interrupted_build_stays_resumable_when_it_is_pinned(
+    store: PrefixStore,
+) -> None:
+    save(store, tokens(100), is_prefix=False, resumption=NEEDS_CHECKPOINT)
+    save_checkpoint(store, tokens(100))
+
+    store.pin(expected_key(TINY.digest, tokens(100)), "half")
+    store.execute(store.plan_prune(EVERYTHING))
+
+    assert cached_tokens(store, tokens(100)) == 100
+
+
+@pytest.mark.parametrize("extra", [60_000, 100_000, 150_000])
+def test_limit_holds_after_every_checkpoint(
+    path: Path, tmp_path: Path, extra: int
+) -> None:
+    limit = base_nbytes(tmp_path) + extra
+    with PrefixStore(path, max_nbytes=limit) as store:
+        for i in range(8):
+            prompt = [i % 3, *tokens(150 + i)]
+            save(store, prompt, is_prefix=False, resumption=NEEDS_CHECKPOINT)
+            for position in (26, 71, 90, 120, 130, len(prompt)):
+                is_prefix = position == len(prompt)
+                save_checkpoint(store, prompt[:position], width=50, is_prefix=is_prefix)
+
+                assert files_nbytes(path) <= limit
+            assert cached_tokens(store, prompt) == len(prompt)
+            check_invariants(store)
+
+
+def test_checkpoint_that_does_not_fit_takes_nothing_with_it(
+    path: Path, tmp_path: Path
+) -> None:
+    limit = base_nbytes(tmp_path) + 120_000
+    with PrefixStore(path, max_nbytes=limit) as store:
+        store.pin(save_with_checkpoints(store, tokens(300)), "kept")
+        save(store, tokens(400), is_prefix=False, resumption=NEEDS_CHECKPOINT)
+
+        with pytest.raises(StoreFullError, match="do not fit"):
+            save_checkpoint(store, tokens(400), width=10_000)
+
+        assert files_nbytes(path) <= limit
+        assert found(store, tokens(400)) == (300, False)
+        check_invariants(store)
+
+
+def test_checkpoint_hangs_on_rows_that_are_stored(store: PrefixStore) -> None:
+    with pytest.raises(StoreError, match="has been evicted meanwhile"):
+        save_checkpoint(store, tokens(100))
+    save(store, tokens(99), resumption=NEEDS_CHECKPOINT)
+    with pytest.raises(StoreError, match="has been evicted meanwhile"):
+        save_checkpoint(store, tokens(100))
+
+    assert len(blob_paths(store)) == 1
+
+
+def test_checkpoint_that_is_there_is_not_written_again(resumable: PrefixStore) -> None:
+    before = tree_hash(resumable.path / "blobs")
+
+    key = save_checkpoint(resumable, TURNS[0], is_prefix=True)
+
+    assert key == expected_key(TINY.digest, TURNS[0])
+    assert tree_hash(resumable.path / "blobs") == before
+    check_all_resumable(resumable)
+
+
+def test_processes_that_save_the_same_checkpoint_do_not_disturb_each_other(
+    store: PrefixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(store, tokens(100), resumption=NEEDS_CHECKPOINT)
+    others: list[PrefixStore] = []
+    make_room = store._make_room
+
+    def make_room_slowly(nbytes: int, *, protect: str | None) -> None:
+        if not others:
+            others.append(PrefixStore(store.path))
+            save_checkpoint(others[0], tokens(100))
+        make_room(nbytes, protect=protect)
+
+    monkeypatch.setattr(store, "_make_room", make_room_slowly)
+
+    save_checkpoint(store, tokens(100), is_prefix=True)
+
+    assert cached_tokens(store, tokens(100)) == 100
+    others[0].close()
+    check_invariants(store)
+
+
+def test_thinning_keeps_pins_the_first_boundary_and_the_newest(
+    store: PrefixStore,
+) -> None:
+    save(store, tokens(2000), is_prefix=False, resumption=NEEDS_CHECKPOINT)
+    save_checkpoint(store, tokens(40), is_boundary=True)
+    for position in range(1000, 1120, 10):
+        key = save_checkpoint(store, tokens(position), is_prefix=True)
+        if position == 1050:
+            store.pin(key, "pinned")
+
+    save_checkpoint(store, tokens(2000))
+
+    kept = {p for p in range(1, 2001) if checkpoint_key(tokens(p)) in stems(store)}
+    assert {40, 1050, 2000} <= kept
+    assert len(kept) <= 4
+    listed = {prefix.num_tokens for prefix in store.prefixes()}
+    assert listed == kept - {40, 2000}
+    assert found(store, tokens(1999)) == (max(kept - {2000}), False)
+    check_invariants(store)
+
+
+def stems(store: PrefixStore) -> set[str]:
+    return {path.stem for path in blob_paths(store)}
+
+
+def test_eviction_of_a_checkpoint_leaves_the_rows_usable(
+    resumable: PrefixStore,
+) -> None:
+    resumable.unpin("first")
+    before = {key for key in stems(resumable) if key != checkpoint_key(TURNS[1])}
+
+    assert resumable._index.remove_leaf(checkpoint_key(TURNS[1]))
+
+    assert found(resumable, TURNS[1]) == (700, False)
+    assert save_and_record(resumable, TURNS[1]) == []
+    save_checkpoint(resumable, TURNS[1], has_logits=True)
+    assert found(resumable, TURNS[1]) == (1100, True)
+    assert stems(resumable) == {*before, checkpoint_key(TURNS[1])}
+    check_invariants(resumable)
+
+
+def test_hit_of_a_checkpoint_is_counted_and_dated(resumable: PrefixStore) -> None:
+    before = resumable.resolve("first")
+
+    resumable.touch(resumable.lookup(tokens(800), TINY, generating=True))
+
+    after = resumable.resolve("first")
+    assert after.hits == before.hits + 1
+    assert after.used_at > before.used_at
+    leaves = {leaf.key: leaf.used_at for leaf in resumable._index.leaves()}
+    assert leaves[checkpoint_key(TURNS[0])] == after.used_at
+    assert leaves[checkpoint_key(TURNS[1])] < after.used_at
+
+
+def test_least_recently_used_checkpoint_goes_first(store: PrefixStore) -> None:
+    save_with_checkpoints(store, tokens(1000), [40, 500])
+    store.touch(store.lookup(tokens(700), TINY))
+
+    plan = store.plan_prune(EVERYTHING)
+
+    order = [removal.key for removal in plan.removals]
+    assert order[-1] == expected_key(TINY.digest, tokens(1000))
+    assert order[-2] == checkpoint_key(tokens(500))
+
+
+@pytest.mark.parametrize("damage", ["missing", "garbage", "old"])
+def test_lost_index_is_rebuilt_with_its_checkpoints(
+    resumable: PrefixStore, damage: str
+) -> None:
+    before = rows_without_ids(resumable)
+    resumable.close()
+    index = resumable.path / "index.db"
+    if damage == "missing":
+        index.unlink()
+    elif damage == "garbage":
+        index.write_bytes(random.Random(0).randbytes(50_000))
+    else:
+        set_version(index, 1)
+
+    with PrefixStore(resumable.path) as store:
+        assert store.rebuilt == len(before)
+        assert rows_without_ids(store) == before
+        check_all_resumable(store)
+
+
+def rows_without_ids(store: PrefixStore) -> list[tuple[object, ...]]:
+    """Return what the index says of each segment, whatever order they came in."""
+    rows = read_rows(store.path)
+    return sorted(
+        (row.key, rows[row.parent_id].key if row.parent_id else "", *row[3:])
+        for row in rows.values()
+    )
+
+
+def set_version(path: Path, version: int) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA user_version={version}")
+
+
+def test_blob_of_an_older_format_is_not_found_and_prune_sweeps_it(
+    filled: PrefixStore,
+) -> None:
+    key = expected_key(TINY.digest, STORED[2])
+    make_older(blob_path(filled, key))
+    filled.close()
+    set_version(filled.path / "index.db", 1)
+
+    with PrefixStore(filled.path) as store:
+        assert store.rebuilt == 4
+        assert cached_tokens(store, STORED[2]) == 90
+        report = store.execute(store.plan_prune(PrunePolicy()))
+
+        assert f"blobs/{key[:2]}/{key}.safetensors" in {g.path for g in report.garbage}
+        assert not blob_path(store, key).exists()
+        assert cached_tokens(store, STORED[1]) == 150
+        check_invariants(store)
+
+
+@pytest.mark.parametrize("delete", [True, False])
+def test_damaged_checkpoint_is_given_up_alone(
+    resumable: PrefixStore, delete: bool
+) -> None:
+    path = blob_path(resumable, checkpoint_key(TURNS[1]))
+    path.unlink() if delete else flip(path)
+
+    report = resumable.verify(fix=True)
+
+    assert [d.key for d in report.damaged] == ([] if delete else [path.stem])
+    assert list(report.missing) == ([path.stem] if delete else [])
+    assert found(resumable, TURNS[1]) == (700, False)
+    assert found(resumable, TURNS[2]) == (1100, True)
+    save_checkpoint(resumable, TURNS[1], has_logits=True, is_prefix=True)
+    check_all_resumable(resumable)
+
+
+def test_damaged_rows_take_their_checkpoints_with_them(resumable: PrefixStore) -> None:
+    names = resumable.give_up(expected_key(TINY.digest, TURNS[1]))
+
+    assert names == ["first"]
+    assert [found(resumable, prompt) for prompt in TURNS] == [(0, False)] * 3
+    resumable.execute(resumable.plan_prune(PrunePolicy()))
+    assert blob_paths(resumable) == []
+    check_invariants(resumable)
+
+
+def test_orphaned_checkpoint_is_adopted_with_its_rows(resumable: PrefixStore) -> None:
+    before = rows_without_ids(resumable)
+    index = Index(resumable.path / "index.db")
+    index.remove_subtree(expected_key(TINY.digest, TURNS[1]))
+    index.close()
+
+    report = resumable.verify()
+
+    assert report.rebuilt == len(before)
+    assert rows_without_ids(resumable) == before
+    check_all_resumable(resumable)
+
+
+def test_checkpoint_under_the_key_of_another_position_is_not_adopted(
+    resumable: PrefixStore,
+) -> None:
+    path = blob_path(resumable, checkpoint_key(TURNS[1]))
+    change_metadata(path, start="1099", end="1099")
+    resumable.close()
+    (resumable.path / "index.db").unlink()
+
+    with PrefixStore(resumable.path) as store:
+        assert found(store, TURNS[1]) == (700, False)
+        check_invariants(store)
+
+
 # Many processes
 
 
@@ -1060,7 +1485,8 @@ class StoreMachine(RuleBasedStateMachine):
             self.limit = store.total_nbytes() + extra
         self.store = PrefixStore(self.folder, max_nbytes=self.limit)
         self.prompts: list[list[int]] = []
-        self.pinned: dict[str, list[int]] = {}
+        self.checkpointed: list[list[int]] = []
+        self.pinned: dict[str, tuple[Fingerprint, list[int]]] = {}
 
     @rule(prompt=prompts(), width=st.integers(1, 60))
     def save(self, prompt: list[int], width: int) -> None:
@@ -1075,11 +1501,38 @@ class StoreMachine(RuleBasedStateMachine):
             assert files_nbytes(self.folder) <= max(self.limit, total)
         self.prompts.append(prompt)
 
-    @rule(prompt=prompts(), limit=st.none() | st.integers(0, 200))
-    def look_up(self, prompt: list[int], limit: int | None) -> None:
-        match = self.store.lookup(prompt, TINY, limit=limit)
+    @rule(prompt=prompts(), generating=st.booleans())
+    def look_up(self, prompt: list[int], generating: bool) -> None:
+        match = self.store.lookup(prompt, TINY, generating=generating)
         assert match.cached_tokens <= longest_shared(prompt, self.prompts)
-        assert limit is None or match.cached_tokens <= limit
+        assert match.cached_tokens <= len(prompt) - generating
+        check_match(self.store, match, prompt)
+        self.store.touch(match)
+
+    @rule(prompt=prompts(), width=st.integers(1, 60), data=st.data())
+    def save_checkpointed(
+        self, prompt: list[int], width: int, data: st.DataObject
+    ) -> None:
+        """Save under the model that can be resumed at checkpoints only."""
+        places = data.draw(st.sets(st.integers(1, len(prompt)), max_size=4))
+        total = files_nbytes(self.folder)
+        try:
+            save_with_checkpoints(self.store, prompt, places, OTHER, width=width)
+            match = self.store.lookup(prompt, OTHER)
+            assert match.cached_tokens == len(prompt)
+            assert files_nbytes(self.folder) <= self.limit
+        except StoreFullError:
+            assert files_nbytes(self.folder) <= max(self.limit, total)
+        self.checkpointed.append(prompt)
+
+    @rule(prompt=prompts(), generating=st.booleans())
+    def look_up_checkpointed(self, prompt: list[int], generating: bool) -> None:
+        match = self.store.lookup(prompt, OTHER, generating=generating)
+        assert match.cached_tokens <= longest_shared(prompt, self.checkpointed)
+        assert match.has_logits == (
+            generating and match.cached_tokens == len(prompt) > 0
+        )
+        assert not match.slices or match.slices[-1].start == match.cached_tokens
         check_match(self.store, match, prompt)
         self.store.touch(match)
 
@@ -1087,10 +1540,14 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data(), name=st.sampled_from("ab"))
     def pin(self, data: st.DataObject, name: str) -> None:
         prefix = data.draw(st.sampled_from(self.store.prefixes()))
+        report = self.store.report(prefix.key)
+        pinned = report.fingerprint, list(report.token_ids)
+        if cached_tokens(self.store, pinned[1], pinned[0]) < prefix.num_tokens:
+            # What a checkpoint that was evicted or damaged has left.
+            return
         self.store.pin(prefix.key, name)
-        ids = list(self.store.report(prefix.key).token_ids)
-        self.pinned = {n: p for n, p in self.pinned.items() if p != ids}
-        self.pinned[name] = ids
+        self.pinned = {n: p for n, p in self.pinned.items() if p != pinned}
+        self.pinned[name] = pinned
 
     @precondition(lambda self: self.pinned)
     @rule(data=st.data())
@@ -1128,7 +1585,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = PrefixStore(self.folder, max_nbytes=self.limit)
         assert self.store._index.segment_keys() >= keys
 
-    @precondition(lambda self: blob_paths(self.store))
+    @precondition(lambda self: bool(blob_paths(self.store)))
     @rule(data=st.data(), delete=st.booleans())
     def damage(self, data: st.DataObject, delete: bool) -> None:
         path = data.draw(st.sampled_from(blob_paths(self.store)))
@@ -1153,9 +1610,9 @@ class StoreMachine(RuleBasedStateMachine):
         if hasattr(self, "store"):
             named = {p.name: p.key for p in self.store.prefixes() if p.name}
             assert named.keys() == self.pinned.keys()
-            for name, prompt in self.pinned.items():
-                assert named[name] == expected_key(TINY.digest, prompt)
-                assert cached_tokens(self.store, prompt) == len(prompt)
+            for name, (model, prompt) in self.pinned.items():
+                assert named[name] == expected_key(model.digest, prompt)
+                assert cached_tokens(self.store, prompt, model) == len(prompt)
 
     def teardown(self) -> None:
         if hasattr(self, "store"):

@@ -44,6 +44,34 @@ GEMMA3 = {
     "sliding_window_pattern": 2,
     "query_pre_attn_scalar": 32,
 }
+# Linear attention in every other layer, which only a checkpoint can resume.
+QWEN3_NEXT = {
+    "model_type": "qwen3_next",
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 0,
+    "num_experts_per_tok": 0,
+    "decoder_sparse_step": 1,
+    "shared_expert_intermediate_size": 0,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 0,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 512,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
 
 
 def save_model(folder: Path, config: dict[str, object], *, seed: int = 0) -> Path:

@@ -7,6 +7,7 @@ import click
 from promptcache_cli import output
 from promptcache_cli.options import (
     PROMPT,
+    draft_option,
     json_option,
     max_size_option,
     open_store,
@@ -20,6 +21,7 @@ from promptcache_cli.prompts import PromptOptions
 @click.command()
 @click.argument("prompt", type=PROMPT, required=False)
 @prompt_options
+@draft_option
 @click.option("--name", help="Pin the prefix under this name, so that it stays")
 @store_option
 @max_size_option
@@ -34,12 +36,13 @@ def build(
     messages: list[dict[str, Any]] | None,
     tools: list[dict[str, Any]] | None,
     raw: bool,
+    draft_model: str | None,
     name: str | None,
     store_path: str | None,
     max_size: int | None,
     json_: bool,
     quiet: bool,
-    **kv_options: Any,
+    **settings: Any,
 ) -> None:
     """Read a prefix once and save it
 
@@ -64,11 +67,12 @@ def build(
         )
         with talk.progress("Reading", "tokens") as progress:
             prefix = generator.build(
-                options.render_prefix(generator.tokenizer),
+                options.render_prefix(generator),
                 name=name,
+                draft_model=draft_model and generator.load_draft(draft_model),
                 prompt_progress_callback=progress,
                 on_wait=lambda: talk.say("Waiting for another process to build this"),
-                **kv_options,
+                **settings,
             )
     if json_:
         output.json_data(

@@ -10,6 +10,7 @@ from promptcache import UsageError
 from promptcache_cli import output
 from promptcache_cli.options import (
     PROMPT,
+    draft_option,
     json_option,
     max_size_option,
     prompt_options,
@@ -70,6 +71,14 @@ sampling_options = stacked(
 @click.argument("prompt", type=PROMPT, required=False)
 @prompt_options
 @sampling_options
+@draft_option
+@click.option(
+    "--num-draft-tokens",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="How many tokens the draft model proposes at once",
+)
 @click.option(
     "--save/--no-save",
     default=None,
@@ -90,6 +99,7 @@ def generate(
     messages: list[dict[str, Any]] | None,
     tools: list[dict[str, Any]] | None,
     raw: bool,
+    draft_model: str | None,
     save: bool | None,
     no_cache: bool,
     usage: bool,
@@ -130,7 +140,8 @@ def generate(
     )
     with generator, talk.progress("Reading", "tokens") as progress:
         responses = generator.stream_generate(
-            prompt_options.render(generator.tokenizer),
+            prompt_options.render(generator),
+            draft_model=draft_model and generator.load_draft(draft_model),
             prompt_progress_callback=progress,
             **options,
         )

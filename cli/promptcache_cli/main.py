@@ -11,6 +11,7 @@ from promptcache_cli import output
 from promptcache_cli.build import build
 from promptcache_cli.generate import generate
 from promptcache_cli.ls import ls
+from promptcache_cli.parity import parity
 from promptcache_cli.path import path
 from promptcache_cli.pin import pin, unpin
 from promptcache_cli.prune import prune
@@ -72,5 +73,18 @@ def cli() -> None:
     output.show_warnings()
 
 
-for command in (build, generate, ls, show, rm, pin, unpin, prune, verify, path):
+COMMANDS = (
+    build,
+    generate,
+    ls,
+    show,
+    rm,
+    pin,
+    unpin,
+    prune,
+    verify,
+    parity,
+    path,
+)
+for command in COMMANDS:
     cli.add_command(command)

@@ -167,6 +167,20 @@ prompt_options = stacked(
         show_default=True,
         help="Most prompt tokens to process at once",
     ),
+    click.option(
+        "--max-kv-size",
+        type=click.IntRange(1),
+        help="Most tokens to keep in the cache, the first four and the last ones",
+    ),
+    click.option(
+        "--exact/--tight",
+        default=None,
+        help="Reuse only where plain mlx-lm's own pieces end, or every cached token  "
+        "[default: tight, where the model allows it]",
+    ),
+)
+draft_option = click.option(
+    "--draft-model", help="A smaller model for speculative decoding"
 )
 
 

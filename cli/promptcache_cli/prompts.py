@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from promptcache import UsageError, rendering
+
+if TYPE_CHECKING:
+    from promptcache import CachedGenerator
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,33 +43,34 @@ class PromptOptions:
         closed = self.raw or self.prompt is not None or self.messages
         return bool(given) and not closed
 
-    def render(self, tokenizer: Any) -> rendering.RenderedPrompt:
+    def render(self, generator: "CachedGenerator") -> rendering.RenderedPrompt:
         """Return the whole prompt. Raises UsageError."""
         if self.raw:
             parts = [*self.files, *([] if self.prompt is None else [self.prompt])]
-            return rendering.render_prompt(tokenizer, "\n\n".join(parts))
-        messages = self._messages(self.prompt)
-        rendered = rendering.render_prompt(tokenizer, messages, tools=self.tools)
+            return generator.render("\n\n".join(parts))
+        rendered = generator.render(self._messages(self.prompt), self.tools)
         if not self.files:
             return rendered
         # Another question about the same files parts where the question begins.
         token_ids = rendered.token_ids
-        question = rendering.shared_length(token_ids, self._render_with(tokenizer))
+        render_with = self._render_with(generator.tokenizer)
+        question = rendering.shared_length(token_ids, render_with)
         boundaries = {*rendered.boundaries, question} - {len(token_ids)}
         return rendering.RenderedPrompt(token_ids, tuple(sorted(boundaries)))
 
-    def render_prefix(self, tokenizer: Any) -> rendering.RenderedPrompt:
+    def render_prefix(self, generator: "CachedGenerator") -> rendering.RenderedPrompt:
         """Return what to build. Raises UsageError.
 
         Without a prompt that is everything before the user's text.
         """
         if not self._is_open:
-            return self.render(tokenizer)
+            return self.render(generator)
+        tokenizer = generator.tokenizer
         token_ids = rendering.stable_prefix(self._render_with(tokenizer))
         boundaries = rendering.find_boundaries(
             tokenizer, token_ids, self._messages(""), tools=self.tools
         )
-        return rendering.RenderedPrompt(token_ids, boundaries)
+        return rendering.RenderedPrompt(token_ids, boundaries, is_open=True)
 
     def _messages(self, prompt: str | None) -> list[rendering.Message]:
         return rendering.compose(

@@ -1,0 +1,156 @@
+"""A chat with a hybrid model: each turn reads only what is new, and stays small."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import tiny
+from mlx_lm.utils import load_tokenizer
+
+from benchmarks import architectures
+from benchmarks.conformance import CountingModel
+from promptcache import CachedGenerator, PrefixStore, loading
+from promptcache.blobs import BlobFolder
+from promptcache.types import BlobHeader
+
+NUM_TURNS = 20
+SYSTEM = "You are the keeper of the lighthouse. " * 8
+# As templates of thinking models do: what was thought is no history.
+THINKING_TEMPLATE = tiny.CHAT_TEMPLATE.replace(
+    "{{ message.content }}", "{{ message.content.split('|')[-1] }}"
+)
+
+
+class Turn(NamedTuple):
+    """What one turn of a chat cost."""
+
+    prompt: list[int]
+    answer: list[int]
+    cached_tokens: int
+    num_read: int
+
+
+class Chat:
+    """A conversation that is saved after each turn."""
+
+    def __init__(self, folder: Path, template: str) -> None:
+        """Make the model and its tokenizer."""
+        model = architectures.build("qwen3_next")
+        folder.mkdir()
+        tiny.save_tokenizer(folder, template)
+        self.model = CountingModel(model)
+        self.store = PrefixStore(folder / "store")
+        self.generator = CachedGenerator(
+            self.model,
+            load_tokenizer(folder),
+            store=self.store,
+            identity=loading.identify(model),
+        )
+        self.generator.tokenizer.eos_token_ids = set()
+        self.messages: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}]
+
+    def turn(self, number: int) -> Turn:
+        """Say something, and note what the answer cost."""
+        said = f"Turn {number}: what do you see from your window, old friend?"
+        self.messages.append({"role": "user", "content": said})
+        before = self.model.num_read
+        answer = list(
+            self.generator.stream_generate(self.messages, max_tokens=24, save=True)
+        )
+        num_read = self.model.num_read - before - (len(answer) - 1)
+        content = f"I think|I see {number} ships and a gull on the rail."
+        self.messages.append({"role": "assistant", "content": content})
+        return Turn(
+            self.generator.render(self.messages[:-1]).token_ids,
+            [response.token for response in answer],
+            answer[-1].cached_tokens,
+            num_read,
+        )
+
+    def cold(self) -> list[int]:
+        """Answer the last turn from nothing."""
+        options = {"max_tokens": 24, "save": False, "reuse": False}
+        answer = self.generator.stream_generate(self.messages[:-1], **options)
+        return [response.token for response in answer]
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Chat:
+    return Chat(tmp_path / "chat", tiny.CHAT_TEMPLATE)
+
+
+def shared_tokens(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return how many leading tokens two prompts share."""
+    length = min(len(left), len(right))
+    same = np.equal(left[:length], right[:length])
+    return length if same.all() else int(same.argmin())
+
+
+def headers(store: PrefixStore) -> Iterator[BlobHeader]:
+    """Yield the headers of all blobs."""
+    blobs = BlobFolder(store.path)
+    for key, _ in blobs.stored():
+        yield blobs.read_header(key)
+
+
+def tensor_nbytes(header: BlobHeader) -> int:
+    """Return the size of a blob's tensors, but for the token ids."""
+    sizes = {"F32": 4, "U32": 4}
+    return sum(
+        int(np.prod(spec.shape)) * sizes[spec.dtype]
+        for spec in header.tensors
+        if spec.name not in ("token_ids", "logits")
+    )
+
+
+def test_second_turn_reads_only_that_turn(chat: Chat) -> None:
+    first = chat.turn(0)
+
+    second = chat.turn(1)
+
+    assert first.cached_tokens == 0
+    assert second.prompt[: len(first.prompt)] == first.prompt
+    assert second.cached_tokens == len(first.prompt)
+    assert second.num_read == len(second.prompt) - len(first.prompt)
+    assert second.answer == chat.cold()
+
+
+def test_turn_after_dropped_thinking_resumes_at_the_end_of_the_users_message(
+    tmp_path: Path,
+) -> None:
+    template = THINKING_TEMPLATE.replace("<|assistant|>{%", "<|assistant|>think:{%")
+    chat = Chat(tmp_path / "chat", template)
+    first = chat.turn(0)
+
+    second = chat.turn(1)
+
+    shared = shared_tokens(first.prompt, second.prompt)
+    assert shared < len(first.prompt)
+    header = len(first.prompt) - shared
+    assert shared - header - 2 <= second.cached_tokens <= shared
+    assert second.num_read == len(second.prompt) - second.cached_tokens
+    assert second.answer == chat.cold()
+
+
+def test_every_turn_of_a_long_chat_reads_only_that_turn(chat: Chat) -> None:
+    turns = [chat.turn(number) for number in range(NUM_TURNS)]
+
+    for before, turn in pairwise(turns):
+        assert turn.cached_tokens == len(before.prompt)
+        assert turn.num_read == len(turn.prompt) - len(before.prompt)
+    assert turns[-1].answer == chat.cold()
+
+
+def test_long_chat_takes_its_rows_and_at_most_12_checkpoints(chat: Chat) -> None:
+    turns = [chat.turn(number) for number in range(NUM_TURNS)]
+
+    found = list(headers(chat.store))
+    rows = [header for header in found if not header.info.is_checkpoint]
+    checkpoints = [header for header in found if header.info.is_checkpoint]
+    num_tokens = len(turns[-1].prompt)
+    assert sum(header.info.end - header.info.start for header in rows) == num_tokens
+    assert 2 <= len(checkpoints) <= 12
+    assert len({tensor_nbytes(header) for header in checkpoints}) == 1
