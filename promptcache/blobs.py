@@ -28,6 +28,7 @@ from promptcache.types import (
     SegmentInfo,
     Tensor,
     TensorSpec,
+    Worth,
 )
 
 FORMAT_VERSION = 2
@@ -267,7 +268,7 @@ def _encode_header(info: SegmentInfo, layout: str, tensors: list[Tensor]) -> byt
         "is_prefix": str(int(info.is_prefix)),
         "created_at": repr(info.created_at),
         "resumption": json.dumps(info.resumption._asdict()),
-        "is_boundary": str(int(info.is_boundary)),
+        "worth": str(int(info.worth)),
         "layout": layout,
         "mlx_version": version("mlx"),
         "mlx_lm_version": version("mlx-lm"),
@@ -346,7 +347,7 @@ def _decode_info(metadata: dict[str, str]) -> SegmentInfo:
         is_prefix=metadata["is_prefix"] == "1",
         created_at=float(metadata["created_at"]),
         resumption=Resumption(**json.loads(metadata["resumption"])),
-        is_boundary=metadata["is_boundary"] == "1",
+        worth=Worth(int(metadata["worth"])),
     )
 
 

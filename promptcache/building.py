@@ -5,6 +5,7 @@ from collections.abc import Callable
 from mlx_lm.generate import generation_stream, wired_limit
 
 from promptcache.decoding import read_rest
+from promptcache.errors import UsageError
 from promptcache.loaded_model import LoadedModel
 from promptcache.prefill import check_quantizable, prefill
 from promptcache.rendering import RenderedPrompt
@@ -37,12 +38,54 @@ class Building:
         model.check_supported(settings)
         self._model = model
         self._store = store
-        self._rendered = rendered
         self._settings = settings
         self._cuts = model.cuts(settings, rendered.boundaries)
         self._fingerprint = model.fingerprint(settings)
-        self._num_tokens = len(rendered.token_ids)
-        self.key = store.key_of(rendered.token_ids, self._fingerprint)
+        self._needs_logits = self._is_prompt(rendered)
+        self._told: str | None = None
+        self._token_ids = self._reusable(rendered)
+        self._num_tokens = len(self._token_ids)
+        self.key = store.key_of(self._token_ids, self._fingerprint)
+
+    def _is_prompt(self, rendered: RenderedPrompt) -> bool:
+        """Return whether the prefix is a prompt whose next token's logits are needed.
+
+        They are where the last token cannot be taken back.
+        """
+        can_step_back = not self._model.needs_checkpoints(
+            self._settings
+        ) and self._cuts.is_divisible(len(rendered.token_ids))
+        is_drafted = self._settings.draft_model is not None
+        return not (rendered.is_open or can_step_back or is_drafted)
+
+    def _reusable(self, rendered: RenderedPrompt) -> list[int]:
+        """Return as much of the prefix as other prompts can reuse, or the whole prompt.
+
+        Raises UsageError if that is nothing.
+        """
+        token_ids = rendered.token_ids
+        end = self._cuts.last_resumable(len(token_ids))
+        if self._needs_logits and not self._cuts.is_divisible(len(token_ids)):
+            # The last token is read alone, and only cuts before it are kept.
+            end = self._cuts.last_before(len(token_ids))
+        if end == len(token_ids):
+            return token_ids
+        told = (
+            f"other prompts can reuse {end} of these {len(token_ids)} tokens: "
+            f"{self._reason()}"
+        )
+        if not self._needs_logits and not end:
+            raise UsageError(f"{told}; try a smaller prefill_step_size")
+        if not self._settings.exact:
+            self._told = told
+        return token_ids if self._needs_logits else token_ids[:end]
+
+    def _reason(self) -> str:
+        if self._settings.exact:
+            return f"exact mode resumes at multiples of {self._cuts.step_size}"
+        if self._model.length_dependence is not None:
+            return self._model.length_dependence.reason
+        return "what is dropped beyond max_kv_size depends on where pieces end"
 
     def run(
         self,
@@ -61,14 +104,23 @@ class Building:
         """
         with self._store.building(self.key, on_wait):
             num_cached = self._read(on_progress)
-        self._warn_of_length()
+        if self._told is not None:
+            warn(self._told)
         return num_cached
 
     def _read(self, on_progress: Callable[[int, int], None]) -> int:
-        token_ids, kv = self._rendered.token_ids, self._settings.kv
+        token_ids, kv = self._token_ids, self._settings.kv
         reader = self._model.reader(self._settings)
         cache = self._model.make_cache(self._settings)
-        saver = Saver(self._store, self._fingerprint, token_ids, cache, self._cuts)
+        saver = Saver(
+            self._store,
+            self._fingerprint,
+            token_ids,
+            cache,
+            self._cuts,
+            kv,
+            is_build=True,
+        )
         if self._is_stored():
             # Lists the prefix also where nothing was missing.
             saver.save(self._num_tokens)
@@ -80,12 +132,12 @@ class Building:
             token_ids,
             cuts=self._cuts,
             kv=kv,
-            generating=False,
+            generating=self._needs_logits,
         )
         num_cached = resumed.match.cached_tokens
-        if num_cached < (self._cuts.quantized_from(kv) or 0) <= self._num_tokens:
+        if kv.starts_within(num_cached, self._num_tokens):
             for model in filter(None, (self._model.model, self._settings.draft_model)):
-                check_quantizable(model, kv)
+                check_quantizable(model, kv, self._settings.max_kv_size)
 
         def on_piece(start: int, stop: int) -> None:
             saver.capture(start, stop)
@@ -105,7 +157,7 @@ class Building:
                 on_progress=lambda done, _: on_progress(done, self._num_tokens),
             )
             if end < self._num_tokens:
-                logits = read_rest(reader, cache, token_ids, num_read=end, kv=kv)
+                logits = read_rest(reader, cache, token_ids, num_read=end)
                 saver.capture(end, self._num_tokens, logits)
                 on_progress(self._num_tokens, self._num_tokens)
         saver.save(self._num_tokens)
@@ -113,32 +165,15 @@ class Building:
 
     def _is_stored(self) -> bool:
         """Return whether all of it is there, in the index and on disk."""
-        match = self._store.lookup(self._rendered.token_ids, self._fingerprint)
+        match = self._store.lookup(
+            self._token_ids, self._fingerprint, generating=self._needs_logits
+        )
         is_whole = match.cached_tokens == self._num_tokens
         return is_whole and check_blobs(self._store, match)
 
     def _end_of_prefill(self, num_cached: int) -> int:
-        """Return where to stop, to read the rest as a generation does.
-
-        A prompt that cannot be taken back by a token needs the logits of the next.
-        """
-        divisible = self._cuts.is_divisible(self._num_tokens)
-        needs_logits = self._model.needs_checkpoints or not divisible
-        if self._rendered.is_open or not needs_logits or num_cached == self._num_tokens:
+        """Return where to stop, to read the rest as a generation does."""
+        if not self._needs_logits or num_cached == self._num_tokens:
             return self._num_tokens
         kv = self._settings.kv
         return self._cuts.end_of_prefill(self._num_tokens, num_cached, kv)
-
-    def _warn_of_length(self) -> None:
-        """Say so where other prompts cannot go on from the end of the prefix."""
-        cuts, num_tokens = self._cuts, self._num_tokens
-        if cuts.can_resume(num_tokens) or self._settings.exact:
-            return
-        reason = "what is dropped beyond max_kv_size depends on where pieces end"
-        if self._model.length_dependence is not None:
-            reason = self._model.length_dependence.reason
-        step = num_tokens - num_tokens % cuts.step_size
-        reusable = max(step, cuts.exact_from or 0)
-        warn(
-            f"other prompts can reuse {reusable} of these {num_tokens} tokens: {reason}"
-        )

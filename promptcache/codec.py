@@ -19,6 +19,7 @@ import xxhash
 from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.state import put_state, take_state
 from promptcache.treatment import (
+    TREATMENTS,
     Treatment,
     arrays_of,
     filled_rows,
@@ -99,14 +100,15 @@ class Capture:
         start: First token of the piece that was just read.
         end: The token after its last.
         layout: How each part is kept.
-        windows: Rows of windows, by tensor name.
+        rows: Rows of windows, and of all parts that are about to be quantized, by
+            tensor name.
         states: Arrays of states, by tensor name.
     """
 
     start: int
     end: int
     layout: Layout
-    windows: Mapping[str, "mx.array"]
+    rows: Mapping[str, "mx.array"]
     states: Mapping[str, "mx.array"]
 
     @property
@@ -146,16 +148,24 @@ class LoadedSegment(NamedTuple):
             raise DamagedBlobError(f"blob has no {error}") from error
 
 
-def capture(cache: Sequence[Any], start: int, end: int) -> Capture:
+def capture(
+    cache: Sequence[Any], start: int, end: int, *, every_row: bool = False
+) -> Capture:
     """Note what is lost of a cache that has just read the tokens `[start, end)`.
 
     Nothing is computed or copied.
+
+    Args:
+        cache: One mlx-lm cache object a layer.
+        start: Where the piece begins.
+        end: Where it ends.
+        every_row: Whether to note rows of all parts, because they may be quantized.
 
     Raises:
         UnsupportedCacheError: A part's state is of something that cannot be stored.
     """
     layout: dict[str, PartLayout] = {}
-    windows: dict[str, mx.array] = {}
+    rows: dict[str, mx.array] = {}
     states: dict[str, mx.array] = {}
     for name, part in parts_of(cache):
         treatment = treatment_of(part, end)
@@ -166,10 +176,12 @@ def capture(cache: Sequence[Any], start: int, end: int) -> Capture:
         elif treatment is Treatment.WINDOW:
             state = turned_by(part) if part.offset > window_size(part) else 0
         layout[name] = _part_layout(part, treatment, state)
+        names = [_name(name, tensor) for tensor in layout[name].tensor_names]
         if treatment is Treatment.WINDOW:
-            names = [_name(name, tensor) for tensor in layout[name].tensor_names]
-            windows |= zip(names, window_rows(part, start, end), strict=True)
-    return Capture(start, end, layout, windows, states)
+            rows |= zip(names, window_rows(part, start, end), strict=True)
+        elif treatment is Treatment.ROWS and every_row:
+            rows |= zip(names, rows_of(part, start, end), strict=True)
+    return Capture(start, end, layout, rows, states)
 
 
 def _part_layout(part: Any, treatment: Treatment, state: Any = None) -> PartLayout:
@@ -201,13 +213,14 @@ def encode_rows(
     Args:
         cache: One mlx-lm cache object a layer; keys and values have shape
             `(1, kv_heads, capacity, head_dim)`. It may have read on since.
-        captures: What was captured of it, up to `end` at least.
+        captures: What was captured of it, up to `end` at least. Pieces of one segment
+            are quantized all or none.
         token_ids: The tokens the cache has read, from the first.
         start: First row to take.
         end: The row after the last.
 
     Raises:
-        StoreError: Rows of a window were not captured.
+        StoreError: Rows that the cache has lost were not captured.
     """
     import mlx.core as mx
 
@@ -218,15 +231,11 @@ def encode_rows(
     arrays = {"token_ids": mx.array(token_ids[start:end], dtype=mx.uint32)}
     for name, part in parts_of(cache):
         layout[name] = kept = _without_state(last.layout[name])
-        if kept.treatment is Treatment.ROWS:
-            # It may have been quantized since.
-            layout[name] = kept = _part_layout(part, Treatment.ROWS)
-            rows = rows_of(part, start, end)
-        elif kept.treatment is Treatment.WINDOW:
-            rows = _captured(captures, name, kept.tensor_names, start, end)
-        else:
-            continue
         names = [_name(name, tensor) for tensor in kept.tensor_names]
+        if all(tensor in last.rows for tensor in names):
+            rows = _captured(captures, names, start, end) if names else []
+        else:
+            rows = rows_of(part, start, end)
         arrays |= dict(zip(names, rows, strict=True))
     resumption = Resumption(needs_checkpoint=last.needs_checkpoint)
     return _encoded(layout, arrays, resumption)
@@ -241,13 +250,9 @@ def _evicted_meanwhile() -> StoreError:
 
 
 def _captured(
-    captures: Sequence[Capture],
-    name: str,
-    tensors: Sequence[str],
-    start: int,
-    end: int,
+    captures: Sequence[Capture], tensors: Sequence[str], start: int, end: int
 ) -> list["mx.array"]:
-    """Return the rows `[start, end)` of a window from the pieces they were read in."""
+    """Return the rows `[start, end)` of a part from the pieces they were read in."""
     import mlx.core as mx
 
     pieces = [c for c in captures if c.start < end and c.end > start]
@@ -257,7 +262,7 @@ def _captured(
 
     def rows(piece: Capture, tensor: str) -> "mx.array":
         first, last = max(start, piece.start), min(end, piece.end)
-        array = piece.windows[_name(name, tensor)]
+        array = piece.rows[tensor]
         return array[..., first - piece.start : last - piece.start, :]
 
     return [
@@ -393,19 +398,24 @@ def restore(
     parts = dict(parts_of(cache))
     if any(segment.layout.keys() != parts.keys() for segment in segments):
         raise DamagedBlobError("blob has another number of layers")
-    restored = [
-        _RESTORE[segments[-1].layout[name].treatment](name, part, segments, room)
-        for name, part in parts.items()
-    ]
     try:
-        mx.eval([_all_arrays(part) for part in restored])
+        restored = [
+            _RESTORE[segments[-1].layout[name].treatment](name, part, segments, room)
+            for name, part in parts.items()
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedBlobError(f"blob does not fit the cache ({error!r})") from error
+    try:
+        mx.eval([_row_arrays(part) for part in restored])
     except (RuntimeError, MemoryError) as error:
         raise StoreError(f"cached rows do not fit into memory ({error})") from error
     return with_parts(cache, iter(restored))
 
 
-def _all_arrays(part: Any) -> list[Any]:
-    return [] if getattr(part, "keys", None) is None else arrays_of(part)
+def _row_arrays(part: Any) -> list[Any]:
+    """Return the arrays that were joined; those of a state were read as they are."""
+    has_rows = type(part).__name__ in TREATMENTS and hasattr(part, "values")
+    return [] if not has_rows or part.keys is None else arrays_of(part)
 
 
 def _restore_rows(

@@ -30,7 +30,6 @@ def read_rest(
     token_ids: Sequence[int],
     *,
     num_read: int,
-    kv: KVSettings,
 ) -> mx.array:
     """Read `token_ids[num_read:]` at once; return the logits of the next token.
 
@@ -39,7 +38,6 @@ def read_rest(
         cache: Its cache, holding `num_read` tokens; it is modified.
         token_ids: The whole prompt.
         num_read: How many of its tokens the cache holds.
-        kv: When to quantize keys and values.
 
     Returns:
         Logits of shape `(1, vocabulary)`, not yet computed.
@@ -47,7 +45,6 @@ def read_rest(
     with mx.stream(generation_stream):
         rest = mx.array(list(token_ids[num_read:]))
         logits: mx.array = model(rest[None], cache=cache)[:, -1, :]
-        quantize(cache, len(token_ids), kv)
         return logits
 
 

@@ -8,7 +8,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from promptcache.types import CheckpointRow, Leaf
+from promptcache.types import CheckpointRow, Leaf, Worth
 
 # Of checkpoints closer to the last one than this, one is enough.
 CHECKPOINT_SPACING = 64
@@ -54,13 +54,14 @@ def surplus_checkpoints(
 ) -> list[CheckpointRow]:
     """Return which checkpoints to give up once a new one is there.
 
-    Of those at a distance of `[2**i, 2**(i + 1))` tokens before the new one, one stays,
-    so that their number grows with the logarithm of the length: the end of a prefix
-    rather than another boundary, a boundary rather than a plain step, and the first
-    of equals. Of the closest it is the last of equals: the end of the user's message,
-    where the next turn parts if its template drops what was thought. The first
-    boundary of all stays, too: it is the end of the system prompt, where most prompts
-    part. Of those beside the way, such as the ends of earlier turns whose thinking was
+    What was built stays. So does the first boundary: it is the end of the system
+    prompt, where most prompts part; and the last one: it is the end of the user's
+    message, where the next turn parts if its template drops what was thought. Of the
+    others at a distance of `[2**i, 2**(i + 1))` tokens before the new one, one stays,
+    so that their number grows with the logarithm of the length: the end of a prompt
+    rather than a boundary, that rather than a plain step, and the first of equals.
+
+    Of those beside the way, such as the ends of earlier turns whose thinking was
     dropped, the last ones stay.
 
     Args:
@@ -68,21 +69,23 @@ def surplus_checkpoints(
         beside: Others of the same segments, in order.
     """
     *older, newest = on_way
-    first = next((c for c in older if c.is_prefix or c.is_boundary), None)
+    boundaries = [c for c in older if c.is_prefix or c.worth > Worth.STEP]
+    kept = {*boundaries[:1], *boundaries[-1:]}
     best: dict[int, CheckpointRow] = {}
     for checkpoint in older:
         distance = newest.position - checkpoint.position
-        is_close = distance < CHECKPOINT_SPACING
-        bucket = 0 if is_close else distance.bit_length()
+        bucket = distance.bit_length() if distance >= CHECKPOINT_SPACING else 0
         rival = best.get(bucket)
-        if rival is None or (_worth(rival), False) < (_worth(checkpoint), is_close):
+        if rival is None or _rank(rival) < _rank(checkpoint):
             best[bucket] = checkpoint
-    kept = {first, *best.values()}
-    return [c for c in older if c not in kept] + list(beside[:-CHECKPOINTS_BESIDE])
+    kept.update(best.values())
+    surplus = [c for c in older if c not in kept]
+    surplus += beside[:-CHECKPOINTS_BESIDE]
+    return [checkpoint for checkpoint in surplus if checkpoint.worth < Worth.BUILT]
 
 
-def _worth(checkpoint: CheckpointRow) -> tuple[bool, bool]:
-    return checkpoint.is_prefix, checkpoint.is_boundary
+def _rank(checkpoint: CheckpointRow) -> tuple[bool, Worth]:
+    return checkpoint.is_prefix, checkpoint.worth
 
 
 def _with_ancestors(by_id: dict[int, Leaf], ids: Iterable[int]) -> set[int]:

@@ -185,8 +185,15 @@ class Generation:
 
     @property
     def _num_saved(self) -> int:
-        """How much of the prompt is saved: speculation reads the last token itself."""
-        return self._request.num_tokens - (self._drafted is not None)
+        """How much of the prompt is saved.
+
+        Speculation reads the last token itself, and rows that are quantized as they
+        are written cannot be kept together with others.
+        """
+        num_tokens, cuts = self._request.num_tokens, self._request.cuts
+        if self._drafted is not None:
+            return cuts.last_resumable(num_tokens - 1)
+        return num_tokens - cuts.quantizes_at_end(num_tokens, self._request.kv)
 
     def _start(self) -> _Start:
         """Find and load what is cached, and decide whether to save."""
@@ -218,14 +225,16 @@ class Generation:
         request = self._request
         if not request.reuse:
             return Resumed(Match())
+        # Speculation reads the last token itself.
+        is_drafted = self._drafted is not None
         return resume(
             store,
             fingerprint,
             cache,
-            request.token_ids,
+            request.token_ids[:-1] if is_drafted else request.token_ids,
             cuts=request.cuts,
             kv=request.kv,
-            generating=True,
+            generating=not is_drafted,
         )
 
     def _saver(
@@ -243,7 +252,9 @@ class Generation:
         token_ids = request.token_ids[: self._num_saved]
         if not wanted or not token_ids:
             return QuietSaver(None)
-        return QuietSaver(Saver(store, fingerprint, token_ids, cache, request.cuts))
+        return QuietSaver(
+            Saver(store, fingerprint, token_ids, cache, request.cuts, request.kv)
+        )
 
     def _touch(self, match: Match) -> None:
         if self._store is not None and match.slices:
@@ -257,9 +268,9 @@ class Generation:
         request = self._request
         if request.input_embeddings is not None:
             return self._embedded_steps(request.input_embeddings)
-        if start.match.cached_tokens < self._quantized_from():
+        if request.kv.starts_within(start.match.cached_tokens, request.num_tokens):
             for model in filter(None, (self._model, request.draft_model)):
-                check_quantizable(model, request.kv)
+                check_quantizable(model, request.kv, request.max_kv_size)
         if self._drafted is not None:
             self._prefill(start, request.num_tokens - 1)
             return speculate(
@@ -276,11 +287,6 @@ class Generation:
             self._logits(start),
             **self._sampling_options(),
         )
-
-    def _quantized_from(self) -> int:
-        """Return from which token on this prompt's cache is quantized, 0 if never."""
-        start = self._request.cuts.quantized_from(self._request.kv)
-        return start if start is not None and start <= self._request.num_tokens else 0
 
     def _sampling_options(self) -> dict[str, Any]:
         request = self._request
@@ -305,9 +311,10 @@ class Generation:
             start.cache,
             request.token_ids,
             num_read=num_read,
-            kv=request.kv,
         )
-        start.saver.capture(num_read, request.num_tokens, logits)
+        if self._num_saved == request.num_tokens:
+            start.saver.capture(num_read, request.num_tokens, logits)
+        quantize(start.cache, request.num_tokens, request.kv)
         return logits
 
     def _prefill(self, start: _Start, end: int) -> None:
@@ -316,10 +323,8 @@ class Generation:
 
         def on_piece(first: int, stop: int) -> None:
             start.saver.capture(first, stop)
-            # The rest is saved after the answer, where it delays nothing; but rows
-            # that are about to be quantized must be kept as they are now.
-            is_full = stop % request.cuts.step_size == 0
-            if is_full or request.kv.quantizes(cache, stop):
+            # The rest is saved after the answer, where it delays nothing.
+            if stop % request.cuts.step_size == 0 and stop <= self._num_saved:
                 start.saver.save(stop)
 
         prefill(

@@ -202,7 +202,7 @@ class CachedGenerator:
             self.tokenizer,
             prompt,
             tools=tools,
-            every_message=self._loaded.needs_checkpoints,
+            every_message=self._loaded.needs_checkpoints(),
         )
 
     def match(

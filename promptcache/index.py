@@ -25,6 +25,7 @@ from promptcache.types import (
     Prefix,
     SegmentInfo,
     SegmentRow,
+    Worth,
 )
 
 SCHEMA_VERSION = 2
@@ -221,12 +222,14 @@ class Index:
         ids = list(parent_ids)
         marks = ", ".join("?" for _ in ids)
         sql = f"""
-            SELECT key, parent_id, start, extendable, has_logits, is_boundary,
+            SELECT key, parent_id, start, extendable, has_logits, worth,
                 id IN (SELECT segment_id FROM prefixes)
             FROM segments WHERE parent_id IN ({marks}) AND first_token = ?
         """
         return [
-            CheckpointRow(*row[:3], *map(bool, row[3:]))
+            CheckpointRow._make(
+                [*row[:3], *map(bool, row[3:5]), Worth(row[5]), bool(row[6])]
+            )
             for row in self._all(sql, [*ids, NO_TOKEN])
         ]
 
@@ -303,6 +306,12 @@ class Index:
             cursor = self._execute(sql, [key, segment_id, num_tokens, now, now])
             return cursor.rowcount > 0
 
+    def move_prefixes(self, segment_id: int, to: int) -> None:
+        """Let the prefixes that end in a segment end in another one."""
+        with self.writing():
+            sql = "UPDATE prefixes SET segment_id = ? WHERE segment_id = ?"
+            self._execute(sql, [to, segment_id])
+
     def remove_prefix(self, key: str) -> None:
         """Stop listing a prefix; its segments stay."""
         with self.writing():
@@ -365,7 +374,7 @@ class Index:
                 """
                 INSERT INTO segments (key, parent_id, fingerprint_id, start, end,
                     first_token, nbytes, created_at, used_at, divisible, extendable,
-                    needs_checkpoint, has_logits, is_boundary, token_ids)
+                    needs_checkpoint, has_logits, worth, token_ids)
                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                 """,
                 [
@@ -379,7 +388,7 @@ class Index:
                     info.created_at,
                     info.created_at,
                     *info.resumption,
-                    info.is_boundary,
+                    info.worth,
                     chain.span(info.start, info.end),
                 ],
             )
@@ -487,7 +496,7 @@ def _create_tables(connection: sqlite3.Connection) -> None:
             "extendable": int,
             "needs_checkpoint": int,
             "has_logits": int,
-            "is_boundary": int,
+            "worth": int,
             "token_ids": bytes,
         },
         pk="id",

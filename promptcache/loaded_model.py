@@ -22,7 +22,6 @@ class LoadedModel:
     Attributes:
         model: The mlx-lm model.
         length_dependence: How its KV values depend on the length of what is read.
-        needs_checkpoints: Whether it can be resumed only where one was taken.
     """
 
     def __init__(
@@ -35,7 +34,6 @@ class LoadedModel:
         """Take a model, and what it is, if known; else it is hashed on first use."""
         self.model = model
         self.length_dependence = length_dependence(model)
-        self.needs_checkpoints = needs_checkpoints(make_prompt_cache(model))
         self._identity = identity
         self._namespace = namespace
         self._fingerprints: dict[str, Fingerprint] = {}
@@ -60,6 +58,10 @@ class LoadedModel:
         )
         return cache
 
+    def needs_checkpoints(self, settings: Settings = DEFAULT_SETTINGS) -> bool:
+        """Return whether it can be resumed only where a checkpoint was taken."""
+        return needs_checkpoints(self.make_cache(settings))
+
     def check_supported(self, settings: Settings) -> None:
         """Raise UnsupportedCacheError if a part of the cache cannot be stored."""
         check_supported(self.make_cache(settings), self.reader(settings))
@@ -74,8 +76,8 @@ class LoadedModel:
             start = self.length_dependence.start
             starts.append(start - start % settings.step_size)
         if settings.max_kv_size is not None and not hasattr(self.model, "make_cache"):
-            # What is dropped then depends on where pieces end.
-            starts.append(settings.max_kv_size)
+            # A full cache drops a row before the next piece, wherever that begins.
+            starts.append(settings.max_kv_size - 1)
         return min(starts, default=None)
 
     def cuts(self, settings: Settings, boundaries: tuple[int, ...] = ()) -> Cuts:

@@ -37,10 +37,18 @@ class _Path(NamedTuple):
             rows = rows[:-1]
         return _Path(rows, agreed)
 
-    def extendable(self, limit: int) -> "_Path":
-        """Drop a last segment that is good for another prompt only."""
-        rows, agreed = self
-        if not rows or rows[-1].extendable or agreed == limit == rows[-1].end:
+    def ending(self, limit: int, *, is_tail: bool) -> "_Path":
+        """Drop a last segment that is read in other pieces than what ends at `limit`.
+
+        A tail is good for its very tokens only, and these cannot do with a whole piece
+        where their own last one is read in two.
+        """
+        rows, _ = self
+        if not rows or rows[-1].divisible:
+            return self
+        ends = rows[-1].end == limit
+        fits = ends and not rows[-1].extendable if is_tail else rows[-1].extendable
+        if fits or (is_tail and rows[-1].extendable and not ends):
             return self
         return _Path(rows[:-1], rows[-1].start)
 
@@ -53,12 +61,24 @@ class _Path(NamedTuple):
         )
 
 
-def longest_rows(index: Index, chain: Chain, *, limit: int) -> Match:
+def longest_rows(
+    index: Index, chain: Chain, *, limit: int, is_tail: bool = False
+) -> Match:
     """Return what is stored of the first `limit` tokens, wherever it ends.
 
-    Raises StoreError.
+    Args:
+        index: The index.
+        chain: The prompt.
+        limit: How many of its tokens count.
+        is_tail: Whether rows will do that are good for these very tokens only.
+
+    Raises:
+        StoreError: The index cannot be read.
     """
-    paths = (path.usable().extendable(limit) for path in _paths(index, chain, limit))
+    paths = (
+        path.usable().ending(limit, is_tail=is_tail)
+        for path in _paths(index, chain, limit)
+    )
     return Match(max(paths, key=lambda path: path.agreed).slices())
 
 
@@ -145,14 +165,21 @@ def _deepest_checkpoint(
     return max(found, key=lambda c: c.position, default=None)
 
 
-def checkpoints_on(index: Index, chain: Chain) -> dict[CheckpointRow, bool]:
-    """Return the checkpoints of the segments on the way to the end of `chain`.
+def checkpoints_on(index: Index, key: str) -> dict[CheckpointRow, bool]:
+    """Return the checkpoints of the segments on the way to a checkpoint.
 
     In the order of their positions, and with whether they are on the way themselves:
-    a segment may go on where the prompt leaves it.
+    a segment may go on where the way leaves it.
     """
-    path = max(_paths(index, chain, len(chain)), key=lambda path: path.agreed)
-    stops = {row.id: stop for row, stop in zip(path.rows, path.stops(), strict=True)}
+    segment_id = index.segment_id(key)
+    if segment_id is None:
+        return {}
+    *rows, checkpoint = index.path_to(segment_id)
+    stops = dict(
+        zip(
+            (row.id for row in rows), _Path(rows, checkpoint.start).stops(), strict=True
+        )
+    )
     found = sorted(index.checkpoints(stops), key=lambda c: c.position)
     return {c: c.position <= stops[c.parent_id] for c in found}
 

@@ -1,17 +1,19 @@
 """Parity: a prompt read cold against the same prompt resumed at every kind of cut."""
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from promptcache.errors import UsageError
 from promptcache.generator import CachedGenerator
-from promptcache.prefill import DEFAULT_STEP_SIZE
+from promptcache.loaded_model import LoadedModel
 from promptcache.rendering import Prompt, RenderedPrompt
+from promptcache.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +122,9 @@ def check_parity(
         StoreError: The temporary store cannot be written.
     """
     rendered = generator.render(prompt, tools)
+    of_run = Settings.of(exact=exact, **settings)
     options = {"max_tokens": max_tokens, "exact": exact, **settings}
-    cuts = dict(_cuts(rendered, settings.get("prefill_step_size", DEFAULT_STEP_SIZE)))
+    cuts = dict(_cuts(rendered, of_run.step_size))
     on_progress(0, len(cuts) + 1)
     cold = _answer(generator, rendered, reuse=False, save=False, **options)
     reports = []
@@ -141,7 +144,7 @@ def check_parity(
         model=generator.identity.name,
         prompt_tokens=len(rendered.token_ids),
         answer_tokens=len(cold.tokens),
-        exact=bool(exact),
+        exact=LoadedModel(generator.model).exact_from(of_run) is not None,
         cuts=tuple(reports),
     )
 
@@ -189,11 +192,13 @@ def _store(
         return
     boundaries = tuple(b for b in rendered.boundaries if b < position)
     token_ids = rendered.token_ids[:position]
-    generator.build(RenderedPrompt(token_ids, boundaries, is_open=True), **settings)
+    # Too short for a mode that reuses whole pieces only.
+    with contextlib.suppress(UsageError):
+        generator.build(RenderedPrompt(token_ids, boundaries, is_open=True), **settings)
 
 
 def _answer(generator: CachedGenerator, prompt: Prompt, **options: Any) -> _Answer:
-    with closing(generator.stream_generate(prompt, **options)) as responses:
+    with contextlib.closing(generator.stream_generate(prompt, **options)) as responses:
         taken = list(responses)
     return _Answer(
         [response.token for response in taken],

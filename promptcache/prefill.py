@@ -5,6 +5,7 @@ the first token, and at boundaries such as the end of the system prompt. A run t
 resumes at one of them repeats the arithmetic of a run from nothing, to the bit.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,10 @@ class KVSettings:
                 f"kv_group_size must be one of {KV_GROUP_SIZES}, not {self.group_size}"
             )
 
+    def starts_within(self, num_cached: int, num_tokens: int) -> bool:
+        """Return whether reading the rest of so many tokens begins to quantize."""
+        return self.bits is not None and num_cached <= self.start < num_tokens
+
     def quantizes(self, cache: Sequence[Any], num_tokens: int) -> bool:
         """Return whether mlx-lm would now quantize a cache of so many tokens."""
         return (
@@ -79,6 +84,17 @@ class Cuts:
         """Return whether other prompts may take over at a position."""
         return self.is_divisible(position) or position % self.step_size == 0
 
+    def is_whole(self, start: int, end: int) -> bool:
+        """Return whether `[start, end)` is a piece of longer prompts, too."""
+        before = max(self.last_before(end), self.exact_from or 0)
+        return start <= before and self.is_cut(end)
+
+    def last_resumable(self, end: int) -> int:
+        """Return the last position up to `end` at which other prompts may take over."""
+        if self.can_resume(end):
+            return end
+        return max(end - end % self.step_size, self.exact_from or 0)
+
     def is_cut(self, position: int) -> bool:
         """Return whether a piece of every longer prompt ends at a position."""
         return position % self.step_size == 0 or self.is_boundary(position)
@@ -90,11 +106,15 @@ class Cuts:
     def _places(self) -> list[int]:
         return [b for b in self.boundaries if self.is_divisible(b)]
 
-    def segment_ends(self, end: int) -> tuple[int, ...]:
-        """Return where segments of `[0, end)` must end for `can_resume` to hold."""
+    def segment_ends(self, end: int, kv: "KVSettings") -> tuple[int, ...]:
+        """Return where segments of `[0, end)` have to end."""
         if self.exact_from is None:
-            return ()
-        return (self.exact_from, *range(self.step_size, end, self.step_size))
+            ends = {*range(DEFAULT_STEP_SIZE, end, DEFAULT_STEP_SIZE)}
+        else:
+            # Where `can_resume` is to hold.
+            ends = {self.exact_from, *range(self.step_size, end, self.step_size)}
+        quantized_from = self.quantized_from(kv)
+        return tuple(sorted(ends | ({quantized_from} if quantized_from else set())))
 
     def after(self, position: int) -> int:
         """Return the first cut after a position."""
@@ -111,19 +131,27 @@ class Cuts:
     ) -> int:
         """Return where to stop a prefill, so that the rest can be read in one go."""
         end = num_tokens - 1
-        if not self.is_divisible(num_tokens):
-            return end
-        cut = self.last_before(num_tokens)
         # mlx-lm would quantize the last piece before it reads the last token.
-        if kv.bits is not None and cut < max(kv.start, 1) <= end:
+        if not self.is_divisible(num_tokens) or self.quantizes_at_end(num_tokens, kv):
             return end
-        begin = max(cut, cached_tokens)
+        begin = max(self.last_before(num_tokens), cached_tokens)
         is_short = num_tokens - begin <= JOINED_TOKENS
         return begin if begin and is_short else end
 
-    def quantized_from(self, kv: KVSettings) -> int | None:
-        """Return the cut at which a run from nothing quantizes, None for never."""
-        return None if kv.bits is None else self.after(max(kv.start, 1) - 1)
+    def quantized_from(self, kv: "KVSettings") -> int | None:
+        """Return the piece's end at which mlx-lm quantizes, None for never.
+
+        Boundaries do not count: they are not the same for prompts that share a prefix.
+        """
+        if kv.bits is None:
+            return None
+        return math.ceil(max(kv.start, 1) / self.step_size) * self.step_size
+
+    def quantizes_at_end(self, num_tokens: int, kv: "KVSettings") -> bool:
+        """Return whether a prompt is quantized just before its last token is read."""
+        quantized_from = self.quantized_from(kv)
+        end = num_tokens - 1
+        return quantized_from is not None and kv.start <= end < quantized_from
 
     def pieces(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield the pieces of a prefill of `[start, end)`."""
@@ -171,7 +199,9 @@ def prefill(
             mx.eval([layer.state for layer in cache])
             if on_piece:
                 on_piece(first, stop)
-            quantize(cache, stop, kv)
+            quantized_from = cuts.quantized_from(kv)
+            if quantized_from is not None and stop >= quantized_from:
+                quantize(cache, stop, kv)
             if on_progress:
                 on_progress(stop, end)
             mx.clear_cache()
@@ -193,7 +223,7 @@ def quantize(cache: list[Any], num_tokens: int, kv: KVSettings) -> None:
         raise _cannot_quantize(str(error)) from error
 
 
-def check_quantizable(model: Any, kv: KVSettings) -> None:
+def check_quantizable(model: Any, kv: KVSettings, max_kv_size: int | None) -> None:
     """Read two tokens with a quantized cache, to see that mlx-lm and the model can.
 
     mlx-lm fails in the middle of a prompt where they cannot, or leaves the cache as
@@ -206,7 +236,7 @@ def check_quantizable(model: Any, kv: KVSettings) -> None:
     from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
     from mlx_lm.models.cache import make_prompt_cache
 
-    cache = make_prompt_cache(model)
+    cache = make_prompt_cache(model, max_kv_size)
     if not any(hasattr(layer, "to_quantized") for layer in cache):
         classes = ", ".join(sorted({type(layer).__name__ for layer in cache}))
         raise _cannot_quantize(f"mlx-lm has no way to quantize {classes}")

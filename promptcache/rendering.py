@@ -4,6 +4,7 @@ The whole prompt is always tokenized at once. Text prefixes are not token prefix
 tokenizers merge across any seam.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -93,7 +94,10 @@ def find_boundaries(
             user = {"role": "user", "content": text}
             return render(tokenizer, [*messages[:place], user], tools=tools)
 
-        return shared_length(token_ids, render_with)
+        # A template may refuse a part of what it takes as a whole.
+        with contextlib.suppress(UsageError):
+            return shared_length(token_ids, render_with)
+        return 0
 
     places = [i for i, message in enumerate(messages) if message["role"] == "user"]
     found = {shared_before(place) for place in {*places[:1], *places[-1:]}}
@@ -117,8 +121,10 @@ def find_message_ends(
     found = set()
     for place in places[-MOST_MESSAGES:]:
         history = messages[: place + 1]
-        rendered = render(tokenizer, history, tools=tools, generation_prompt=False)
-        found.add(common_length(packed, pack(rendered)))
+        # A template may refuse a part of what it takes as a whole.
+        with contextlib.suppress(UsageError):
+            part = render(tokenizer, history, tools=tools, generation_prompt=False)
+            found.add(common_length(packed, pack(part)))
     return tuple(sorted(found - {0, len(token_ids)}))
 
 

@@ -2,13 +2,14 @@
 
 import warnings
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from promptcache import codec
-from promptcache.errors import PromptCacheError, PromptCacheWarning
-from promptcache.prefill import Cuts
+from promptcache.errors import PromptCacheWarning
+from promptcache.prefill import Cuts, KVSettings
 from promptcache.store import PrefixStore
-from promptcache.types import EncodedSegment, Fingerprint, Resumption
+from promptcache.types import EncodedSegment, Fingerprint, Resumption, Worth
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -28,13 +29,28 @@ class Saver:
         token_ids: Sequence[int],
         cache: Sequence[Any],
         cuts: Cuts,
+        kv: KVSettings,
+        *,
+        is_build: bool = False,
     ) -> None:
-        """Take the whole prompt, the cache that reads it, and where it is cut."""
+        """Take the whole prompt, and the cache that reads it.
+
+        Args:
+            store: Where to save.
+            fingerprint: What KV values depend on.
+            token_ids: The whole prompt.
+            cache: The cache; its parts may be replaced by quantized ones.
+            cuts: Where the pieces of its prefill end.
+            kv: When it is quantized.
+            is_build: Whether its end is to stay until it is evicted or removed.
+        """
         self._store = store
         self._fingerprint = fingerprint
         self._token_ids = token_ids
         self._cache = cache
         self._cuts = cuts
+        self._kv = kv
+        self._is_build = is_build
         self._captures: list[codec.Capture] = []
         self._logits: mx.array | None = None
         self._saved_to = 0
@@ -50,8 +66,13 @@ class Saver:
         Raises:
             UnsupportedCacheError: The cache holds something that cannot be stored.
         """
-        self._captures.append(codec.capture(self._cache, start, end))
-        self._logits = logits
+        every_row = self._kv.bits is not None
+        self._captures.append(
+            codec.capture(self._cache, start, end, every_row=every_row)
+        )
+        if logits is not None:
+            # Logits processors may change the array in place.
+            self._logits = copy(logits)
 
     def save(self, end: int) -> str:
         """Save `[0, end)`, of which everything new was captured; return its key.
@@ -68,7 +89,8 @@ class Saver:
             self._fingerprint,
             self._encode,
             is_prefix=is_prefix and not ends_in_checkpoint,
-            cut_at=self._cuts.segment_ends(end),
+            is_tail=self._is_tail(end),
+            cut_at=self._cuts.segment_ends(end, self._kv),
         )
         for capture in checkpoints:
             key = self._store.save_checkpoint(
@@ -76,7 +98,7 @@ class Saver:
                 self._fingerprint,
                 self._checkpoint(capture),
                 is_prefix=is_prefix and capture.end == end,
-                is_boundary=self._cuts.is_boundary(capture.end),
+                worth=self._worth(capture.end),
             )
         # The last one stays: it tells the layout, should rows have to be saved again.
         del self._captures[: max(len(taken) - 1, 0)]
@@ -87,42 +109,47 @@ class Saver:
         segment = codec.encode_rows(
             self._cache, self._captures, self._token_ids, start, end
         )
-        divisible = self._cuts.is_divisible(end)
-        # Where rows depend on the piece they were read in, it has to end there, too.
-        extendable = divisible or any(
-            piece.end == end and self._is_extendable(piece) for piece in self._captures
-        )
+        is_tail = self._is_tail(end)
         return segment._replace(
             resumption=Resumption(
-                divisible=divisible,
-                extendable=extendable,
-                needs_checkpoint=segment.resumption.needs_checkpoint or not extendable,
+                divisible=self._cuts.is_divisible(end),
+                extendable=not is_tail,
+                needs_checkpoint=segment.resumption.needs_checkpoint or is_tail,
             )
         )
 
-    def _checkpoint(self, capture: codec.Capture) -> EncodedSegment:
-        is_prompt = capture.end == len(self._token_ids)
-        segment = codec.encode_checkpoint(capture, self._logits if is_prompt else None)
-        resumption = segment.resumption._replace(
-            extendable=self._is_extendable(capture)
-        )
+    def _checkpoint(self, taken: codec.Capture) -> EncodedSegment:
+        is_prompt = taken.end == len(self._token_ids)
+        segment = codec.encode_checkpoint(taken, self._logits if is_prompt else None)
+        extendable = not self._is_tail(taken.end)
+        resumption = segment.resumption._replace(extendable=extendable)
         return segment._replace(resumption=resumption)
 
-    def _wants_checkpoint(self, capture: codec.Capture) -> bool:
+    def _wants_checkpoint(self, taken: codec.Capture) -> bool:
         """Return whether to keep the state at a capture's end."""
-        is_prompt = capture.end == len(self._token_ids)
-        if not self._is_extendable(capture):
-            # Good for this very prompt, if it tells how to go on.
+        is_prompt = taken.end == len(self._token_ids)
+        if self._is_tail(taken.end):
             return is_prompt and self._logits is not None
-        return capture.needs_checkpoint and (
-            is_prompt or self._cuts.is_cut(capture.end)
-        )
+        at_cut = is_prompt or self._cuts.is_cut(taken.end)
+        return taken.needs_checkpoint and at_cut
 
-    def _is_extendable(self, piece: codec.Capture) -> bool:
-        """Return whether longer prompts are read up to here in the same pieces."""
-        cuts = self._cuts
-        whole = piece.start <= cuts.last_before(piece.end)
-        return cuts.is_divisible(piece.end) or (whole and cuts.is_cut(piece.end))
+    def _worth(self, position: int) -> Worth:
+        if self._is_build and position == len(self._token_ids):
+            return Worth.BUILT
+        return Worth(self._cuts.is_boundary(position))
+
+    def _is_tail(self, end: int) -> bool:
+        """Return whether what ends there is good for this very prompt only.
+
+        Where values depend on the piece they are read in, longer prompts go on only
+        from the end of a piece that they are read in, too.
+        """
+        if self._cuts.is_divisible(end):
+            return False
+        return not any(
+            piece.end == end and self._cuts.is_whole(piece.start, end)
+            for piece in self._captures
+        )
 
 
 class QuietSaver:
@@ -137,7 +164,8 @@ class QuietSaver:
         if self._saver is not None:
             try:
                 self._saver.capture(start, end, logits)
-            except PromptCacheError as error:
+            # Of a cache class that is not mlx-lm's own, anything can be expected.
+            except Exception as error:
                 self._stop(error)
 
     def save(self, end: int) -> str | None:
@@ -147,7 +175,7 @@ class QuietSaver:
         try:
             return self._saver.save(end)
         # mlx raises RuntimeError where memory is short, or the thread is another one.
-        except (PromptCacheError, RuntimeError, MemoryError) as error:
+        except Exception as error:
             self._stop(error)
             return None
 

@@ -77,10 +77,10 @@ def put_state(part: Any, state: Any, arrays: Mapping[str, "mx.array"]) -> Any:
     Raises:
         DamagedBlobError: The state is of another class, or does not fit this one.
     """
-    if not isinstance(state, dict) or "object" not in state:
+    if not isinstance(state, dict) or set(state) != {"object", "attributes"}:
         raise DamagedBlobError("blob lacks the state of a part")
     try:
-        return _put(part, state, arrays)
+        return _put_object(part, state, arrays)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DamagedBlobError(f"state cannot be read ({error!r})") from error
 
@@ -88,16 +88,24 @@ def put_state(part: Any, state: Any, arrays: Mapping[str, "mx.array"]) -> Any:
 def _put(fresh: Any, state: Any, arrays: Mapping[str, "mx.array"]) -> Any:
     if not isinstance(state, dict):
         return state
-    if "array" in state:
+    kinds = set(state)
+    if kinds == {"array"}:
         return arrays[state["array"]]
-    for kind in (list, tuple):
-        if kind.__name__ in state:
-            items = state[kind.__name__]
-            known = fresh if isinstance(fresh, (list, tuple)) else ()
-            return kind(
-                _put(known[i] if i < len(known) else None, item, arrays)
-                for i, item in enumerate(items)
-            )
+    if kinds == {"object", "attributes"}:
+        return _put_object(fresh, state, arrays)
+    if kinds not in ({"list"}, {"tuple"}):
+        raise DamagedBlobError("blob holds a state of an unknown kind")
+    known = fresh if isinstance(fresh, (list, tuple)) else ()
+    items = [
+        _put(known[i] if i < len(known) else None, item, arrays)
+        for i, item in enumerate(*state.values())
+    ]
+    return tuple(items) if kinds == {"tuple"} else items
+
+
+def _put_object(
+    fresh: Any, state: Mapping[str, Any], arrays: Mapping[str, "mx.array"]
+) -> Any:
     if type(fresh).__name__ != state["object"]:
         raise DamagedBlobError(f"blob holds the state of a {state['object']!r}")
     attributes = state["attributes"]

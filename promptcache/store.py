@@ -28,7 +28,6 @@ from promptcache.eviction import surplus_checkpoints
 from promptcache.index import Index
 from promptcache.matching import checkpoints_on, longest_match, longest_rows
 from promptcache.types import (
-    CHECKPOINT_TAG,
     BlobHeader,
     EncodedSegment,
     Fingerprint,
@@ -39,11 +38,14 @@ from promptcache.types import (
     PrunePolicy,
     PruneReport,
     Removal,
+    Resumption,
     SegmentInfo,
     SegmentReport,
     SegmentRow,
     SegmentSlice,
     VerifyReport,
+    Worth,
+    tag_of,
 )
 
 # mlx-lm's prefill step: what an interrupted build loses at most, and what a match
@@ -274,6 +276,7 @@ class PrefixStore:
         encode: Encode,
         *,
         is_prefix: bool = True,
+        is_tail: bool = False,
         cut_at: Collection[int] = (),
     ) -> str:
         """Save what is not stored yet of a prefix; return its key.
@@ -284,6 +287,8 @@ class PrefixStore:
             encode: Returns the state of a token range `[start, end)`; it is called
                 for the ranges that are missing only.
             is_prefix: Whether to list its end, or keep it as a step on the way.
+            is_tail: Whether what comes after the last of `cut_at` is good for this
+                very prompt only.
             cut_at: Where segments must end, in place of multiples of
                 `MAX_SEGMENT_TOKENS`.
 
@@ -295,7 +300,7 @@ class PrefixStore:
 
         def attempt() -> bool:
             """Add what is missing; tell whether no ancestor went away meanwhile."""
-            rows = longest_rows(self._index, chain, limit=len(chain))
+            rows = longest_rows(self._index, chain, limit=len(chain), is_tail=is_tail)
             parent_key = rows.key
             for start, end in _cuts(rows.cached_tokens, len(chain), cut_at):
                 segment = encode(start, end)
@@ -312,7 +317,8 @@ class PrefixStore:
                     return False
                 parent_key = info.key
             assert parent_key is not None
-            return not is_prefix or self._list_prefix(chain, parent_key)
+            end_key = self._checkpoint_key(chain, is_tail=is_tail) or parent_key
+            return not is_prefix or self._list_prefix(chain, end_key)
 
         self._try(attempt)
         return chain.key_at(len(chain))
@@ -324,7 +330,7 @@ class PrefixStore:
         segment: EncodedSegment,
         *,
         is_prefix: bool = True,
-        is_boundary: bool = False,
+        worth: Worth = Worth.STEP,
     ) -> str:
         """Save the state at the end of a prefix whose rows are stored; return its key.
 
@@ -335,7 +341,7 @@ class PrefixStore:
             fingerprint: What its KV values depend on.
             segment: The state.
             is_prefix: Whether to list its end, or keep it as a step on the way.
-            is_boundary: Whether prompts are likely to part here.
+            worth: How much it is worth against others.
 
         Raises:
             StoreFullError: It does not fit and nothing more may be evicted.
@@ -343,9 +349,11 @@ class PrefixStore:
         """
         chain = Chain(fingerprint.digest, token_ids)
         position = len(chain)
+        is_tail = not segment.resumption.extendable
+        has_logits = segment.resumption.has_logits
 
         def attempt() -> bool:
-            rows = longest_rows(self._index, chain, limit=position)
+            rows = longest_rows(self._index, chain, limit=position, is_tail=is_tail)
             if rows.key is None or rows.cached_tokens < position:
                 raise StoreError("what it hangs on has been evicted meanwhile")
             info = _info(
@@ -356,13 +364,17 @@ class PrefixStore:
                 end=position,
                 is_prefix=is_prefix,
                 resumption=segment.resumption,
-                is_boundary=is_boundary,
+                worth=worth,
             )
-            if self._index.segment_id(info.key) is None:
-                if not self._add(info, segment, chain):
-                    return False
-                self._thin(chain)
-            return not is_prefix or self._list_prefix(chain, rows.key)
+            known = self._checkpoint_key(chain, is_tail=is_tail)
+            if known is not None and (known == info.key or not has_logits):
+                return not is_prefix or self._list_prefix(chain, known)
+            if not self._add(info, segment, chain):
+                return False
+            self._replace(info, chain)
+            self._thin(info.key)
+            self._hold_limit(info.key)
+            return not is_prefix or self._list_prefix(chain, info.key)
 
         self._try(attempt)
         return chain.key_at(position)
@@ -380,9 +392,33 @@ class PrefixStore:
             ) from error
         raise StoreError("other processes evict faster than this one can save")
 
-    def _thin(self, chain: Chain) -> None:
-        """Remove the checkpoints that the newest one makes less worth their bytes."""
-        found = checkpoints_on(self._index, chain)
+    def _checkpoint_key(self, chain: Chain, *, is_tail: bool) -> str | None:
+        """Return the key of the checkpoint at the end of a chain, if there is one."""
+        for has_logits in (True, False):
+            kind = Resumption(extendable=not is_tail, has_logits=has_logits)
+            tag = tag_of(kind, is_checkpoint=True)
+            key = chain.tagged_key_at(len(chain), tag)
+            if self._index.segment_id(key) is not None:
+                return key
+        return None
+
+    def _replace(self, info: SegmentInfo, chain: Chain) -> None:
+        """Remove the checkpoint that lacks the logits which a new one has."""
+        kind = info.resumption._replace(has_logits=False)
+        key = chain.tagged_key_at(info.end, tag_of(kind, is_checkpoint=True))
+        with self._index.writing():
+            old, new = (self._index.segment_id(k) for k in (key, info.key))
+            if key == info.key or old is None or new is None:
+                return
+            self._index.move_prefixes(old, new)
+            self._index.remove_leaf(key)
+        pruning.remove_blobs(self._index, self._blobs, [key])
+
+    def _thin(self, key: str) -> None:
+        """Remove the checkpoints that a new one makes less worth their bytes."""
+        found = checkpoints_on(self._index, key)
+        if not found:
+            return
         surplus = surplus_checkpoints(
             [checkpoint for checkpoint, is_on_way in found.items() if is_on_way],
             [checkpoint for checkpoint, is_on_way in found.items() if not is_on_way],
@@ -398,9 +434,12 @@ class PrefixStore:
         needed = sum(tensor.data.nbytes for tensor in segment.tensors)
         self._make_room(needed + ROWS_NBYTES, protect=info.parent_key)
         with self._blobs.staged(info, segment) as staged, self._index.writing():
-            rows = longest_rows(self._index, chain, limit=info.end)
+            if self._index.segment_id(info.key) is not None:
+                return True
+            is_tail = not info.resumption.extendable
+            rows = longest_rows(self._index, chain, limit=info.end, is_tail=is_tail)
             if (rows.key, rows.cached_tokens) != (info.parent_key, info.start):
-                return rows.cached_tokens == info.end and not info.is_checkpoint
+                return False
             staged.publish()
             self._index.add_segment(info, chain, nbytes=staged.nbytes)
         self._hold_limit(info.key)
@@ -427,10 +466,7 @@ class PrefixStore:
 
     def _list_prefix(self, chain: Chain, segment_key: str) -> bool:
         with self._index.writing():
-            checkpoint_key = chain.tagged_key_at(len(chain), CHECKPOINT_TAG)
-            segment_id = self._index.segment_id(
-                checkpoint_key
-            ) or self._index.segment_id(segment_key)
+            segment_id = self._index.segment_id(segment_key)
             if segment_id is None:
                 return False
             is_new = self._index.add_prefix(
@@ -492,6 +528,10 @@ class PrefixStore:
         check_name(name)
         with self._index.writing():
             prefix, segment_id = self._resolve(key_or_name)
+            for checkpoint in self._index.checkpoints([segment_id]):
+                # Without it, rows that are left of an interrupted build are of no use.
+                if checkpoint.position == prefix.num_tokens:
+                    segment_id = self._index.segment_id(checkpoint.key) or segment_id
             self._index.add_prefix(
                 prefix.key, segment_id, prefix.num_tokens, now=time.time()
             )

@@ -113,6 +113,7 @@ def needs_checkpoints(cache: Sequence[Any]) -> bool:
     return any(
         type(part).__module__ != CACHE_MODULE
         or TREATMENTS.get(type(part).__name__) is Treatment.CHECKPOINT
+        or getattr(part, "keep", 0)
         for _, part in parts_of(cache)
     )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import NamedTuple
 
 
@@ -105,8 +106,24 @@ class Resumption(NamedTuple):
 
 
 AT_ANY_TOKEN = Resumption()
-CHECKPOINT_TAG = "checkpoint"
-TAIL_TAG = "tail"
+
+
+class Worth(IntEnum):
+    """How much a checkpoint is worth when some are to be given up."""
+
+    STEP = 0
+    BOUNDARY = 1
+    BUILT = 2
+
+
+def tag_of(resumption: Resumption, *, is_checkpoint: bool) -> str:
+    """Return what tells a segment's key from others' that end at the same position."""
+    kinds = {
+        "checkpoint": is_checkpoint,
+        "logits": resumption.has_logits,
+        "tail": not resumption.extendable,
+    }
+    return " ".join(kind for kind, applies in kinds.items() if applies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +140,7 @@ class SegmentInfo:
         is_prefix: Whether a prompt that was built or saved ends here.
         created_at: Unix time.
         resumption: Where a run can take over.
-        is_boundary: Whether prompts are likely to part here, as at the end of a
-            message; of checkpoints only.
+        worth: How much a checkpoint is worth against others; of checkpoints only.
     """
 
     key: str
@@ -135,7 +151,7 @@ class SegmentInfo:
     is_prefix: bool
     created_at: float
     resumption: Resumption = AT_ANY_TOKEN
-    is_boundary: bool = False
+    worth: Worth = Worth.STEP
 
     @property
     def is_checkpoint(self) -> bool:
@@ -145,9 +161,7 @@ class SegmentInfo:
     @property
     def tag(self) -> str:
         """Return what tells its key from that of a common segment with its end."""
-        if self.is_checkpoint:
-            return CHECKPOINT_TAG
-        return "" if self.resumption.extendable else TAIL_TAG
+        return tag_of(self.resumption, is_checkpoint=self.is_checkpoint)
 
 
 class EncodedSegment(NamedTuple):
@@ -200,7 +214,7 @@ class CheckpointRow(NamedTuple):
     position: int
     extendable: bool
     has_logits: bool
-    is_boundary: bool
+    worth: Worth
     is_prefix: bool
 
 

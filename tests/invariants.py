@@ -11,7 +11,7 @@ from segments import expected_digests, expected_key
 
 from promptcache.blobs import BlobFolder
 from promptcache.store import PrefixStore
-from promptcache.types import Resumption
+from promptcache.types import Resumption, Worth
 
 
 class Row(NamedTuple):
@@ -26,7 +26,7 @@ class Row(NamedTuple):
     first_token: int
     nbytes: int
     resumption: Resumption
-    is_boundary: bool
+    worth: Worth
     token_ids: bytes
 
     @property
@@ -36,9 +36,12 @@ class Row(NamedTuple):
     @property
     def tag(self) -> str:
         """Return what tells its key from that of a common segment with its end."""
-        if self.is_checkpoint:
-            return "checkpoint"
-        return "" if self.resumption.extendable else "tail"
+        kinds = [
+            ("checkpoint", self.is_checkpoint),
+            ("logits", self.resumption.has_logits),
+            ("tail", not self.resumption.extendable),
+        ]
+        return " ".join(kind for kind, applies in kinds if applies)
 
 
 def check_invariants(store: PrefixStore | Path) -> None:
@@ -56,14 +59,14 @@ def read_rows(folder: Path) -> dict[int, Row]:
     """Return all segments by id."""
     sql = f"""
         SELECT s.id, key, parent_id, digest, start, end, first_token, nbytes,
-            {", ".join(Resumption._fields)}, is_boundary, token_ids
+            {", ".join(Resumption._fields)}, worth, token_ids
         FROM segments s JOIN fingerprints f ON f.id = fingerprint_id
     """
     num_segments = query(folder, "SELECT count(*) FROM segments")[0][0]
     rows: dict[int, Row] = {}
-    for *fields, is_boundary, token_ids in query(folder, sql):
+    for *fields, worth, token_ids in query(folder, sql):
         resumption = Resumption(*map(bool, fields[8:]))
-        row = Row._make([*fields[:8], resumption, bool(is_boundary), token_ids])
+        row = Row._make([*fields[:8], resumption, Worth(worth), token_ids])
         rows[row.id] = row
     assert len(rows) == num_segments, "a segment without a fingerprint"
     return rows
@@ -94,7 +97,7 @@ def check_blobs(folder: Path, rows: dict[int, Row]) -> None:
         assert (info.key, info.parent_key) == (row.key, parent_key)
         assert (info.start, info.end) == (row.start, row.end)
         assert info.fingerprint.digest == row.digest
-        assert (info.resumption, info.is_boundary) == (row.resumption, row.is_boundary)
+        assert (info.resumption, info.worth) == (row.resumption, row.worth)
         assert blobs.path(row.key).stat().st_size == row.nbytes
 
 

@@ -24,6 +24,7 @@ from promptcache.types import (
     Resumption,
     SegmentInfo,
     Tensor,
+    Worth,
 )
 
 NEEDS_CHECKPOINT = Resumption(needs_checkpoint=True)
@@ -124,14 +125,14 @@ def save_checkpoint(
     extendable: bool = True,
     has_logits: bool = False,
     is_prefix: bool = False,
-    is_boundary: bool = False,
+    worth: Worth = Worth.STEP,
 ) -> str:
     """Save a fake checkpoint at the end of a prefix whose rows are stored."""
     segment = checkpoint(
         token_ids, width=width, extendable=extendable, has_logits=has_logits
     )
     return store.save_checkpoint(
-        token_ids, model, segment, is_prefix=is_prefix, is_boundary=is_boundary
+        token_ids, model, segment, is_prefix=is_prefix, worth=worth
     )
 
 

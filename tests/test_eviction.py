@@ -13,7 +13,7 @@ from promptcache.eviction import (
     plan_eviction,
     surplus_checkpoints,
 )
-from promptcache.types import CheckpointRow, Leaf
+from promptcache.types import CheckpointRow, Leaf, Worth
 
 anything = settings(deadline=None, max_examples=300)
 sets_of_ids = st.sets(st.integers(1, 25), max_size=3)
@@ -143,7 +143,7 @@ def test_nothing_goes_when_nothing_is_needed(nbytes: int) -> None:
 
 
 def checkpoint(
-    position: int, *, is_prefix: bool = False, is_boundary: bool = True
+    position: int, *, is_prefix: bool = False, worth: Worth = Worth.BOUNDARY
 ) -> CheckpointRow:
     return CheckpointRow(
         key=f"{position:032x}",
@@ -151,19 +151,19 @@ def checkpoint(
         position=position,
         extendable=True,
         has_logits=False,
-        is_boundary=is_boundary,
+        worth=worth,
         is_prefix=is_prefix,
     )
 
 
 any_checkpoints = st.dictionaries(
     st.integers(1, 100_000) | st.integers(1, 400),
-    st.tuples(st.booleans(), st.booleans()),
+    st.tuples(st.booleans(), st.sampled_from(Worth)),
     min_size=1,
     max_size=40,
 ).map(
     lambda found: [
-        checkpoint(position, is_prefix=flags[0], is_boundary=flags[1])
+        checkpoint(position, is_prefix=flags[0], worth=flags[1])
         for position, flags in sorted(found.items())
     ]
 )
@@ -192,7 +192,7 @@ def test_newest_checkpoint_and_the_first_boundary_stay(
 ) -> None:
     surplus = surplus_checkpoints(on_way)
 
-    first = [c for c in on_way if c.is_boundary or c.is_prefix][:1]
+    first = [c for c in on_way if c.worth > Worth.STEP or c.is_prefix][:1]
     assert not {on_way[-1], *first} & set(surplus)
     assert len(set(surplus)) == len(surplus)
     assert set(surplus) < set(on_way)
@@ -208,8 +208,8 @@ def test_checkpoint_goes_for_another_one_about_as_far_away(
     kept = [c for c in on_way[:-1] if c not in surplus]
     for gone in surplus:
         rivals = [c for c in kept if bucket(on_way[-1], c) == bucket(on_way[-1], gone)]
-        worth = (gone.is_prefix, gone.is_boundary)
-        assert any((c.is_prefix, c.is_boundary) >= worth for c in rivals)
+        worth = (gone.is_prefix, gone.worth)
+        assert any((c.is_prefix, c.worth) >= worth for c in rivals)
 
 
 @anything
@@ -221,7 +221,8 @@ def test_number_of_checkpoints_grows_with_the_logarithm_of_the_length(
 
     length = on_way[-1].position - on_way[0].position
     num_buckets = (length // CHECKPOINT_SPACING).bit_length() + 1
-    assert num_kept <= num_buckets + 2
+    num_built = sum(checkpoint.worth == Worth.BUILT for checkpoint in on_way)
+    assert num_kept <= num_buckets + 3 + num_built
 
 
 @anything
@@ -272,9 +273,9 @@ def test_long_conversation_keeps_few_checkpoints(turn: int) -> None:
 
 
 def test_end_of_a_prefix_stays_rather_than_a_boundary_and_that_than_a_step() -> None:
-    step = checkpoint(1000, is_boundary=False)
+    step = checkpoint(1000, worth=Worth.STEP)
     boundary = checkpoint(1010)
-    prefix = checkpoint(1020, is_prefix=True, is_boundary=False)
+    prefix = checkpoint(1020, is_prefix=True, worth=Worth.STEP)
     first, newest = checkpoint(5), checkpoint(1600)
 
     def surplus(*others: CheckpointRow) -> list[CheckpointRow]:
@@ -287,7 +288,7 @@ def test_end_of_a_prefix_stays_rather_than_a_boundary_and_that_than_a_step() -> 
 
 
 def test_first_step_goes_where_a_boundary_is_as_far_away() -> None:
-    step = checkpoint(1000, is_boundary=False)
+    step = checkpoint(1000, worth=Worth.STEP)
 
     surplus = surplus_checkpoints([step, checkpoint(1010), checkpoint(1600)])
 

@@ -17,6 +17,7 @@ from promptcache import (
     CachedGenerator,
     PrefixStore,
     PromptCacheWarning,
+    StoreError,
     UnsupportedCacheError,
     UsageError,
 )
@@ -787,8 +788,7 @@ def windowed(make_model: Callable[[str], Path], store: PrefixStore) -> CachedGen
     return CachedGenerator.load(make_model("gemma3_text"), store=store)
 
 
-@pytest.mark.parametrize("step", [2048, 40])
-@pytest.mark.parametrize("how", ["built", "answered"])
+@pytest.mark.parametrize(("how", "step"), [("built", 40), ("answered", 2048)])
 @pytest.mark.parametrize("name", FORKS)
 def test_window_is_resumed_at_any_fork(
     windowed: CachedGenerator, name: str, how: str, step: int
@@ -1069,6 +1069,21 @@ def test_all_checkpoints_damaged_is_a_warning_each_and_the_right_tokens(
     assert warm.tokens == cold(hybrid, FIRST_TURN).tokens
 
 
+def test_checkpoint_over_the_size_limit_is_one_warning_and_the_right_tokens(
+    hybrid_dir: Path, tmp_path: Path
+) -> None:
+    store = PrefixStore(tmp_path / "small", max_nbytes=200_000)
+    generator = CachedGenerator.load(hybrid_dir, store=store)
+
+    with pytest.warns(PromptCacheWarning) as record:
+        tokens = run(generator, ids(300), save=True).tokens
+
+    assert "limit" in only_warning(record)
+    assert tokens == cold(generator, ids(300)).tokens
+    assert store.total_nbytes() <= 200_000
+    store.close()
+
+
 def test_early_close_keeps_what_was_read(hybrid: CachedGenerator) -> None:
     responses = hybrid.stream_generate(PROMPT, MAX_TOKENS, save=True)
     next(responses)
@@ -1290,6 +1305,26 @@ def test_tools_are_part_of_what_is_built(generator: CachedGenerator) -> None:
 def test_nothing_to_build_is_refused(generator: CachedGenerator) -> None:
     with pytest.raises(UsageError, match="nothing to build"):
         generator.build()
+
+
+@pytest.mark.parametrize("num_told", [40, 80, 100])
+def test_prefix_that_goes_away_while_it_is_built_is_a_store_error_or_stored(
+    generator: CachedGenerator, store: PrefixStore, num_told: int
+) -> None:
+    def remove_all(done: int, _: int) -> None:
+        if done == num_told:
+            for prefix in store.prefixes():
+                store.remove(prefix.key)
+
+    try:
+        generator.build(
+            PROMPT, prefill_step_size=40, prompt_progress_callback=remove_all
+        )
+    except StoreError as error:
+        assert "meanwhile" in str(error)
+    else:
+        assert stored_token_ids(store) == [PROMPT]
+    assert store.verify().is_sound
 
 
 def test_match_tells_what_a_generation_reuses(generator: CachedGenerator) -> None:

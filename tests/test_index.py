@@ -32,6 +32,7 @@ from promptcache.types import (
     Fingerprint,
     Resumption,
     SegmentInfo,
+    Worth,
 )
 
 OTHER = fingerprint("other")
@@ -105,7 +106,7 @@ def add_checkpoint(
     *,
     resumption: Resumption = NEEDS_CHECKPOINT,
     is_prefix: bool = False,
-    is_boundary: bool = False,
+    worth: Worth = Worth.STEP,
 ) -> str:
     """Add the row of a checkpoint after token ids; return its key."""
     chain = Chain(TINY.digest, token_ids)
@@ -120,7 +121,7 @@ def add_checkpoint(
         is_prefix=is_prefix,
         created_at=1.0,
         resumption=resumption,
-        is_boundary=is_boundary,
+        worth=worth,
     )
     index.add_segment(info, chain, nbytes=7)
     return key
@@ -423,7 +424,7 @@ def test_flags_of_a_segment_come_back(index: Index) -> None:
 def test_checkpoints_are_found_by_the_segments_they_hang_on(index: Index) -> None:
     first = add(index, tokens(40))
     second = add(index, tokens(80), start=40, is_prefix=False)
-    inside = add_checkpoint(index, tokens(20), first, is_boundary=True)
+    inside = add_checkpoint(index, tokens(20), first, worth=Worth.BOUNDARY)
     with_logits = Resumption(extendable=False, needs_checkpoint=True, has_logits=True)
     end = add_checkpoint(
         index, tokens(80), second, resumption=with_logits, is_prefix=True
@@ -435,8 +436,8 @@ def test_checkpoints_are_found_by_the_segments_they_hang_on(index: Index) -> Non
     by_parent = [index.checkpoints([id_]) for id_ in ids if id_ is not None]
 
     assert by_parent == [
-        [CheckpointRow(inside, ids[0], 20, True, False, True, False)],
-        [CheckpointRow(end, ids[1], 80, False, True, False, True)],
+        [CheckpointRow(inside, ids[0], 20, True, False, Worth.BOUNDARY, False)],
+        [CheckpointRow(end, ids[1], 80, False, True, Worth.STEP, True)],
     ]
     assert index.checkpoints([]) == []
 

@@ -9,17 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 import pytest
+import test_generator
 import tiny
-from test_generator import (
-    OTHER,
-    PROMPT,
-    Run,
-    cold,
-    ids,
-    largest_difference,
-    plain,
-    run,
-)
+from test_generator import OTHER, PROMPT, Run, ids, largest_difference
 
 from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning, UsageError
 from promptcache.length_dependence import LengthDependence, length_dependence
@@ -89,6 +81,21 @@ def dynamic(make_generator: Callable[[str], CachedGenerator]) -> CachedGenerator
 def limited(make_generator: Callable[[str], CachedGenerator]) -> CachedGenerator:
     """A generator whose cache can be limited."""
     return make_generator("qwen3")
+
+
+def run(generator: CachedGenerator, prompt: Any, **options: Any) -> Run:
+    """Run with the store, saving nothing unless asked for."""
+    return test_generator.run(generator, prompt, **{"max_tokens": 8, **options})
+
+
+def cold(generator: CachedGenerator, prompt: Any, **options: Any) -> Run:
+    """Run without the store."""
+    return test_generator.cold(generator, prompt, **{"max_tokens": 8, **options})
+
+
+def plain(generator: CachedGenerator, prompt: Any, **options: Any) -> Run:
+    """Run plain mlx-lm."""
+    return test_generator.plain(generator, prompt, **{"max_tokens": 8, **options})
 
 
 def assert_equal(warm: Run, expected: Run) -> None:
@@ -226,14 +233,14 @@ def test_prompts_that_share_a_start_do_not_disturb_each_other(
 ) -> None:
     for num_tokens in CONVERSATIONS[name]:
         prompt = LONG[:num_tokens]
-        expected = cold(dynamic, prompt, prefill_step_size=32, max_tokens=8)
+        expected = cold(dynamic, prompt, prefill_step_size=32)
 
-        warm = run(dynamic, prompt, prefill_step_size=32, max_tokens=8)
+        warm = run(dynamic, prompt, prefill_step_size=32)
         if how == "built":
             build_told(dynamic, prompt, prefill_step_size=32)
         else:
             run(dynamic, prompt, save=True, prefill_step_size=32, max_tokens=1)
-        again = run(dynamic, prompt, prefill_step_size=32, max_tokens=8)
+        again = run(dynamic, prompt, prefill_step_size=32)
 
         for found in (warm, again):
             assert found.tokens == expected.tokens
@@ -259,23 +266,14 @@ def test_build_tells_how_much_other_prompts_can_reuse(
         assert told == []
 
 
-def test_system_is_built_for_all_that_follows(dynamic: CachedGenerator) -> None:
-    built, told = build_told(dynamic, None, system="You narrate. " * 3)
-    messages = [
-        {"role": "system", "content": "You narrate. " * 3},
-        {"role": "user", "content": "I open the door."},
-    ]
+def test_system_that_is_shorter_than_a_piece_is_refused_with_the_reason(
+    dynamic: CachedGenerator,
+) -> None:
+    with pytest.raises(UsageError) as error:
+        dynamic.build(system="You narrate. " * 3)
 
-    warm = run(dynamic, messages, prefill_step_size=2048)
-
-    assert built.num_tokens < MAX_POSITION
-    # One piece reads both the system and what is beyond the positions.
-    assert warm.last.cached_tokens == 0
-    assert told == [
-        f"other prompts can reuse 0 of these {built.num_tokens} tokens: its dynamic "
-        "rope depends on the length beyond 64 tokens"
-    ]
-    assert_equal(warm, cold(dynamic, messages))
+    assert "other prompts can reuse 0 of these " in str(error.value)
+    assert "dynamic rope depends on the length beyond 64 tokens" in str(error.value)
 
 
 def test_exactness_can_be_given_up(dynamic: CachedGenerator) -> None:
@@ -460,11 +458,7 @@ def test_limited_cache_resumes_only_where_it_makes_no_difference(
 def test_limited_cache_resumes_at_whole_pieces(
     limited: CachedGenerator, store: PrefixStore, name: str
 ) -> None:
-    options: dict[str, Any] = {
-        "max_kv_size": 48,
-        "prefill_step_size": 64,
-        "max_tokens": 8,
-    }
+    options: dict[str, Any] = {"max_kv_size": 48, "prefill_step_size": 64}
     for num_tokens in CONVERSATIONS[name]:
         prompt = LONG[:num_tokens]
         expected = cold(limited, prompt, **options)

@@ -540,15 +540,19 @@ def test_skipped_checkpoint_leaves_the_one_before(store: PrefixStore) -> None:
     assert found == [(150, True), (100, False), (40, False), (0, False)]
 
 
-def test_skipped_segment_goes_with_all_that_hangs_on_it(store: PrefixStore) -> None:
-    for length in (40, 80, 120):
-        save(store, tokens(length))
-    keys = [part.key for part in store.lookup(tokens(120), TINY).slices]
+@pytest.mark.parametrize("ends", [(40, 80, 120), (5, 10, 20), (32, 64, 70)], ids=str)
+def test_skipped_segment_goes_with_all_that_hangs_on_it(
+    store: PrefixStore, ends: tuple[int, ...]
+) -> None:
+    for end in ends:
+        save(store, tokens(end))
+    prompt = tokens(ends[-1])
+    keys = [part.key for part in store.lookup(prompt, TINY).slices]
 
-    found = [store.lookup(tokens(120), TINY, skip={key}).cached_tokens for key in keys]
+    found = [store.lookup(prompt, TINY, skip={key}).cached_tokens for key in keys]
 
-    assert found == [0, 40, 80]
-    assert store.lookup(tokens(120), TINY, skip=set(keys)).slices == ()
+    assert found == [0, *ends[:-1]]
+    assert store.lookup(prompt, TINY, skip=set(keys)).slices == ()
 
 
 def test_skipped_rows_leave_the_checkpoints_before_them(store: PrefixStore) -> None:
@@ -587,8 +591,9 @@ def resumable_at(
     known: dict[tuple[int, ...], bool] = {}
     for token_ids, checkpoints in stored:
         for position, has_logits in sorted(checkpoints.items()):
-            # The first one stays.
-            known.setdefault(tuple(token_ids[:position]), has_logits)
+            # One with logits takes the place of one without.
+            key = tuple(token_ids[:position])
+            known[key] = known.get(key, False) or has_logits
     best = (0, False)
     for position in range(1, len(prompt) + 1):
         found = known.get(tuple(prompt[:position]))
@@ -640,6 +645,14 @@ class Exact(NamedTuple):
 STEP = 32
 
 
+@st.composite
+def prompts_of_pieces(draw: st.DrawFn) -> list[int]:
+    """Draw a prompt that is likely to end with a piece, or to go on from there."""
+    pieces = st.integers(1, 4).map(lambda num_pieces: num_pieces * STEP)
+    length = draw(pieces | pieces.map(lambda end: end + 1) | st.integers(1, 140))
+    return [*draw(prompts(max_tokens=140)), *[0] * 140][:length]
+
+
 def save_exact(store: PrefixStore, stored: Exact, exact_from: int) -> None:
     prompt, is_answered = stored
 
@@ -680,11 +693,11 @@ def exactly_resumable_at(
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(
-        st.builds(Exact, prompts(max_tokens=140), st.booleans()),
+        st.builds(Exact, prompts_of_pieces(), st.booleans()),
         min_size=1,
         max_size=6,
     ),
-    st.lists(prompts(max_tokens=140), max_size=6),
+    st.lists(prompts_of_pieces(), max_size=6),
     st.sampled_from([0, STEP, 2 * STEP]),
 )
 def test_exact_match_is_at_a_whole_piece_or_the_very_prompt(

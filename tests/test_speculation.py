@@ -10,7 +10,6 @@ import pytest
 import tiny
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from test_generator import (
-    MAX_TOKENS,
     OTHER,
     PROMPT,
     collected,
@@ -21,6 +20,8 @@ from test_generator import (
 
 from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning, UsageError
 from promptcache.speculation import DraftedModel
+
+MAX_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +312,7 @@ def test_exact_drafted_run_equals_cold_to_the_bit(
     assert largest_difference(warm.logprobs, expected.logprobs) == 0.0
 
 
-@pytest.mark.parametrize("step", [32, 2048])
+@pytest.mark.parametrize("step", [32, 64])
 def test_exact_drafted_run_of_a_built_prompt_reads_its_last_token_once(
     generator: CachedGenerator, draft: Any, step: int
 ) -> None:

@@ -64,6 +64,7 @@ from promptcache.types import (
     Match,
     PrunePolicy,
     SegmentSlice,
+    Worth,
 )
 
 OTHER = fingerprint("other")
@@ -951,7 +952,7 @@ def resumable(store: PrefixStore) -> Iterator[PrefixStore]:
     There are checkpoints on the way at 40, which is a boundary, and at 300.
     """
     save(store, TURNS[1], is_prefix=False, resumption=NEEDS_CHECKPOINT)
-    save_checkpoint(store, tokens(40), is_boundary=True)
+    save_checkpoint(store, tokens(40), worth=Worth.BOUNDARY)
     save_checkpoint(store, tokens(300))
     save_checkpoint(store, TURNS[0], has_logits=True, is_prefix=True)
     save_checkpoint(store, TURNS[1], has_logits=True, is_prefix=True)
@@ -972,7 +973,7 @@ def found(store: PrefixStore, prompt: list[int]) -> tuple[int, bool]:
 
 
 def checkpoint_key(prompt: list[int]) -> str:
-    return expected_key(TINY.digest, prompt, "checkpoint")
+    return expected_key(TINY.digest, prompt, "checkpoint logits")
 
 
 def check_all_resumable(store: PrefixStore) -> None:
@@ -1188,7 +1189,7 @@ def test_thinning_keeps_pins_the_first_boundary_and_the_newest(
     store: PrefixStore,
 ) -> None:
     save(store, tokens(2000), is_prefix=False, resumption=NEEDS_CHECKPOINT)
-    save_checkpoint(store, tokens(40), is_boundary=True)
+    save_checkpoint(store, tokens(40), worth=Worth.BOUNDARY)
     for position in range(1000, 1120, 10):
         key = save_checkpoint(store, tokens(position), is_prefix=True)
         if position == 1050:
@@ -1246,7 +1247,7 @@ def test_least_recently_used_checkpoint_goes_first(store: PrefixStore) -> None:
 
     order = [removal.key for removal in plan.removals]
     assert order[-1] == expected_key(TINY.digest, tokens(1000))
-    assert order[-2] == checkpoint_key(tokens(500))
+    assert order[-2] == expected_key(TINY.digest, tokens(500), "checkpoint")
 
 
 @pytest.mark.parametrize("damage", ["missing", "garbage", "old"])
