@@ -109,11 +109,19 @@ def save(
     width: int = 1,
     is_prefix: bool = True,
     resumption: ResumptionOf = AT_ANY_TOKEN,
+    is_tail: bool = False,
     cut_at: Collection[int] = (),
 ) -> str:
     """Save a prefix with fake values and return its key."""
     encode = encoder(token_ids, width=width, resumption=resumption)
-    return store.save(token_ids, model, encode, is_prefix=is_prefix, cut_at=cut_at)
+    return store.save(
+        token_ids,
+        model,
+        encode,
+        is_prefix=is_prefix,
+        is_tail=is_tail,
+        cut_at=cut_at,
+    )
 
 
 def save_checkpoint(

@@ -22,6 +22,7 @@ COMMANDS = [
     "build",
     "generate",
     "ls",
+    "parity",
     "path",
     "pin",
     "prune",

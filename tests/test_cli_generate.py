@@ -396,16 +396,17 @@ def test_bad_input_changes_no_store(store: PrefixStore) -> None:
     assert tree_hash(store.path) == before
 
 
-def test_unsupported_model_builds_nothing_and_generates_with_a_warning(
-    make_model: Any,
-) -> None:
+def test_window_model_resumes_at_any_token(make_model: Any) -> None:
     model = make_model("gemma3_text")
+    system = "You are the keeper of the lighthouse at the end of the long pier."
+    options = ("generate", "-m", model, "-s", system, "--max-tokens", "6", "--json")
+    built = json.loads(ok("build", "-m", model, "-s", system, "--json").stdout)
 
-    assert_fails(invoke("build", "-m", model, "Hello"), 1, "RotatingKVCache")
-    result = ok("generate", "-m", model, "Hello", "--max-tokens", "3", "--save")
+    warm = json.loads(ok(*options, "Who goes there?").stdout)
 
-    assert result.stdout.endswith("\n")
-    assert re.fullmatch(r"promptcache: warning: .*RotatingKVCache.*\n", result.stderr)
+    cold = json.loads(ok(*options, "Who goes there?", "--no-cache").stdout)
+    assert warm["cached_tokens"] == built["num_tokens"] > 32
+    assert warm["token_ids"] == cold["token_ids"]
 
 
 # Draft models and exact mode

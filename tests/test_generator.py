@@ -800,9 +800,9 @@ def test_window_is_resumed_at_any_fork(
     else:
         run(windowed, stored, save=True, max_tokens=1, prefill_step_size=step)
 
-    warm = run(windowed, PROMPT, prefill_step_size=step)
+    warm = run(windowed, PROMPT, prefill_step_size=step, max_tokens=8)
 
-    expected = cold(windowed, PROMPT, prefill_step_size=step)
+    expected = cold(windowed, PROMPT, prefill_step_size=step, max_tokens=8)
     assert warm.last.cached_tokens == min(fork, len(PROMPT) - 1)
     assert warm.tokens == expected.tokens
     assert largest_difference(warm.logprobs, expected.logprobs) < 1e-4
@@ -1147,7 +1147,7 @@ def test_hybrid_samples_the_same_warm(hybrid: CachedGenerator) -> None:
 def test_quantized_hybrid_runs_warm(
     hybrid: CachedGenerator, kv: dict[str, Any]
 ) -> None:
-    longer = [*PROMPT, *OTHER]
+    longer, kv = [*PROMPT, *OTHER], {**kv, "max_tokens": 8}
     run(hybrid, PROMPT, save=True, prefill_step_size=32, **kv)
 
     again = run(hybrid, PROMPT, prefill_step_size=32, **kv)

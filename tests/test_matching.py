@@ -606,7 +606,7 @@ def resumable_at(
     return best
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     st.lists(checkpointed_prompts(), min_size=1, max_size=6),
     st.lists(prompts(max_tokens=120), max_size=6),
@@ -666,7 +666,8 @@ def save_exact(store: PrefixStore, stored: Exact, exact_from: int) -> None:
         )
 
     cut_at = {exact_from, *range(STEP, len(prompt), STEP)}
-    save(store, prompt, resumption=resumption, cut_at=cut_at)
+    is_tail = not resumption(0, len(prompt)).extendable
+    save(store, prompt, resumption=resumption, is_tail=is_tail, cut_at=cut_at)
     if is_answered and len(prompt) > exact_from:
         save_checkpoint(store, prompt, extendable=False, has_logits=True)
 
@@ -690,7 +691,7 @@ def exactly_resumable_at(
     return best, False
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(
         st.builds(Exact, prompts_of_pieces(), st.booleans()),

@@ -1197,9 +1197,10 @@ def test_thinning_keeps_pins_the_first_boundary_and_the_newest(
 
     save_checkpoint(store, tokens(2000))
 
-    kept = {p for p in range(1, 2001) if checkpoint_key(tokens(p)) in stems(store)}
+    rows = read_rows(store.path).values()
+    kept = {row.start for row in rows if row.is_checkpoint}
     assert {40, 1050, 2000} <= kept
-    assert len(kept) <= 4
+    assert len(kept) <= 5
     listed = {prefix.num_tokens for prefix in store.prefixes()}
     assert listed == kept - {40, 2000}
     assert found(store, tokens(1999)) == (max(kept - {2000}), False)
