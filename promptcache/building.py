@@ -119,6 +119,7 @@ class Building:
             cache,
             self._cuts,
             kv,
+            is_prompt=self._needs_logits,
             is_build=True,
         )
         if self._is_stored():

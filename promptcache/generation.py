@@ -253,7 +253,15 @@ class Generation:
         if not wanted or not token_ids:
             return QuietSaver(None)
         return QuietSaver(
-            Saver(store, fingerprint, token_ids, cache, request.cuts, request.kv)
+            Saver(
+                store,
+                fingerprint,
+                token_ids,
+                cache,
+                request.cuts,
+                request.kv,
+                is_prompt=len(token_ids) == request.num_tokens,
+            )
         )
 
     def _touch(self, match: Match) -> None:

@@ -84,11 +84,6 @@ class Cuts:
         """Return whether other prompts may take over at a position."""
         return self.is_divisible(position) or position % self.step_size == 0
 
-    def is_whole(self, start: int, end: int) -> bool:
-        """Return whether `[start, end)` is a piece of longer prompts, too."""
-        before = max(self.last_before(end), self.exact_from or 0)
-        return start <= before and self.is_cut(end)
-
     def last_resumable(self, end: int) -> int:
         """Return the last position up to `end` at which other prompts may take over."""
         if self.can_resume(end):

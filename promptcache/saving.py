@@ -31,6 +31,7 @@ class Saver:
         cuts: Cuts,
         kv: KVSettings,
         *,
+        is_prompt: bool,
         is_build: bool = False,
     ) -> None:
         """Take the whole prompt, and the cache that reads it.
@@ -42,6 +43,8 @@ class Saver:
             cache: The cache; its parts may be replaced by quantized ones.
             cuts: Where the pieces of its prefill end.
             kv: When it is quantized.
+            is_prompt: Whether it is answered, and its last token read alone where that
+                matters; else it is the start of prompts.
             is_build: Whether its end is to stay until it is evicted or removed.
         """
         self._store = store
@@ -50,6 +53,7 @@ class Saver:
         self._cache = cache
         self._cuts = cuts
         self._kv = kv
+        self._is_prompt = is_prompt
         self._is_build = is_build
         self._captures: list[codec.Capture] = []
         self._logits: mx.array | None = None
@@ -144,12 +148,9 @@ class Saver:
         Where values depend on the piece they are read in, longer prompts go on only
         from the end of a piece that they are read in, too.
         """
-        if self._cuts.is_divisible(end):
-            return False
-        return not any(
-            piece.end == end and self._cuts.is_whole(piece.start, end)
-            for piece in self._captures
-        )
+        is_answered = self._is_prompt and end == len(self._token_ids)
+        is_whole = self._cuts.is_cut(end) and not is_answered
+        return not (self._cuts.is_divisible(end) or is_whole)
 
 
 class QuietSaver:
