@@ -78,9 +78,9 @@ def without_offset(part: Any, *args: Any) -> Any:
     return filled
 
 
-def with_arrays_only(part: Any, columns: Any, position: int) -> Any:
+def with_arrays_only(part: Any, *args: Any) -> Any:
     """Fill a window with arrays and nothing else."""
-    filled = FILLED_WINDOW(part, columns, position)
+    filled = FILLED_WINDOW(part, *args)
     filled.offset, filled._idx = part.offset, part._idx
     return filled
 

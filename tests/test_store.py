@@ -1038,8 +1038,11 @@ def test_nbytes_of_a_checkpointed_prefix_is_what_removing_it_frees(
     resumable: PrefixStore,
 ) -> None:
     rng = random.Random(2)
-    while prefixes := resumable.prefixes():
-        prefix = rng.choice(prefixes)
+    # What is left of rows counts as a prefix, too.
+    for _ in range(5):
+        prefix = rng.choice(resumable.prefixes() or [None])
+        if prefix is None:
+            break
         before = blob_nbytes(resumable)
 
         report = resumable.remove(prefix.key)
