@@ -26,7 +26,9 @@ def main() -> None:
     def render(user: str) -> list[int]:
         return rendering.render(tokenizer, rendering.compose(system=system, user=user))
 
-    prefix = rendering.stable_prefix(render)
+    prefix = rendering.render_open(
+        tokenizer, rendering.compose(system=system, user="")
+    ).token_ids
     if action == "save":
         cache = make_prompt_cache(model)
         prefill(model, cache, prefix, start=0, end=len(prefix))

@@ -31,6 +31,7 @@ from promptcache.types import (
 )
 
 if TYPE_CHECKING:
+    from promptcache.conversation import Conversation
     from promptcache.generation import GenerationResponse
     from promptcache.generator import CachedGenerator
     from promptcache.store import PrefixStore
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CachedGenerator",
+    "Conversation",
     "DamagedBlobError",
     "DamagedIndexError",
     "Fingerprint",
@@ -65,6 +67,7 @@ __all__ = [
 # Imported on first use: the generator imports mlx_lm, which takes a second.
 _MODULE_BY_NAME = {
     "CachedGenerator": "promptcache.generator",
+    "Conversation": "promptcache.conversation",
     "GenerationResponse": "promptcache.generation",
     "PrefixStore": "promptcache.store",
 }

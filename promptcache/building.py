@@ -42,6 +42,7 @@ class Building:
         self._cuts = model.cuts(settings, rendered.boundaries)
         self._fingerprint = model.fingerprint(settings)
         self._needs_logits = self._is_prompt(rendered)
+        self._origin = rendered.origin
         self._told: str | None = None
         self._token_ids = self._reusable(rendered)
         self._num_tokens = len(self._token_ids)
@@ -121,6 +122,7 @@ class Building:
             kv,
             is_prompt=self._needs_logits,
             is_build=True,
+            origin=self._origin,
         )
         if self._is_stored():
             # Lists the prefix also where nothing was missing.
@@ -146,7 +148,7 @@ class Building:
 
         end = self._end_of_prefill(num_cached)
         with wired_limit(self._model.model, [generation_stream]):
-            prefill(
+            seconds = prefill(
                 reader,
                 cache,
                 token_ids,
@@ -157,6 +159,7 @@ class Building:
                 on_piece=on_piece,
                 on_progress=lambda done, _: on_progress(done, self._num_tokens),
             )
+            self._store.add_speed(self._fingerprint, end - num_cached, seconds)
             if end < self._num_tokens:
                 logits = read_rest(reader, cache, token_ids, num_read=end)
                 saver.capture(end, self._num_tokens, logits)

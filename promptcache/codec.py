@@ -10,7 +10,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -182,6 +182,18 @@ def capture(
         elif treatment is Treatment.ROWS and every_row:
             rows |= zip(names, rows_of(part, start, end), strict=True)
     return Capture(start, end, layout, rows, states)
+
+
+def detached(taken: Capture) -> Capture:
+    """Return a capture with copies of its rows and without states.
+
+    It keeps no memory of the cache alive, which goes on being written to.
+    """
+    import mlx.core as mx
+
+    rows = {name: mx.contiguous(array) for name, array in taken.rows.items()}
+    mx.eval(rows)
+    return replace(taken, rows=rows, states={})
 
 
 def _part_layout(part: Any, treatment: Treatment, state: Any = None) -> PartLayout:

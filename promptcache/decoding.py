@@ -17,11 +17,19 @@ CLEAR_CACHE_TOKENS = 256
 
 
 class Step(NamedTuple):
-    """One generated token; `logprobs` has shape `(vocabulary,)`."""
+    """One generated token.
+
+    Attributes:
+        token: Its id.
+        logprobs: Log-probabilities, shape `(vocabulary,)`.
+        from_draft: Whether a draft model proposed it.
+        num_read: How many tokens of the answer the cache has read, if that is known.
+    """
 
     token: int
     logprobs: mx.array
     from_draft: bool = False
+    num_read: int | None = None
 
 
 def read_rest(
@@ -95,14 +103,15 @@ def decode(
             return sample(logits)
 
     token, logprobs = sample(logits)
-    yield Step(token.item(), logprobs)
+    yield Step(token.item(), logprobs, num_read=0)
     num_tokens = 1
     upcoming = step(token, num_tokens) if num_tokens != max_tokens else None
     while upcoming is not None:
         token, logprobs = upcoming
         num_tokens += 1
         upcoming = step(token, num_tokens) if num_tokens != max_tokens else None
-        yield Step(token.item(), logprobs)
+        num_read = num_tokens - (upcoming is None)
+        yield Step(token.item(), logprobs, num_read=num_read)
         if num_tokens % CLEAR_CACHE_TOKENS == 0:
             mx.clear_cache()
 

@@ -30,7 +30,7 @@ from promptcache.saving import QuietSaver, Saver, warn
 from promptcache.speculation import DraftedModel, speculate
 from promptcache.store import PrefixStore
 from promptcache.treatment import check_supported
-from promptcache.types import Fingerprint, Match
+from promptcache.types import Fingerprint, Match, Origin, Receipt
 
 # Below this, prefilling again costs less than it is worth to keep: a second on
 # the slow machines, and 24 MB of SmolLM2's cache.
@@ -56,12 +56,16 @@ class GenerationResponse(PlainResponse):
         prefill_seconds: From then to the first token.
         key: With the last response, the key of the longest stored prefix of the
             prompt, or None.
+        saved_seconds: With the last response, how long it would have taken to process
+            the cached tokens, at this model's speed on this machine; 0 if unknown.
     """
 
     cached_tokens: int = 0
     load_seconds: float = 0.0
     prefill_seconds: float = 0.0
     key: str | None = None
+
+    saved_seconds: float = 0.0
 
     @property
     def ttft_seconds(self) -> float:
@@ -82,10 +86,12 @@ class Request:
         logits_processors: Called with all tokens so far and the logits.
         cuts: Where the pieces of the prefill end.
         kv: When to quantize keys and values.
+        origin: How the prompt was rendered.
         on_progress: Called with the prompt tokens done so far and their total.
         max_kv_size: Most tokens to keep in the cache; see `make_prompt_cache`.
         draft_model: A smaller model that proposes tokens.
         num_draft_tokens: How many it proposes at once.
+        save_answer: Whether to save the answer with the prompt.
         input_embeddings: What to read in place of the tokens' own embeddings, shape
             `(tokens, hidden)`; nothing is cached then.
     """
@@ -98,10 +104,12 @@ class Request:
     logits_processors: list[LogitsProcessor]
     cuts: Cuts
     kv: KVSettings
+    origin: Origin | None = None
     on_progress: Progress = lambda done, total: None
     max_kv_size: int | None = None
     draft_model: Any = None
     num_draft_tokens: int = DEFAULT_DRAFT_TOKENS
+    save_answer: bool = False
     input_embeddings: mx.array | None = None
 
     @property
@@ -116,6 +124,7 @@ class _Start(NamedTuple):
     cache: list[Any]
     resumed: Resumed
     saver: QuietSaver
+    fingerprint: Fingerprint | None = None
 
     @property
     def match(self) -> Match:
@@ -149,6 +158,11 @@ class Generation:
         self._store = store if request.reuse or request.save else None
         self._fingerprint = fingerprint
         self._request = request
+        self._answer: list[int] = []
+        # Tokens read in whole pieces, and the seconds that took.
+        self._prefilled = (0, 0.0)
+        # How many tokens of the answer the cache is known to hold.
+        self._num_read = 0
 
     def stream(self) -> Generator[GenerationResponse, None, None]:
         """Generate; at the end, also an early one, save the prompt if it is due."""
@@ -157,24 +171,38 @@ class Generation:
         start = self._start()
         loaded = time.perf_counter()
         num_new = request.num_tokens - start.match.cached_tokens
-        key = start.match.key
         prefill_seconds = 0.0
         try:
             with wired_limit(self._model, [generation_stream]):
-                for response in self._responses(self._steps(start)):
+                for response in self._responses(self._steps(start), start.saver):
                     prefill_seconds = prefill_seconds or time.perf_counter() - loaded
-                    if response.finish_reason is not None:
-                        key = start.saver.finish(self._num_saved) or key
-                        response.key = key
                     response.cached_tokens = start.match.cached_tokens
                     response.load_seconds = loaded - started
                     response.prefill_seconds = prefill_seconds
                     response.prompt_tps = num_new / prefill_seconds
+                    if response.finish_reason is not None:
+                        key = start.saver.finish(self._num_saved, self._kept_answer)
+                        response.key = key or start.match.key
+                        response.saved_seconds = self._record(start, response)
+                    last = response
                     yield response
+        except GeneratorExit:
+            # The cache holds whole tokens only here, not when a step is interrupted.
+            start.saver.finish(self._num_saved, self._kept_answer)
+            if not last.finish_reason:
+                self._record(start, last)
+            raise
         finally:
             if prefill_seconds:
                 start.saver.finish(self._num_saved)
-            self._touch(start.match)
+
+    @property
+    def _kept_answer(self) -> list[int]:
+        """The tokens of the answer that are to be saved."""
+        is_whole = self._num_saved == self._request.num_tokens
+        if self._request.save_answer and is_whole and self._drafted is None:
+            return self._answer[: self._num_read]
+        return []
 
     # Starting
 
@@ -209,7 +237,7 @@ class Generation:
             warn(f"going on without the store: {error}")
             return cold
         saver = self._saver(self._store, fingerprint, cache, resumed.match)
-        return _Start(cache, resumed, saver)
+        return _Start(cache, resumed, saver, fingerprint)
 
     def _check_cacheable(self, cache: list[Any]) -> None:
         """Raise UnsupportedCacheError if the prompt's state cannot be kept."""
@@ -261,13 +289,27 @@ class Generation:
                 request.cuts,
                 request.kv,
                 is_prompt=len(token_ids) == request.num_tokens,
+                origin=request.origin,
             )
         )
 
-    def _touch(self, match: Match) -> None:
-        if self._store is not None and match.slices:
-            with contextlib.suppress(StoreError):
-                self._store.touch(match)
+    def _record(self, start: _Start, last: GenerationResponse) -> float:
+        """Note what the request reused; return the seconds that this saved."""
+        if self._store is None or start.fingerprint is None:
+            return 0.0
+        if not self._request.reuse:
+            return 0.0
+        receipt = Receipt(
+            start.fingerprint,
+            start.match,
+            self._request.num_tokens - start.match.cached_tokens,
+            last.load_seconds,
+            last.prefill_seconds,
+        )
+        with contextlib.suppress(StoreError):
+            self._store.add_speed(start.fingerprint, *self._prefilled)
+            return self._store.record(receipt)
+        return 0.0
 
     # Running the model
 
@@ -335,7 +377,7 @@ class Generation:
             if stop % request.cuts.step_size == 0 and stop <= self._num_saved:
                 start.saver.save(stop)
 
-        prefill(
+        seconds = prefill(
             self._reader,
             cache,
             request.token_ids,
@@ -346,6 +388,7 @@ class Generation:
             on_piece=on_piece,
             on_progress=lambda done, _: request.on_progress(done, request.num_tokens),
         )
+        self._prefilled = (end - start.match.cached_tokens, seconds)
         if end == request.num_tokens - 1:
             # As mlx-lm does before the last token, also where nothing was left to do.
             quantize(cache, end, request.kv)
@@ -368,7 +411,9 @@ class Generation:
         )
         return (Step(*step) for step in steps)
 
-    def _responses(self, steps: Iterator[Step]) -> Iterator[GenerationResponse]:
+    def _responses(
+        self, steps: Iterator[Step], saver: QuietSaver
+    ) -> Iterator[GenerationResponse]:
         """Turn tokens into text, as mlx-lm's `stream_generate` does."""
         request = self._request
         detokenizer = self._tokenizer.detokenizer
@@ -377,6 +422,11 @@ class Generation:
             if num_tokens == 1:
                 request.on_progress(request.num_tokens, request.num_tokens)
                 decoding = time.perf_counter()
+            self._answer.append(step.token)
+            if step.num_read is not None:
+                self._num_read = step.num_read
+                if self._kept_answer:
+                    saver.capture_answer(self._num_read)
             finish_reason = self._finish_reason(step, num_tokens)
             if finish_reason != "stop":
                 detokenizer.add_token(step.token)

@@ -1,7 +1,7 @@
 """CachedGenerator: match, load, stream the rest, save."""
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -65,6 +65,7 @@ class CachedGenerator:
         save: SavePolicy = "auto",
         reuse: bool = True,
         namespace: str = "",
+        chat_template_config: Mapping[str, Any] | None = None,
         identity: loading.ModelIdentity | None = None,
     ) -> None:
         """Wrap a model that is loaded already.
@@ -79,6 +80,8 @@ class CachedGenerator:
                 those with at least 512 new tokens.
             reuse: Whether to look for cached prefixes.
             namespace: Prefixes are found only under the namespace they were saved in.
+            chat_template_config: Further arguments of the chat template, for all
+                prompts that are given none of their own.
             identity: What the model is, if known; else its parameters are hashed
                 on first use.
         """
@@ -89,6 +92,7 @@ class CachedGenerator:
         self.store: PrefixStore | None = None
         self._save: SavePolicy = save
         self._reuse = reuse
+        self._chat_template_config = chat_template_config
         self._loaded = LoadedModel(model, identity=identity, namespace=namespace)
         self._store_error: StoreError | None = None
         self._owns_store = not isinstance(store, PrefixStore)
@@ -121,6 +125,7 @@ class CachedGenerator:
         save: SavePolicy = "auto",
         reuse: bool = True,
         namespace: str = "",
+        chat_template_config: Mapping[str, Any] | None = None,
         announce: Callable[[str], None] | None = None,
         **kwargs: Any,
     ) -> Self:
@@ -135,6 +140,7 @@ class CachedGenerator:
             save: See `CachedGenerator`.
             reuse: See `CachedGenerator`.
             namespace: See `CachedGenerator`.
+            chat_template_config: See `CachedGenerator`.
             announce: Called with a line for people before something takes long.
             kwargs: Further arguments of `mlx_lm.load`.
 
@@ -152,6 +158,7 @@ class CachedGenerator:
             save=save,
             reuse=reuse,
             namespace=namespace,
+            chat_template_config=chat_template_config,
             identity=identity,
         )
 
@@ -188,12 +195,15 @@ class CachedGenerator:
         self,
         prompt: rendering.Prompt,
         tools: Sequence[rendering.Message] | None = None,
+        chat_template_config: Mapping[str, Any] | None = None,
     ) -> rendering.RenderedPrompt:
         """Return a prompt as token ids, with the places where it is worth resuming.
 
         Args:
             prompt: Text, token ids or chat messages.
             tools: Tools for the chat template.
+            chat_template_config: Further arguments of the chat template, in place of
+                the generator's.
 
         Raises:
             UsageError: The prompt is empty, or no prompt.
@@ -201,15 +211,50 @@ class CachedGenerator:
         return rendering.render_prompt(
             self.tokenizer,
             prompt,
-            tools=tools,
-            every_message=self._loaded.needs_checkpoints(),
+            **self._template_options(tools, chat_template_config),
         )
+
+    def render_open(
+        self,
+        messages: Sequence[rendering.Message],
+        tools: Sequence[rendering.Message] | None = None,
+        chat_template_config: Mapping[str, Any] | None = None,
+    ) -> rendering.RenderedPrompt:
+        """Return what comes before the last user's text, or before its last part.
+
+        Args:
+            messages: Chat messages with a user's text to be replaced.
+            tools: See `render`.
+            chat_template_config: See `render`.
+
+        Raises:
+            UsageError: Nothing comes before it.
+        """
+        return rendering.render_open(
+            self.tokenizer,
+            messages,
+            **self._template_options(tools, chat_template_config),
+        )
+
+    def _template_options(
+        self,
+        tools: Sequence[rendering.Message] | None,
+        config: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        return {
+            "tools": tools,
+            "chat_template_config": (
+                self._chat_template_config if config is None else config
+            ),
+            "every_message": self._loaded.needs_checkpoints(),
+        }
 
     def match(
         self,
         prompt: rendering.Prompt,
         *,
         tools: Sequence[rendering.Message] | None = None,
+        chat_template_config: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Match:
         """Return what a generation of this prompt would reuse.
@@ -220,13 +265,14 @@ class CachedGenerator:
         Args:
             prompt: Text, token ids or chat messages.
             tools: Tools for the chat template.
+            chat_template_config: See `render`.
             settings: `kv_bits`, `exact` and so on, as `stream_generate` takes them.
 
         Raises:
             UsageError: The prompt is empty, or no prompt.
             StoreError: The store cannot be read.
         """
-        token_ids = self.render(prompt, tools).token_ids
+        token_ids = self.render(prompt, tools, chat_template_config).token_ids
         fingerprint = self.fingerprint(Settings.of(**settings))
         return self._usable_store().lookup(token_ids, fingerprint, generating=True)
 
@@ -243,6 +289,7 @@ class CachedGenerator:
         *,
         system: str | None = None,
         tools: Sequence[rendering.Message] | None = None,
+        chat_template_config: Mapping[str, Any] | None = None,
         name: str | None = None,
         exact: bool | None = None,
         max_kv_size: int | None = None,
@@ -264,6 +311,7 @@ class CachedGenerator:
             system: A system prompt. Without a prompt, what comes before the user's
                 message is stored.
             tools: Tools for the chat template.
+            chat_template_config: See `render`.
             name: Pin the prefix under this name.
             exact: See `stream_generate`.
             max_kv_size: See `mlx_lm.generate.generate_step`.
@@ -292,7 +340,7 @@ class CachedGenerator:
             prefill_step_size=prefill_step_size,
             draft_model=draft_model,
         )
-        rendered = self._prompt_to_build(prompt, system, tools)
+        rendered = self._prompt_to_build(prompt, system, tools, chat_template_config)
         store = self._usable_store()
         started = time.perf_counter()
         building = Building(self._loaded, store, rendered, settings)
@@ -312,23 +360,18 @@ class CachedGenerator:
         prompt: rendering.Prompt | None,
         system: str | None,
         tools: Sequence[rendering.Message] | None,
+        chat_template_config: Mapping[str, Any] | None,
     ) -> rendering.RenderedPrompt:
         if prompt is None:
             if system is None and not tools:
                 raise UsageError("there is nothing to build, give a prompt or a system")
-            token_ids = rendering.stable_prefix(
-                lambda text: rendering.render(
-                    self.tokenizer,
-                    rendering.compose(system=system, user=text),
-                    tools=tools,
-                )
-            )
-            return rendering.RenderedPrompt(token_ids, is_open=True)
+            messages = rendering.compose(system=system, user="")
+            return self.render_open(messages, tools, chat_template_config)
         if isinstance(prompt, str) and (system is not None or tools):
             prompt = rendering.compose(system=system, user=prompt)
         elif rendering.is_messages(prompt):
             prompt = rendering.compose(system=system, messages=prompt)
-        return self.render(prompt, tools)
+        return self.render(prompt, tools, chat_template_config)
 
     # Generating
 
@@ -342,6 +385,7 @@ class CachedGenerator:
         max_tokens: int = 256,
         *,
         tools: Sequence[rendering.Message] | None = None,
+        chat_template_config: Mapping[str, Any] | None = None,
         save: SavePolicy | None = None,
         reuse: bool | None = None,
         exact: bool | None = None,
@@ -362,17 +406,19 @@ class CachedGenerator:
         draft_model: Any = None,
         num_draft_tokens: int = DEFAULT_DRAFT_TOKENS,
         input_embeddings: mx.array | None = None,
+        save_answer: bool = False,
         prompt_progress_callback: Progress | None = None,
     ) -> Generator[GenerationResponse, None, None]:
         """Generate token by token, like `mlx_lm.stream_generate`.
 
-        The answer is never saved. Closing the generator early saves the prompt all
-        the same, if the policy says so and it was read in full.
+        Closing the generator early saves the prompt all the same, if the policy says
+        so and it was read in full.
 
         Args:
             prompt: Text, token ids or chat messages.
             max_tokens: Most tokens to generate, -1 for no limit.
             tools: Tools for the chat template.
+            chat_template_config: See `render`.
             save: Overrides the generator's policy.
             reuse: Overrides whether to look for cached prefixes.
             exact: Reuse only where plain mlx-lm's own prefill pieces end, so that a
@@ -393,6 +439,9 @@ class CachedGenerator:
             kv_bits: See `mlx_lm.generate.generate_step`.
             kv_group_size: See `mlx_lm.generate.generate_step`.
             quantized_kv_start: See `mlx_lm.generate.generate_step`.
+            save_answer: Save the answer, too, where the prompt is saved: as far as it
+                came, and unless it depends on how it was computed (a draft model,
+                exact mode, quantization that began with it).
             prompt_progress_callback: Called with the prompt tokens done so far,
                 cached ones included, and their total.
             max_kv_size: See `mlx_lm.generate.generate_step`.
@@ -412,7 +461,7 @@ class CachedGenerator:
             raise UsageError("mlx-lm takes no input_embeddings with a draft model")
         if seed is not None:
             mx.random.seed(seed)
-        rendered = self.render(prompt, tools)
+        rendered = self.render(prompt, tools, chat_template_config)
         settings = Settings.of(
             kv_bits=kv_bits,
             kv_group_size=kv_group_size,
@@ -424,6 +473,7 @@ class CachedGenerator:
         )
         request = Request(
             token_ids=rendered.token_ids,
+            origin=rendered.origin,
             max_tokens=max_tokens,
             save=self._save if save is None else save,
             reuse=self._reuse if reuse is None else reuse,
@@ -438,6 +488,7 @@ class CachedGenerator:
             max_kv_size=max_kv_size,
             draft_model=draft_model,
             num_draft_tokens=num_draft_tokens,
+            save_answer=save_answer,
             input_embeddings=input_embeddings,
         )
         return Generation(

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,26 @@ from promptcache.chain import Chain
 from promptcache.errors import DamagedIndexError, StoreError, StoreFormatError
 from promptcache.types import (
     CheckpointRow,
+    Eviction,
     Fingerprint,
     Leaf,
     ListedPrefix,
+    Origin,
     Prefix,
+    PromptRow,
+    Receipt,
     SegmentInfo,
     SegmentRow,
+    Usage,
     Worth,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ROOT_ID = 0
 # In place of the first token of a checkpoint, which has no tokens.
 NO_TOKEN = -1
+# So many evictions are remembered, to say later why a prompt missed.
+MOST_EVICTIONS = 10_000
 # Writers queue behind each other; a save holds the lock for milliseconds.
 TIMEOUT_SECONDS = 30
 
@@ -262,8 +270,12 @@ class Index:
             SELECT digest, model, source, parts FROM fingerprints
             WHERE id = (SELECT fingerprint_id FROM segments WHERE id = ?)
         """
-        digest, model, source, parts = self._execute(sql, [segment_id]).fetchone()
-        return Fingerprint(digest, model, source, json.loads(parts))
+        return _fingerprint(*self._execute(sql, [segment_id]).fetchone())
+
+    def fingerprints(self) -> list[Fingerprint]:
+        """Return all fingerprints that something was computed under."""
+        rows = self._all("SELECT digest, model, source, parts FROM fingerprints")
+        return [_fingerprint(*row) for row in rows]
 
     # Prefixes
 
@@ -330,6 +342,37 @@ class Index:
         sql = "SELECT name, key, num_tokens FROM prefixes WHERE name IS NOT NULL"
         return {str(n): (str(k), _int(t)) for n, k, t in self._all(sql)}
 
+    def set_origin(self, key: str, origin: Origin) -> None:
+        """Note how a listed prefix was rendered."""
+        with self.writing():
+            sql = "UPDATE prefixes SET origin = ? WHERE key = ?"
+            self._execute(sql, [json.dumps(asdict(origin)), key])
+
+    def prompts(self) -> list[PromptRow]:
+        """Return what was built or saved, the last used first."""
+        sql = """
+            SELECT p.key, p.name, f.digest, p.segment_id, p.num_tokens, p.used_at,
+                p.origin
+            FROM prefixes p JOIN segments s ON s.id = p.segment_id
+            JOIN fingerprints f ON f.id = s.fingerprint_id
+            ORDER BY p.used_at DESC, p.key
+        """
+        return [
+            PromptRow._make([*row[:-1], _origin(row[-1])]) for row in self._all(sql)
+        ]
+
+    def subtree(self, segment_id: int) -> set[int]:
+        """Return the ids of a segment and of all that hangs on it."""
+        sql = """
+            WITH RECURSIVE tree(id) AS (
+                VALUES (?)
+                UNION ALL
+                SELECT s.id FROM segments s JOIN tree ON s.parent_id = tree.id
+            )
+            SELECT id FROM tree
+        """
+        return {_int(row[0]) for row in self._all(sql, [segment_id])}
+
     def listed(self) -> list[ListedPrefix]:
         """Return the prefixes that were built or saved, by key."""
         sql = """
@@ -340,11 +383,11 @@ class Index:
 
     def touch(
         self, segment_keys: Sequence[str], cached_tokens: int, *, now: float
-    ) -> None:
+    ) -> str | None:
         """Note a hit on a path of segments that reused so many tokens.
 
         It counts for the longest prefix that was reused in full, else for the
-        shortest one that was reused in part.
+        shortest one that was reused in part; return its key, if there is one.
         """
         marks = ", ".join("?" for _ in segment_keys)
         with self.writing():
@@ -352,16 +395,101 @@ class Index:
                 f"UPDATE segments SET used_at = ? WHERE key IN ({marks})",
                 [now, *segment_keys],
             )
-            self._execute(
-                f"""
+            sql = f"""
                 UPDATE prefixes SET hits = hits + 1, used_at = ? WHERE key = (
                     SELECT p.key FROM prefixes p JOIN segments s ON s.id = p.segment_id
                     WHERE s.key IN ({marks})
                     ORDER BY p.num_tokens > ?, abs(? - p.num_tokens) LIMIT 1
-                )
-                """,
-                [now, *segment_keys, cached_tokens, cached_tokens],
+                ) RETURNING key
+            """
+            hit = [now, *segment_keys, cached_tokens, cached_tokens]
+            return next((str(row[0]) for row in self._all(sql, hit)), None)
+
+    # Usage
+
+    def add_speed(
+        self, fingerprint: Fingerprint, num_tokens: int, seconds: float
+    ) -> None:
+        """Note how long it took to read so many tokens at once."""
+        sql = """
+            INSERT INTO speeds (fingerprint_id, num_tokens, seconds) VALUES (?, ?, ?)
+            ON CONFLICT (fingerprint_id) DO UPDATE SET
+                num_tokens = num_tokens + excluded.num_tokens,
+                seconds = seconds + excluded.seconds
+        """
+        with self.writing():
+            fingerprint_id = self._fingerprint_id(fingerprint)
+            self._execute(sql, [fingerprint_id, num_tokens, seconds])
+
+    def speed(self, fingerprint: str) -> float | None:
+        """Return how many tokens a second are read, or None if that is not known."""
+        sql = """
+            SELECT num_tokens / seconds FROM speeds
+            JOIN fingerprints f ON f.id = fingerprint_id WHERE digest = ?
+        """
+        row = self._execute(sql, [fingerprint]).fetchone()
+        return None if row is None else float(row[0])
+
+    def add_receipt(
+        self, receipt: Receipt, key: str | None, saved_seconds: float
+    ) -> None:
+        """Add what a request got to what is known of a prefix, or of misses."""
+        columns = (
+            "requests, cached_tokens, prefilled_tokens, load_seconds, prefill_seconds, "
+            "saved_seconds"
+        )
+        sums = ", ".join(f"{c} = {c} + excluded.{c}" for c in columns.split(", "))
+        sql = f"""
+            INSERT INTO usage (fingerprint_id, key, {columns})
+            VALUES (?, ?, 1, ?, ?, ?, ?, ?)
+            ON CONFLICT (fingerprint_id, key) DO UPDATE SET {sums}
+        """
+        figures = [
+            receipt.match.cached_tokens,
+            receipt.prefilled_tokens,
+            receipt.load_seconds,
+            receipt.prefill_seconds,
+            saved_seconds,
+        ]
+        with self.writing():
+            fingerprint_id = self._fingerprint_id(receipt.fingerprint)
+            self._execute(sql, [fingerprint_id, key or "", *figures])
+
+    def usage(self) -> list[Usage]:
+        """Return what requests got, by prefix, the most saved first."""
+        sql = """
+            SELECT f.model, NULLIF(u.key, ''), p.name, u.requests, u.cached_tokens,
+                u.prefilled_tokens, u.load_seconds, u.prefill_seconds, u.saved_seconds
+            FROM usage u JOIN fingerprints f ON f.id = u.fingerprint_id
+            LEFT JOIN prefixes p ON p.key = u.key
+            ORDER BY u.saved_seconds DESC, u.key
+        """
+        return [Usage(*row) for row in self._all(sql)]
+
+    # Evictions
+
+    def note_eviction(self, key: str, reason: str, *, now: float) -> None:
+        """Remember that a segment is being taken away, and why."""
+        sql = """
+            INSERT INTO evictions (key, fingerprint_id, end, reason, removed_at)
+            SELECT key, fingerprint_id, end, ?, ? FROM segments WHERE key = ?
+        """
+        with self.writing():
+            self._execute(sql, [reason, now, key])
+            oldest = "(SELECT max(id) FROM evictions) - ?"
+            self._execute(
+                f"DELETE FROM evictions WHERE id <= {oldest}", [MOST_EVICTIONS]
             )
+
+    def evictions(self, fingerprint: str) -> Iterator[tuple[str, Eviction]]:
+        """Yield the keys of what was taken away, the longest prefixes first."""
+        sql = """
+            SELECT e.key, e.end, e.reason, e.removed_at FROM evictions e
+            JOIN fingerprints f ON f.id = e.fingerprint_id
+            WHERE f.digest = ? ORDER BY e.end DESC, e.id DESC
+        """
+        for key, *eviction in self._all(sql, [fingerprint]):
+            yield str(key), Eviction(*eviction)
 
     # Adding and removing segments
 
@@ -520,12 +648,46 @@ def _create_tables(connection: sqlite3.Connection) -> None:
             "created_at": float,
             "used_at": float,
             "hits": int,
+            "origin": str,
         },
         pk="key",
         foreign_keys=[("segment_id", "segments", "id")],
     )
     database["prefixes"].create_index(["name"], unique=True)
     database["prefixes"].create_index(["segment_id"])
+    _create_history(database)
+
+
+def _create_history(database: Any) -> None:
+    """Create the tables of what happened, which blobs cannot tell again."""
+    database["speeds"].create(
+        {"fingerprint_id": int, "num_tokens": int, "seconds": float},
+        pk="fingerprint_id",
+    )
+    database["usage"].create(
+        {
+            "fingerprint_id": int,
+            "key": str,
+            "requests": int,
+            "cached_tokens": int,
+            "prefilled_tokens": int,
+            "load_seconds": float,
+            "prefill_seconds": float,
+            "saved_seconds": float,
+        },
+        pk=("fingerprint_id", "key"),
+    )
+    database["evictions"].create(
+        {
+            "id": int,
+            "key": str,
+            "fingerprint_id": int,
+            "end": int,
+            "reason": str,
+            "removed_at": float,
+        },
+        pk="id",
+    )
 
 
 @contextlib.contextmanager
@@ -583,6 +745,20 @@ def _prefix(
     hits: int,
 ) -> Prefix:
     return Prefix(key, name, model, num_tokens, 0, created_at, used_at, hits)
+
+
+def _fingerprint(
+    digest: str, model: str, source: str | None, parts: str
+) -> Fingerprint:
+    return Fingerprint(digest, model, source, json.loads(parts))
+
+
+def _origin(text: str | None) -> Origin | None:
+    if text is None:
+        return None
+    fields = json.loads(text)
+    tools = tuple((name, digest) for name, digest in fields.pop("tools"))
+    return Origin(**fields, tools=tools)
 
 
 def _int(value: object) -> int:

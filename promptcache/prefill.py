@@ -6,6 +6,7 @@ resumes at one of them repeats the arithmetic of a run from nothing, to the bit.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,8 +168,10 @@ def prefill(
     kv: KVSettings | None = None,
     on_piece: Callable[[int, int], object] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> None:
+) -> float:
     """Process the token ids `[start, end)`; the cache holds `[0, start)` before.
+
+    Returns the seconds that the model took, without what is called in between.
 
     Args:
         model: An mlx-lm model.
@@ -186,12 +189,15 @@ def prefill(
     from mlx_lm.generate import generation_stream
 
     kv = kv or KVSettings()
+    seconds = 0.0
     if on_progress:
         on_progress(start, end)
     with mx.stream(generation_stream):
         for first, stop in cuts.pieces(start, end):
+            started = time.perf_counter()
             model(mx.array(token_ids[first:stop])[None], cache=cache)
             mx.eval([layer.state for layer in cache])
+            seconds += time.perf_counter() - started
             if on_piece:
                 on_piece(first, stop)
             quantized_from = cuts.quantized_from(kv)
@@ -200,6 +206,7 @@ def prefill(
             if on_progress:
                 on_progress(stop, end)
             mx.clear_cache()
+    return seconds
 
 
 def quantize(cache: list[Any], num_tokens: int, kv: KVSettings) -> None:

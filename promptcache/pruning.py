@@ -5,6 +5,7 @@ at worst an orphan, and a blob that somebody publishes again at the same moment 
 seen either here or there.
 """
 
+import time
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -89,9 +90,16 @@ def find_garbage(index: Index, blobs: BlobFolder) -> list[Garbage]:
 def execute(index: Index, blobs: BlobFolder, plan: PrunePlan) -> PruneReport:
     """Do what a plan says, except for what got used, pinned or adopted meanwhile."""
     swept = [g for g in plan.garbage if _sweep(index, blobs, g)]
-    removals = [r for r in plan.removals if index.remove_leaf(r.key)]
+    removals = [r for r in plan.removals if _evict(index, r)]
     remove_blobs(index, blobs, [removal.key for removal in removals])
     return report(index, blobs, removals, swept)
+
+
+def _evict(index: Index, removal: Removal) -> bool:
+    """Remove a segment's row, remembering why, and return whether it went."""
+    with index.writing():
+        index.note_eviction(removal.key, removal.reason, now=time.time())
+        return index.remove_leaf(removal.key)
 
 
 def _sweep(index: Index, blobs: BlobFolder, garbage: Garbage) -> bool:

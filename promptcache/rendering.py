@@ -4,14 +4,34 @@ The whole prompt is always tokenized at once. Text prefixes are not token prefix
 tokenizers merge across any seam.
 """
 
+import bisect
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeGuard
 
 from promptcache.chain import common_length, pack
 from promptcache.errors import UsageError
+from promptcache.fingerprint import hash_json
+from promptcache.types import Origin
 
 Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """What goes through a chat template.
+
+    Attributes:
+        messages: The chat messages. Content is text, or a list of parts with text.
+        tools: The tools.
+        config: Further arguments of the template.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Message, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RenderedPrompt(NamedTuple):
@@ -20,24 +40,32 @@ class RenderedPrompt(NamedTuple):
     Attributes:
         token_ids: The whole prompt.
         boundaries: Positions at which other prompts are likely to part from it: the
-            end of the system prompt and tools, and what comes before the last
-            user's text.
+            end of the system prompt and tools, the beginnings of the parts of the
+            last user's text and, if asked for, the ends of messages.
         is_open: Whether more is to come before an answer: it is the start of prompts,
             and none itself.
+        chat: What was rendered, or None for text and token ids.
+        origin: How it was rendered, in a form to be stored, or None likewise.
     """
 
     token_ids: list[int]
     boundaries: tuple[int, ...] = ()
     is_open: bool = False
+    chat: ChatPrompt | None = None
+    origin: Origin | None = None
 
 
 Prompt = str | Sequence[int] | Sequence[Message] | RenderedPrompt
 
-# Of how many users' messages the ends are found.
+# Of how many messages the ends are found.
 MOST_MESSAGES = 16
 # Two user messages that share no first token, to find where a template stops
 # depending on what the user says.
 PROBES = ("Hello", "42 reasons why")
+# Between documents, and before the question about them.
+SEPARATOR = "\n\n"
+# Arguments of `apply_chat_template` that are not the template's.
+OWN_ARGUMENTS = {"tools", "add_generation_prompt", "tokenize", "conversation"}
 
 
 def render_prompt(
@@ -45,6 +73,7 @@ def render_prompt(
     prompt: Prompt,
     *,
     tools: Sequence[Message] | None = None,
+    chat_template_config: Mapping[str, Any] | None = None,
     every_message: bool = False,
 ) -> RenderedPrompt:
     """Return text, chat messages or token ids as token ids with their boundaries.
@@ -56,8 +85,8 @@ def render_prompt(
         tokenizer: The model's tokenizer.
         prompt: Text, token ids or chat messages.
         tools: Tools for the chat template.
-        every_message: Whether to find the ends of the users' messages, too, which
-            takes a rendering for each of the last `MOST_MESSAGES`.
+        chat_template_config: Further arguments of the chat template.
+        every_message: Whether to find the ends of the last `MOST_MESSAGES`, too.
 
     Raises:
         UsageError: The prompt is empty, or no prompt.
@@ -67,12 +96,8 @@ def render_prompt(
     elif isinstance(prompt, str):
         rendered = RenderedPrompt(encode_text(tokenizer, prompt))
     elif is_messages(prompt):
-        token_ids = render(tokenizer, prompt, tools=tools)
-        boundaries = find_boundaries(tokenizer, token_ids, prompt, tools=tools)
-        if every_message:
-            ends = find_message_ends(tokenizer, token_ids, prompt, tools=tools)
-            boundaries = tuple(sorted({*boundaries, *ends}))
-        rendered = RenderedPrompt(token_ids, boundaries)
+        chat = make_chat(prompt, tools, chat_template_config)
+        rendered = _rendered(tokenizer, chat, every_message=every_message)
     else:
         rendered = RenderedPrompt([int(token_id) for token_id in _flat(prompt)])
     if not rendered.token_ids:
@@ -80,58 +105,197 @@ def render_prompt(
     return rendered
 
 
-def find_boundaries(
+def render_open(
     tokenizer: Any,
-    token_ids: list[int],
     messages: Sequence[Message],
     *,
     tools: Sequence[Message] | None = None,
-) -> tuple[int, ...]:
-    """Return where the first and the last user's text begin in rendered messages."""
+    chat_template_config: Mapping[str, Any] | None = None,
+    every_message: bool = False,
+) -> RenderedPrompt:
+    """Return the start of prompts: all that does not depend on what the user says.
 
-    def shared_before(place: int) -> int:
-        def render_with(text: str) -> list[int]:
-            user = {"role": "user", "content": text}
-            return render(tokenizer, [*messages[:place], user], tools=tools)
+    The text of the last user's message, or its last part, is still to come. Two
+    prompts that differ in it only are rendered, and what they have in common is
+    returned: the end of a system prompt is no place that a template tells.
 
-        # A template may refuse a part of what it takes as a whole.
+    Args:
+        tokenizer: The model's tokenizer.
+        messages: Chat messages with a user's text to be replaced.
+        tools: Tools for the chat template.
+        chat_template_config: Further arguments of the chat template.
+        every_message: See `render_prompt`.
+
+    Raises:
+        UsageError: Nothing comes before the user's text.
+    """
+    chat = make_chat(messages, tools, chat_template_config)
+    place = _user_places(chat)[-1]
+    last_part = len(_texts(chat.messages[place])) - 1
+    token_ids = _stable_prefix(tokenizer, chat, place, last_part)
+    if not token_ids:
+        raise UsageError("the prompt is empty before the user's text, nothing to build")
+    probed = _probed(chat, place, last_part, PROBES[0])
+    whole = _rendered(tokenizer, probed, every_message=every_message)
+    boundaries = tuple(b for b in whole.boundaries if b < len(token_ids))
+    return RenderedPrompt(
+        token_ids, boundaries, is_open=True, chat=chat, origin=whole.origin
+    )
+
+
+def make_chat(
+    messages: Sequence[Message],
+    tools: Sequence[Message] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> ChatPrompt:
+    """Return messages in the form that chat templates expect.
+
+    As mlx-lm's server does, arguments of tool calls become objects, and content that
+    is missing becomes empty.
+
+    Raises:
+        UsageError: They are no messages, or an argument is not the template's.
+    """
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise UsageError("each message needs a role and content")
+    if own := OWN_ARGUMENTS & (config or {}).keys():
+        raise UsageError(f"{min(own)} is no argument of chat templates")
+    plain = tuple(_with_parsed_calls(message) for message in messages)
+    return ChatPrompt(plain, tuple(tools or ()), dict(config or {}))
+
+
+def _with_parsed_calls(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = [_with_parsed_arguments(call) for call in message["tool_calls"]]
+    return {**message, "tool_calls": calls}
+
+
+def _with_parsed_arguments(call: Message) -> Message:
+    function = call.get("function") or {}
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    # What a model wrote need not be JSON.
+    with contextlib.suppress(ValueError):
+        arguments = json.loads(arguments)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _rendered(
+    tokenizer: Any, chat: ChatPrompt, *, every_message: bool
+) -> RenderedPrompt:
+    text = render_text(tokenizer, chat)
+    token_ids = _encode(tokenizer, text)
+    found = {
+        *_token_positions(
+            tokenizer,
+            text,
+            token_ids,
+            {
+                *_part_starts(tokenizer, chat, text),
+                *(_message_ends(tokenizer, chat, text) if every_message else ()),
+            },
+        ),
+        _end_of_system(tokenizer, chat, token_ids),
+    }
+    boundaries = tuple(sorted(found - {0, len(token_ids)}))
+    return RenderedPrompt(
+        token_ids, boundaries, chat=chat, origin=origin_of(tokenizer, chat)
+    )
+
+
+# Boundaries
+
+
+def _user_places(chat: ChatPrompt) -> list[int]:
+    return [i for i, m in enumerate(chat.messages) if m["role"] == "user"]
+
+
+def _probed(chat: ChatPrompt, place: int, part: int, text: str) -> ChatPrompt:
+    """Return a chat that ends with another text for a part of a user's message."""
+    content = "".join([*_texts(chat.messages[place])[:part], text])
+    message = {**chat.messages[place], "content": content}
+    return replace(chat, messages=(*chat.messages[:place], message))
+
+
+def _stable_prefix(
+    tokenizer: Any, chat: ChatPrompt, place: int, part: int
+) -> list[int]:
+    """Return the token ids before a part of a user's message, whatever that says."""
+    probes = [
+        _encode(tokenizer, render_text(tokenizer, _probed(chat, place, part, probe)))
+        for probe in PROBES
+    ]
+    return probes[0][: common_length(*map(pack, probes))]
+
+
+def _end_of_system(tokenizer: Any, chat: ChatPrompt, token_ids: list[int]) -> int:
+    """Return where the first user's text begins: after system prompt and tools."""
+    places = _user_places(chat)
+    # A template may refuse a part of what it takes as a whole.
+    with contextlib.suppress(UsageError):
+        if places:
+            stable = _stable_prefix(tokenizer, chat, places[0], 0)
+            return common_length(pack(token_ids), pack(stable))
+    return 0
+
+
+def _part_starts(tokenizer: Any, chat: ChatPrompt, text: str) -> Iterator[int]:
+    """Yield where the parts of the last user's message begin in the text."""
+    places = _user_places(chat)[-1:]
+    for part in range(len(_texts(chat.messages[places[0]])) if places else 0):
         with contextlib.suppress(UsageError):
-            return shared_length(token_ids, render_with)
-        return 0
+            yield min(
+                _common_text(
+                    text,
+                    render_text(tokenizer, _probed(chat, places[0], part, probe)),
+                )
+                for probe in PROBES
+            )
 
-    places = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    found = {shared_before(place) for place in {*places[:1], *places[-1:]}}
-    return tuple(sorted(found - {0, len(token_ids)}))
 
-
-def find_message_ends(
-    tokenizer: Any,
-    token_ids: list[int],
-    messages: Sequence[Message],
-    *,
-    tools: Sequence[Message] | None = None,
-) -> tuple[int, ...]:
-    """Return where the last users' messages end in rendered messages.
+def _message_ends(tokenizer: Any, chat: ChatPrompt, text: str) -> Iterator[int]:
+    """Yield where the last messages end in the text.
 
     A template may render an answer in another way once it is history, without its
     thinking: what a turn surely shares with the next ends with the user's message.
     """
-    packed = pack(token_ids)
-    places = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    found = set()
-    for place in places[-MOST_MESSAGES:]:
-        history = messages[: place + 1]
-        # A template may refuse a part of what it takes as a whole.
+    num_messages = len(chat.messages)
+    for end in range(max(num_messages - MOST_MESSAGES, 0) + 1, num_messages + 1):
+        history = replace(chat, messages=chat.messages[:end])
         with contextlib.suppress(UsageError):
-            part = render(tokenizer, history, tools=tools, generation_prompt=False)
-            found.add(common_length(packed, pack(part)))
-    return tuple(sorted(found - {0, len(token_ids)}))
+            part = render_text(tokenizer, history, generation_prompt=False)
+            yield _common_text(text, part)
 
 
-def shared_length(token_ids: list[int], render_with: Callable[[str], list[int]]) -> int:
-    """Return how many tokens prompts with any other user's text share with this one."""
+def _common_text(left: str, right: str) -> int:
+    # In UTF-32 a character takes four bytes, like a packed token id.
+    encoded = (t.encode("utf-32-le", "surrogatepass") for t in (left, right))
+    return common_length(*encoded)
+
+
+def _token_positions(
+    tokenizer: Any, text: str, token_ids: list[int], places: Iterable[int]
+) -> set[int]:
+    """Return how many whole tokens come before places in the text."""
+    ends = _token_ends(tokenizer, text, token_ids)
+    if ends is not None:
+        return {bisect.bisect_right(ends, place) for place in places}
     packed = pack(token_ids)
-    return min(common_length(packed, pack(render_with(probe))) for probe in PROBES)
+    parts = (pack(_encode(tokenizer, text[:place])) for place in places)
+    return {common_length(packed, part) for part in parts}
+
+
+def _token_ends(tokenizer: Any, text: str, token_ids: list[int]) -> list[int] | None:
+    """Return where each token ends in the text, or None if the tokenizer can't tell."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    add_special_tokens = not has_template(tokenizer) and not _has_bos(tokenizer, text)
+    encoding = backend.encode(text, add_special_tokens=add_special_tokens)
+    return [end for _, end in encoding.offsets] if encoding.ids == token_ids else None
 
 
 def is_messages(prompt: Any) -> TypeGuard[Sequence[Message]]:
@@ -149,11 +313,30 @@ def _flat(prompt: Any) -> list[Any]:
     return token_ids
 
 
+# Text
+
+
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of text, with the tokenizer's BOS unless it is there."""
-    bos = tokenizer.bos_token
-    add_special_tokens = bos is None or not text.startswith(bos)
+    add_special_tokens = not _has_bos(tokenizer, text)
     return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+def _has_bos(tokenizer: Any, text: str) -> bool:
+    bos = tokenizer.bos_token
+    return bos is not None and text.startswith(bos)
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Return whether a tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "has_chat_template", tokenizer.chat_template))
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of rendered text, in which a template has put its BOS."""
+    if not has_template(tokenizer):
+        return encode_text(tokenizer, text)
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def compose(
@@ -165,13 +348,21 @@ def compose(
 ) -> list[Message]:
     """Return chat messages from what a command line gives.
 
-    Documents come before the question, so that a second question about the same
-    documents finds them cached.
+    Documents are parts of the user's message and come before the question, so that a
+    second question about the same documents finds them cached.
     """
     first = [{"role": "system", "content": system}] if system is not None else []
-    parts = [*documents, user] if user is not None else [*documents]
-    last = [{"role": "user", "content": "\n\n".join(parts)}] if parts else []
+    texts = [*documents, user] if user is not None else [*documents]
+    last = [{"role": "user", "content": _content(texts)}] if texts else []
     return [*first, *messages, *last]
+
+
+def _content(texts: Sequence[str]) -> str | list[Message]:
+    if len(texts) == 1:
+        return texts[0]
+    *before, last = texts
+    parts = [*(text + SEPARATOR for text in before), last]
+    return [{"type": "text", "text": part} for part in parts]
 
 
 def render(
@@ -179,77 +370,92 @@ def render(
     messages: Sequence[Message],
     *,
     tools: Sequence[Message] | None = None,
+    chat_template_config: Mapping[str, Any] | None = None,
     generation_prompt: bool = True,
 ) -> list[int]:
     """Return the token ids of chat messages and, if wanted, the start of the answer.
+
+    Raises:
+        UsageError: The messages are not such, or the template refuses them.
+    """
+    chat = make_chat(messages, tools, chat_template_config)
+    text = render_text(tokenizer, chat, generation_prompt=generation_prompt)
+    return _encode(tokenizer, text)
+
+
+def render_text(
+    tokenizer: Any, chat: ChatPrompt, *, generation_prompt: bool = True
+) -> str:
+    """Return what a chat template makes of a chat.
 
     A model without a chat template gets the contents one after the other. Where the
     template has no system role, the system message goes before the first user's.
 
     Raises:
-        UsageError: The messages are not such, or the template refuses them.
+        UsageError: The template refuses the messages.
     """
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise UsageError("each message needs a role and content")
-    if not getattr(tokenizer, "has_chat_template", tokenizer.chat_template):
-        contents = (_content(message) for message in messages)
-        return encode_text(tokenizer, "\n\n".join(contents))
+    messages = [{**m, "content": "".join(_texts(m))} for m in chat.messages]
+    if not has_template(tokenizer):
+        return SEPARATOR.join(message["content"] for message in messages)
+
+    def apply(messages: list[dict[str, Any]]) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                messages,
+                tools=list(chat.tools) or None,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                **chat.config,
+            )
+        )
+
     try:
-        return _apply_template(tokenizer, messages, tools, generation_prompt)
+        return apply(messages)
     except Exception as error:
         # Templates raise whatever they like; the second try shows the reason.
-        if messages[0]["role"] != "system" or len(messages) < 2:
-            raise UsageError(
-                f"the chat template refuses the messages: {error}"
-            ) from error
+        if len(messages) < 2 or messages[0]["role"] != "system":
+            raise _refused(error) from error
     try:
-        messages = _without_system(messages)
-        return _apply_template(tokenizer, messages, tools, generation_prompt)
+        return apply(_without_system(messages))
     except Exception as error:
-        raise UsageError(f"the chat template refuses the messages: {error}") from error
+        raise _refused(error) from error
 
 
-def _apply_template(
-    tokenizer: Any,
-    messages: Sequence[Message],
-    tools: Sequence[Message] | None,
-    generation_prompt: bool,
-) -> list[int]:
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tools=list(tools) if tools else None,
-        add_generation_prompt=generation_prompt,
-        tokenize=False,
-    )
-    return list(tokenizer.encode(text, add_special_tokens=False))
+def _refused(error: Exception) -> UsageError:
+    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return UsageError(f"the chat template refuses the messages: {reason}")
 
 
-def _without_system(messages: Sequence[Message]) -> list[Message]:
+def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     system, first, *rest = messages
-    content = f"{_content(system)}\n\n{_content(first)}"
+    content = f"{system['content']}{SEPARATOR}{first['content']}"
     return [{**first, "content": content}, *rest]
 
 
-def _content(message: Message) -> str:
-    """Return a message's text, also where content is a list of parts."""
+def _texts(message: Message) -> list[str]:
+    """Return the parts of a message's text; most messages have one."""
     content = message.get("content") or ""
     if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content)
+        return [content]
+    return [str(part.get("text", "")) for part in content] or [""]
 
 
-def stable_prefix(render_with: Callable[[str], list[int]]) -> list[int]:
-    """Return the token ids that do not depend on what the user says.
+# Origins
 
-    Renders two prompts that differ in the user's text only and returns what they
-    have in common: the end of a system prompt is no place that a template tells.
 
-    Raises:
-        UsageError: They share nothing.
-    """
-    rendered = render_with(PROBES[0])
-    shared = rendered[: shared_length(rendered, render_with)]
-    if not shared:
-        raise UsageError("the prompt is empty before the user's text, nothing to build")
-    return shared
+def origin_of(tokenizer: Any, chat: ChatPrompt) -> Origin:
+    """Return how a chat is rendered, so that it can be compared with others."""
+    system = [m for m in chat.messages if m["role"] in ("system", "developer")]
+    return Origin(
+        template=hash_json(getattr(tokenizer, "chat_template", None) or ""),
+        config={name: chat.config[name] for name in sorted(chat.config)},
+        system=hash_json(["".join(_texts(m)) for m in system]) if system else "",
+        tools=tuple((tool_name(tool), hash_json(tool)) for tool in chat.tools),
+    )
+
+
+def tool_name(tool: Message) -> str:
+    """Return the name of a tool, in OpenAI's form or a plain one."""
+    function = tool.get("function")
+    named = function if isinstance(function, Mapping) else tool
+    return str(named.get("name", ""))

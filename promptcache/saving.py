@@ -1,7 +1,7 @@
 """Saving: hand the state of a prompt that is being read to the store."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,8 @@ from promptcache import codec
 from promptcache.errors import PromptCacheWarning
 from promptcache.prefill import Cuts, KVSettings
 from promptcache.store import PrefixStore
-from promptcache.types import EncodedSegment, Fingerprint, Resumption, Worth
+from promptcache.treatment import least_window
+from promptcache.types import EncodedSegment, Fingerprint, Origin, Resumption, Worth
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -19,7 +20,7 @@ class Saver:
     """Saves one prompt, in pieces or as a whole.
 
     Invariants:
-        Only rows and states of the prompt are saved, never of the answer.
+        Only rows and states of the prompt are saved, unless an answer is asked for.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Saver:
         *,
         is_prompt: bool,
         is_build: bool = False,
+        origin: Origin | None = None,
     ) -> None:
         """Take the whole prompt, and the cache that reads it.
 
@@ -46,6 +48,7 @@ class Saver:
             is_prompt: Whether it is answered, and its last token read alone where that
                 matters; else it is the start of prompts.
             is_build: Whether its end is to stay until it is evicted or removed.
+            origin: How the prompt was rendered.
         """
         self._store = store
         self._fingerprint = fingerprint
@@ -55,7 +58,11 @@ class Saver:
         self._kv = kv
         self._is_prompt = is_prompt
         self._is_build = is_build
+        self._origin = origin
         self._captures: list[codec.Capture] = []
+        self._answer_captures: list[codec.Capture] = []
+        self._window = least_window(cache)
+        self._num_prompt = len(token_ids)
         self._logits: mx.array | None = None
         self._saved_to = 0
 
@@ -78,15 +85,62 @@ class Saver:
             # Logits processors may change the array in place.
             self._logits = copy(logits)
 
-    def save(self, end: int) -> str:
+    def capture_answer(self, num_tokens: int) -> None:
+        """Note what the cache is about to lose of so many tokens of the answer.
+
+        The cache has read exactly them after the prompt.
+        """
+        begin = self._answer_start
+        end = len(self._token_ids) + num_tokens
+        if self._window and end - begin >= max(self._window // 2, 1):
+            taken = codec.capture(self._cache, begin, end)
+            self._answer_captures.append(codec.detached(taken))
+
+    def can_keep(self, num_tokens: int) -> bool:
+        """Return whether an answer of so many tokens can be saved.
+
+        It cannot where its rows would not be those of a prompt that repeats it.
+        """
+        start, end = len(self._token_ids), len(self._token_ids) + num_tokens
+        quantized_from = self._cuts.quantized_from(self._kv)
+        is_mixed = quantized_from is not None and (
+            end >= self._kv.start and start < quantized_from
+        )
+        return num_tokens > 0 and not is_mixed and self._cuts.is_divisible(end)
+
+    def save_answer(self, answer: Sequence[int]) -> str:
+        """Save the prompt with an answer, all of which the cache has read.
+
+        Return the key. Raises StoreError.
+        """
+        assert self.can_keep(len(answer))
+        end = len(self._token_ids) + len(answer)
+        if self._answer_start == end:
+            # The last capture is to have states, too.
+            self._answer_captures.pop()
+        last = codec.capture(self._cache, self._answer_start, end)
+        self._captures += [*self._answer_captures, last]
+        self._token_ids = [*self._token_ids, *answer]
+        self._logits = None
+        return self.save(end)
+
+    @property
+    def _answer_start(self) -> int:
+        """Return up to where the answer has been captured."""
+        if self._answer_captures:
+            return self._answer_captures[-1].end
+        return len(self._token_ids)
+
+    def save(self, end: int, *, is_listed: bool = True) -> str:
         """Save `[0, end)`, of which everything new was captured; return its key.
 
-        The end is listed as a prefix if it is the prompt's. Raises StoreError.
+        The end is listed as a prefix if it is the prompt's, unless more of it is about
+        to be saved. Raises StoreError.
         """
         taken = [capture for capture in self._captures if capture.end <= end]
         unsaved = [capture for capture in taken if capture.end > self._saved_to]
         checkpoints = [c for c in unsaved if self._wants_checkpoint(c)]
-        is_prefix = end == len(self._token_ids)
+        is_prefix = is_listed and end == len(self._token_ids)
         ends_in_checkpoint = bool(checkpoints) and checkpoints[-1].end == end
         key = self._store.save(
             self._token_ids[:end],
@@ -104,6 +158,8 @@ class Saver:
                 is_prefix=is_prefix and capture.end == end,
                 worth=self._worth(capture.end),
             )
+        if is_prefix and self._origin is not None:
+            self._store.set_origin(key, self._origin)
         # The last one stays: it tells the layout, should rows have to be saved again.
         del self._captures[: max(len(taken) - 1, 0)]
         self._saved_to = end
@@ -131,11 +187,12 @@ class Saver:
 
     def _wants_checkpoint(self, taken: codec.Capture) -> bool:
         """Return whether to keep the state at a capture's end."""
-        is_prompt = taken.end == len(self._token_ids)
+        is_end = taken.end == len(self._token_ids)
         if self._is_tail(taken.end):
-            return is_prompt and self._logits is not None
-        at_cut = is_prompt or self._cuts.is_cut(taken.end)
-        return taken.needs_checkpoint and at_cut
+            return is_end and self._logits is not None
+        # Of an answer, only the last capture has states.
+        is_cut = taken.end <= self._num_prompt and self._cuts.is_cut(taken.end)
+        return taken.needs_checkpoint and (is_end or is_cut)
 
     def _worth(self, position: int) -> Worth:
         if self._is_build and position == len(self._token_ids):
@@ -169,12 +226,23 @@ class QuietSaver:
             except Exception as error:
                 self._stop(error)
 
+    def capture_answer(self, num_tokens: int) -> None:
+        """Note what the cache is about to lose of an answer."""
+        if self._saver is not None:
+            try:
+                self._saver.capture_answer(num_tokens)
+            except Exception as error:
+                self._stop(error)
+
     def save(self, end: int) -> str | None:
         """Save `[0, end)` and return its key, or None if it was not saved."""
+        return self._try(lambda saver: saver.save(end))
+
+    def _try(self, save: Callable[[Saver], str]) -> str | None:
         if self._saver is None:
             return None
         try:
-            return self._saver.save(end)
+            return save(self._saver)
         # mlx raises RuntimeError where memory is short, or the thread is another one.
         except Exception as error:
             self._stop(error)
@@ -184,9 +252,15 @@ class QuietSaver:
         warn(f"the prompt is not saved: {error}")
         self._saver = None
 
-    def finish(self, end: int) -> str | None:
-        """Save for the last time."""
-        key = self.save(end)
+    def finish(self, end: int, answer: Sequence[int] = ()) -> str | None:
+        """Save for the last time, and return the key of what was saved."""
+
+        def save(saver: Saver) -> str:
+            is_kept = saver.can_keep(len(answer))
+            key = saver.save(end, is_listed=not is_kept)
+            return saver.save_answer(answer) if is_kept else key
+
+        key = self._try(save)
         self._saver = None
         return key
 

@@ -27,22 +27,27 @@ from promptcache.errors import (
 from promptcache.eviction import surplus_checkpoints
 from promptcache.index import Index
 from promptcache.matching import checkpoints_on, longest_match, longest_rows
+from promptcache.neighbourhood import find_neighbourhood
 from promptcache.types import (
     BlobHeader,
     EncodedSegment,
     Fingerprint,
     Match,
+    Neighbourhood,
+    Origin,
     Prefix,
     PrefixReport,
     PrunePlan,
     PrunePolicy,
     PruneReport,
+    Receipt,
     Removal,
     Resumption,
     SegmentInfo,
     SegmentReport,
     SegmentRow,
     SegmentSlice,
+    Usage,
     VerifyReport,
     Worth,
     tag_of,
@@ -56,6 +61,9 @@ SAVE_ATTEMPTS = 3
 
 # What a header and rows take besides the tensors, and what SQLite's WAL grows by.
 ROWS_NBYTES = 32 * 1024
+
+# Shorter reads tell more of a model's fixed costs than of its speed.
+LEAST_SPEED_TOKENS = 64
 
 Encode = Callable[[int, int], EncodedSegment]
 
@@ -177,10 +185,68 @@ class PrefixStore:
             raise DamagedBlobError("blob holds another range of tokens")
         return self._blobs.path(part.key), header
 
-    def touch(self, match: Match) -> None:
-        """Note that a match was reused. Raises StoreError."""
+    def touch(self, match: Match) -> str | None:
+        """Note that a match was reused; return the key of the prefix it counts for.
+
+        Raises StoreError.
+        """
         keys = [part.key for part in match.slices]
-        self._index.touch(keys, match.cached_tokens, now=time.time())
+        return self._index.touch(keys, match.cached_tokens, now=time.time())
+
+    def record(self, receipt: Receipt) -> float:
+        """Note what a request reused; return the seconds that this saved.
+
+        They are what reading the reused tokens would have taken at this model's speed
+        on this machine, and 0 until that is known. Raises StoreError.
+        """
+        match = receipt.match
+        with self._index.writing():
+            key = self.touch(match)
+            speed = self._index.speed(receipt.fingerprint.digest)
+            saved_seconds = match.cached_tokens / speed if speed else 0.0
+            self._index.add_receipt(receipt, key or match.key, saved_seconds)
+        return saved_seconds
+
+    def add_speed(
+        self, fingerprint: Fingerprint, num_tokens: int, seconds: float
+    ) -> None:
+        """Note how long a model took to read so many tokens. Raises StoreError."""
+        if num_tokens >= LEAST_SPEED_TOKENS and seconds > 0:
+            self._index.add_speed(fingerprint, num_tokens, seconds)
+
+    def prefill_speed(self, fingerprint: Fingerprint) -> float | None:
+        """Return how many tokens a second a model reads here, or None if unknown.
+
+        Raises StoreError.
+        """
+        return self._index.speed(fingerprint.digest)
+
+    def usage(self) -> list[Usage]:
+        """Return what requests got from the store, by model and prefix.
+
+        Raises StoreError.
+        """
+        return self._index.usage()
+
+    def neighbourhood(
+        self,
+        token_ids: Sequence[int],
+        fingerprint: Fingerprint,
+        origin: Origin | None = None,
+    ) -> Neighbourhood:
+        """Return what is stored, and was, that is close to a prompt.
+
+        Args:
+            token_ids: The prompt.
+            fingerprint: What its KV values depend on.
+            origin: How it was rendered.
+
+        Raises:
+            StoreError: The index cannot be read.
+        """
+        chain = Chain(fingerprint.digest, token_ids)
+        with self._index.reading():
+            return find_neighbourhood(self._index, chain, origin)
 
     def give_up(self, key: str) -> list[str]:
         """Forget a segment that cannot be used, with all that hangs on it.
@@ -479,6 +545,19 @@ class PrefixStore:
             self._hold_limit(segment_key)
         return True
 
+    def unlist(self, key: str) -> None:
+        """Stop listing a prefix that is not pinned; what it holds stays.
+
+        Raises StoreError.
+        """
+        with self._index.writing():
+            if key not in {pinned for pinned, _ in self._index.names().values()}:
+                self._index.remove_prefix(key)
+
+    def set_origin(self, key: str, origin: Origin) -> None:
+        """Note how a listed prefix was rendered. Raises StoreError."""
+        self._index.set_origin(key, origin)
+
     @contextlib.contextmanager
     def building(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
         """Hold the lock for computing a prefix, so that only one process does.
@@ -569,6 +648,8 @@ class PrefixStore:
             freed = self._tree().freed(prefix.key, segment_id)
             self._index.remove_prefix(prefix.key)
             for segment in freed:
+                now = time.time()
+                self._index.note_eviction(segment.key, "removed", now=now)
                 self._index.remove_leaf(segment.key)
             if prefix.pinned:
                 recovery.write_prefixes(self._index, self._blobs)

@@ -137,18 +137,41 @@ def rows_of(part: Any, start: int, end: int) -> list["mx.array"]:
 
 
 def window_rows(part: Any, start: int, end: int) -> list["mx.array"]:
-    """Return the rows `[start, end)` of a window that has just read them at once.
+    """Return the rows `[start, end)` of a window that still has them.
 
-    After a piece of several tokens, a window holds all of them in temporal order, and
-    after one token its row is the last one written.
+    After a piece of several tokens, a window holds all of them in temporal order;
+    rows that were added one by one go around in it, the newest before `_idx`.
     """
-    if type(part).__name__ == "ChunkedKVCache":
-        stop = end - part.start_position
-    else:
-        stop = part._idx
-    first = stop - (end - start)
-    assert first >= 0, f"a window of {stop} rows has not read {end - start} at once"
-    return [array[..., first:stop, :] for array in arrays_of(part)]
+    chunked = type(part).__name__ == "ChunkedKVCache"
+    num_rows = part.keys.shape[-2]
+    newest = part.offset - part.start_position if chunked else part._idx
+    first, stop = newest - (part.offset - start), newest - (part.offset - end)
+    least = 0 if chunked else stop - num_rows
+    assert first >= least, f"a window of {num_rows} rows has lost [{start}, {end})"
+    return [_turned_rows(array, first, stop) for array in arrays_of(part)]
+
+
+def _turned_rows(array: "mx.array", first: int, stop: int) -> "mx.array":
+    """Return the rows `[first, stop)` of a ring, negative ones counted from its end."""
+    import mlx.core as mx
+
+    num_rows = array.shape[-2]
+    if first >= 0:
+        return array[..., first:stop, :]
+    if stop <= 0:
+        return array[..., num_rows + first : num_rows + stop, :]
+    parts = [array[..., num_rows + first :, :], array[..., :stop, :]]
+    return mx.concatenate(parts, axis=-2)
+
+
+def least_window(cache: Sequence[Any]) -> int | None:
+    """Return how many tokens the smallest window of a cache looks back, if any."""
+    windows = (
+        window_size(part)
+        for _, part in parts_of(cache)
+        if TREATMENTS.get(type(part).__name__) is Treatment.WINDOW
+    )
+    return min(windows, default=None)
 
 
 def window_size(part: Any) -> int:

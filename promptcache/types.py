@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,23 @@ class Fingerprint:
     model: str
     source: str | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """How a chat prompt was rendered, so that two can be compared.
+
+    Attributes:
+        template: Hash of the chat template.
+        config: Its further arguments.
+        system: Hash of the system prompt's text, empty without one.
+        tools: Name and hash of each tool.
+    """
+
+    template: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    system: str = ""
+    tools: tuple[tuple[str, str], ...] = ()
 
 
 class SegmentSlice(NamedTuple):
@@ -268,6 +285,124 @@ class Prefix:
     def pinned(self) -> bool:
         """Return whether eviction keeps it."""
         return self.name is not None
+
+
+class PromptRow(NamedTuple):
+    """A listed prefix as the index knows it; `fingerprint` is a digest."""
+
+    key: str
+    name: str | None
+    fingerprint: str
+    segment_id: int
+    num_tokens: int
+    used_at: float
+    origin: Origin | None
+
+
+class StoredPrompt(NamedTuple):
+    """A prompt whose end is listed, and how it came about.
+
+    Attributes:
+        key: The prefix's key.
+        name: Its pin, or None.
+        fingerprint: What it was computed under.
+        token_ids: All of it.
+        origin: How it was rendered, if that is known.
+        used_at: Unix time of the last hit.
+    """
+
+    key: str
+    name: str | None
+    fingerprint: Fingerprint
+    token_ids: tuple[int, ...]
+    origin: Origin | None
+    used_at: float
+
+
+class Eviction(NamedTuple):
+    """A segment that was taken away.
+
+    Attributes:
+        end: Where its range of tokens ended.
+        reason: Why it went.
+        removed_at: Unix time.
+    """
+
+    end: int
+    reason: str
+    removed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbourhood:
+    """What the store has, and had, that is close to a prompt.
+
+    Attributes:
+        match: What a run would reuse.
+        num_rows: Up to which token rows are stored, whether or not a run can take
+            over there.
+        nearest: The stored prompts that share the most tokens, the last used first.
+        alike: Other prompts with the same system prompt or tools, under any
+            fingerprint, the last used first.
+        elsewhere: By how many tokens a prompt with the same ids would be matched under
+            other fingerprints, the best first.
+        eviction: The longest prefix of the prompt that was taken away, if any.
+        num_prompts: How many prompts are listed under the same fingerprint.
+    """
+
+    match: Match
+    num_rows: int
+    nearest: tuple[StoredPrompt, ...]
+    alike: tuple[StoredPrompt, ...]
+    elsewhere: tuple[tuple[Fingerprint, int], ...]
+    eviction: Eviction | None
+    num_prompts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What one request got from the store.
+
+    Attributes:
+        fingerprint: What its KV values depend on.
+        match: What it reused.
+        prefilled_tokens: How many tokens of its prompt were processed.
+        load_seconds: Time to match the prompt and to load what is cached.
+        prefill_seconds: From then to the first token.
+    """
+
+    fingerprint: Fingerprint
+    match: Match
+    prefilled_tokens: int
+    load_seconds: float
+    prefill_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What requests got from one prefix, or, without a key, from none.
+
+    Attributes:
+        model: The model's name.
+        key: The prefix that was reused, or None for misses.
+        name: Its pin, or None.
+        requests: How many there were.
+        cached_tokens: Tokens of their prompts that were reused.
+        prefilled_tokens: Tokens of their prompts that were processed.
+        load_seconds: Time that matching and loading took.
+        prefill_seconds: Time that processing the others took.
+        saved_seconds: Time that processing the reused ones would have taken.
+    """
+
+    model: str
+    key: str | None
+    name: str | None
+    requests: int
+    cached_tokens: int
+    prefilled_tokens: int
+    load_seconds: float
+    prefill_seconds: float
+    saved_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

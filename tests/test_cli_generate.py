@@ -33,6 +33,7 @@ GENERATE_FIELDS = {
     "prefill_seconds": float,
     "ttft_seconds": float,
     "key": (str, type(None)),
+    "saved_seconds": float,
 }
 
 

@@ -196,7 +196,7 @@ def test_newer_index_is_refused_and_not_touched(path: Path, journal_mode: str) -
         connection.execute(f"PRAGMA journal_mode={journal_mode}")
     before = path.read_bytes()
 
-    with pytest.raises(StoreFormatError, match=r"has format 3 .* reads up to 2, upgr"):
+    with pytest.raises(StoreFormatError, match=r"has format 4 .* reads up to 3, upgr"):
         Index(path)
 
     assert path.read_bytes() == before
@@ -221,7 +221,7 @@ def test_older_index_has_to_be_rebuilt(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION - 1}")
 
-    with pytest.raises(DamagedIndexError, match="older format 1"):
+    with pytest.raises(DamagedIndexError, match="older format 2"):
         Index(path)
 
 

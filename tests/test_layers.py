@@ -22,8 +22,11 @@ TREES = {
 LAYERS = [
     ["errors"],
     ["units", "types", "chain", "state", "treatment", "length_dependence"],
+    ["manifest", "transcript", "volatility"],
+    ["differences"],
     ["location", "fingerprint", "blobs", "index", "eviction", "codec"],
     ["matching", "pruning", "recovery"],
+    ["neighbourhood"],
     ["store"],
     ["prefill", "rendering", "gguf"],
     ["default_model", "decoding", "saving", "settings"],
@@ -31,7 +34,7 @@ LAYERS = [
     ["generation", "loaded_model"],
     ["building"],
     ["generator"],
-    ["parity"],
+    ["conversation", "parity"],
 ]
 HEIGHTS = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

@@ -18,8 +18,8 @@ from promptcache.rendering import (
     encode_text,
     is_messages,
     render,
+    render_open,
     render_prompt,
-    stable_prefix,
 )
 
 REAL_TEMPLATES = Path(__file__).parents[2] / "shared" / "data" / "chat-templates"
@@ -233,11 +233,9 @@ def test_stable_prefix_of_a_template_without_system_role_ends_after_the_system(
 ) -> None:
     tokenizer = make_tokenizer(WITHOUT_SYSTEM_ROLE)
 
-    prefix = stable_prefix(
-        lambda text: render(tokenizer, compose(system="S", user=text))
-    )
+    prefix = render_open(tokenizer, compose(system="S", user=""))
 
-    assert tokenizer.decode(prefix) == "<|user|>S\n\n"
+    assert tokenizer.decode(prefix.token_ids) == "<|user|>S\n\n"
 
 
 def test_system_alone_is_refused_where_there_is_no_system_role(
@@ -287,7 +285,14 @@ def test_documents_come_before_the_question() -> None:
 
     assert messages == [
         {"role": "system", "content": "S"},
-        {"role": "user", "content": "one\n\ntwo\n\nwhy"},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "one\n\n"},
+                {"type": "text", "text": "two\n\n"},
+                {"type": "text", "text": "why"},
+            ],
+        },
     ]
 
 
@@ -307,18 +312,22 @@ def test_nothing_composes_to_nothing() -> None:
 
 
 def test_stable_prefix_ends_where_the_user_speaks(tokenizer: Any) -> None:
-    prefix = stable_prefix(
-        lambda text: render(tokenizer, compose(system=SYSTEM, user=text), tools=TOOLS)
-    )
+    messages = compose(system=SYSTEM, user="")
+    prefix = render_open(tokenizer, messages, tools=TOOLS)
 
-    text = tokenizer.decode(prefix)
+    assert prefix.is_open
+    text = tokenizer.decode(prefix.token_ids)
     assert text.endswith(f"<|system|>{SYSTEM}<|end|><|user|>")
     assert text.startswith("<|tools|>")
 
 
-def test_prompt_that_shares_nothing_has_no_stable_prefix(tokenizer: Any) -> None:
+def test_prompt_that_shares_nothing_has_no_stable_prefix(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+
     with pytest.raises(UsageError, match="nothing to build"):
-        stable_prefix(lambda text: encode_text(tokenizer, text))
+        render_open(tokenizer, compose(user=""))
 
 
 USER_MESSAGES = (
@@ -349,11 +358,17 @@ def test_stable_prefix_of_a_real_template_holds_for_other_messages(
     def render_with(text: str) -> list[int]:
         return render(tokenizer, compose(system=SYSTEM, user=text), tools=tools)
 
-    prefix = stable_prefix(render_with)
+    messages = compose(system=SYSTEM, user="")
+    prefix = render_open(tokenizer, messages, tools=tools).token_ids
 
     assert contains(prefix, encode_text(tokenizer, SYSTEM))
     for message in USER_MESSAGES:
         rendered = render_with(message)
+        found = render_prompt(
+            tokenizer, compose(system=SYSTEM, user=message), tools=tools
+        )
+        assert found.token_ids == rendered
+        assert found.boundaries[0] == len(prefix)
         assert rendered[: len(prefix)] == prefix
         assert contains(rendered[len(prefix) :], encode_text(tokenizer, message))
 

@@ -28,14 +28,8 @@ from promptcache_cli.prompts import PromptOptions
 @json_option
 @quiet_option
 def build(
-    prompt: str | None,
     model: str | None,
     adapter_path: str | None,
-    system: str | None,
-    files: tuple[str, ...],
-    messages: list[dict[str, Any]] | None,
-    tools: list[dict[str, Any]] | None,
-    raw: bool,
     draft_model: str | None,
     name: str | None,
     store_path: str | None,
@@ -59,7 +53,7 @@ def build(
     from promptcache.generator import CachedGenerator
 
     talk = output.Talk(quiet=quiet)
-    options = PromptOptions(prompt, system, files, messages, tools, raw)
+    options = PromptOptions.take(settings)
     options.check_prefix()
     with open_store(store_path, max_size) as store:
         generator = CachedGenerator.load(

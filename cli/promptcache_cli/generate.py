@@ -91,14 +91,8 @@ sampling_options = stacked(
 @json_option
 @quiet_option
 def generate(
-    prompt: str | None,
     model: str | None,
     adapter_path: str | None,
-    system: str | None,
-    files: tuple[str, ...],
-    messages: list[dict[str, Any]] | None,
-    tools: list[dict[str, Any]] | None,
-    raw: bool,
     draft_model: str | None,
     save: bool | None,
     no_cache: bool,
@@ -120,8 +114,8 @@ def generate(
         promptcache generate -s @narrator.txt -u "I open the door"
         promptcache generate -f manual.txt "How do I reset it?"
     """
-    prompt_options = PromptOptions(prompt, system, files, messages, tools, raw)
-    prompt_options.check()
+    asked = PromptOptions.take(options)
+    asked.check()
     if options["max_tokens"] == 0:
         raise UsageError("--max-tokens must not be 0, use -1 for no limit")
     if no_cache and save:
@@ -140,21 +134,21 @@ def generate(
     )
     with generator, talk.progress("Reading", "tokens") as progress:
         responses = generator.stream_generate(
-            prompt_options.render(generator),
+            asked.render(generator),
             draft_model=draft_model and generator.load_draft(draft_model),
             prompt_progress_callback=progress,
             **options,
         )
         # Closed before the store is, also when stdout is closed early.
         with contextlib.closing(responses):
-            taken = list(_streamed(responses, echo=not json_))
+            taken = list(streamed(responses, echo=not json_))
     if json_:
-        output.json_data(_as_json(taken))
+        output.json_data(answer_as_json(taken))
     if usage:
-        click.echo(_usage(taken[-1]), err=True)
+        click.echo(usage_line(taken[-1]), err=True)
 
 
-def _streamed(
+def streamed(
     responses: Iterator["GenerationResponse"], *, echo: bool
 ) -> Iterator["GenerationResponse"]:
     """Pass responses on, printing their text as it comes."""
@@ -166,7 +160,8 @@ def _streamed(
         click.echo()
 
 
-def _as_json(responses: list["GenerationResponse"]) -> dict[str, object]:
+def answer_as_json(responses: list["GenerationResponse"]) -> dict[str, object]:
+    """Return an answer as JSON shows it."""
     last = responses[-1]
     return {
         "text": "".join(response.text for response in responses),
@@ -179,10 +174,12 @@ def _as_json(responses: list["GenerationResponse"]) -> dict[str, object]:
         "prefill_seconds": last.prefill_seconds,
         "ttft_seconds": last.ttft_seconds,
         "key": last.key,
+        "saved_seconds": last.saved_seconds,
     }
 
 
-def _usage(last: "GenerationResponse") -> str:
+def usage_line(last: "GenerationResponse") -> str:
+    """Return what `--usage` prints."""
     return (
         f"{last.prompt_tokens} prompt tokens, {last.cached_tokens} cached, "
         f"{last.prompt_tokens - last.cached_tokens} prefilled, "

@@ -9,6 +9,7 @@ import click
 from promptcache import PromptCacheError, __version__
 from promptcache_cli import output
 from promptcache_cli.build import build
+from promptcache_cli.chat import chat
 from promptcache_cli.generate import generate
 from promptcache_cli.ls import ls
 from promptcache_cli.parity import parity
@@ -76,6 +77,7 @@ def cli() -> None:
 COMMANDS = (
     build,
     generate,
+    chat,
     ls,
     show,
     rm,

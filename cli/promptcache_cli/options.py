@@ -59,6 +59,21 @@ def read_file(path: str) -> str:
         raise UsageError(f"{name} is no text in UTF-8") from error
 
 
+def read_json_object(text: str) -> dict[str, Any]:
+    """Return a JSON object that is given as text, or as `@FILE`.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    try:
+        value = json.loads(read_text(text))
+    except ValueError as error:
+        raise UsageError(f"this is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UsageError("this must be a JSON object")
+    return value
+
+
 def read_json_list(path: str) -> list[dict[str, Any]]:
     """Return the objects of a JSON list in a file.
 
@@ -80,6 +95,7 @@ PROMPT = Converted("prompt", read_prompt)
 TEXT = Converted("text", read_text)
 TEXT_FILE = Converted("file", read_file)
 JSON_FILE = Converted("file", read_json_list)
+JSON_OBJECT = Converted("json", read_json_object)
 
 store_option = click.option(
     "--store",
@@ -117,7 +133,7 @@ def stacked(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-prompt_options = stacked(
+model_options = stacked(
     click.option(
         "-m",
         "--model",
@@ -127,20 +143,19 @@ prompt_options = stacked(
     click.option(
         "--adapter-path", metavar="DIRECTORY", help="Folder of a LoRA adapter"
     ),
-    click.option("-s", "--system", type=TEXT, help="System prompt, or @FILE"),
-    click.option(
-        "-f",
-        "--file",
-        "files",
-        type=TEXT_FILE,
-        multiple=True,
-        help="Text to put before the prompt, - for stdin; repeatable",
-    ),
-    click.option(
-        "--messages", type=JSON_FILE, help="Chat messages, a JSON list of objects"
-    ),
+)
+system_option = click.option(
+    "-s", "--system", type=TEXT, help="System prompt, or @FILE"
+)
+template_options = stacked(
     click.option("--tools", type=JSON_FILE, help="Tools, a JSON list of objects"),
-    click.option("--raw", is_flag=True, help="Do not use the chat template"),
+    click.option(
+        "--chat-template-config",
+        type=JSON_OBJECT,
+        help="Arguments of the chat template, a JSON object, or @FILE",
+    ),
+)
+cache_options = stacked(
     click.option(
         "--kv-bits",
         type=int,
@@ -178,6 +193,24 @@ prompt_options = stacked(
         help="Reuse only where plain mlx-lm's own pieces end, or every cached token  "
         "[default: tight, where the model allows it]",
     ),
+)
+prompt_options = stacked(
+    model_options,
+    system_option,
+    click.option(
+        "-f",
+        "--file",
+        "files",
+        type=TEXT_FILE,
+        multiple=True,
+        help="Text to put before the prompt, - for stdin; repeatable",
+    ),
+    click.option(
+        "--messages", type=JSON_FILE, help="Chat messages, a JSON list of objects"
+    ),
+    template_options,
+    click.option("--raw", is_flag=True, help="Do not use the chat template"),
+    cache_options,
 )
 draft_option = click.option(
     "--draft-model", help="A smaller model for speculative decoding"

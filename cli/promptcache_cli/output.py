@@ -25,6 +25,11 @@ def json_data(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def json_line(value: Any) -> None:
+    """Print a value as one line of JSON, where more of them follow."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table; the last column is the only one that may contain spaces."""
     from tabulate import tabulate

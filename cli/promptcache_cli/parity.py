@@ -23,14 +23,8 @@ from promptcache_cli.prompts import PromptOptions
 @json_option
 @quiet_option
 def parity(
-    prompt: str | None,
     model: str | None,
     adapter_path: str | None,
-    system: str | None,
-    files: tuple[str, ...],
-    messages: list[dict[str, Any]] | None,
-    tools: list[dict[str, Any]] | None,
-    raw: bool,
     json_: bool,
     quiet: bool,
     **settings: Any,
@@ -47,7 +41,7 @@ def parity(
         promptcache parity -s @narrator.txt "I open the door"
         promptcache parity --exact -f manual.txt "How do I reset it?"
     """
-    options = PromptOptions(prompt, system, files, messages, tools, raw)
+    options = PromptOptions.take(settings)
     options.check()
     from promptcache.generator import CachedGenerator
     from promptcache.parity import check_parity

@@ -1,8 +1,8 @@
 """Prompts: what the prompt options of `build` and `generate` mean as token ids."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Self
 
 from promptcache import UsageError, rendering
 
@@ -19,7 +19,13 @@ class PromptOptions:
     files: Sequence[str]
     messages: Sequence[dict[str, Any]] | None
     tools: Sequence[dict[str, Any]] | None
+    chat_template_config: dict[str, Any] | None
     raw: bool
+
+    @classmethod
+    def take(cls, options: dict[str, Any]) -> Self:
+        """Take what makes up the prompt out of a command's options."""
+        return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
 
     def check(self) -> None:
         """Raise UsageError if there is no prompt, or options contradict each other."""
@@ -48,15 +54,9 @@ class PromptOptions:
         if self.raw:
             parts = [*self.files, *([] if self.prompt is None else [self.prompt])]
             return generator.render("\n\n".join(parts))
-        rendered = generator.render(self._messages(self.prompt), self.tools)
-        if not self.files:
-            return rendered
-        # Another question about the same files parts where the question begins.
-        token_ids = rendered.token_ids
-        render_with = self._render_with(generator.tokenizer)
-        question = rendering.shared_length(token_ids, render_with)
-        boundaries = {*rendered.boundaries, question} - {len(token_ids)}
-        return rendering.RenderedPrompt(token_ids, tuple(sorted(boundaries)))
+        return generator.render(
+            self._messages(self.prompt), self.tools, self.chat_template_config
+        )
 
     def render_prefix(self, generator: "CachedGenerator") -> rendering.RenderedPrompt:
         """Return what to build. Raises UsageError.
@@ -65,12 +65,9 @@ class PromptOptions:
         """
         if not self._is_open:
             return self.render(generator)
-        tokenizer = generator.tokenizer
-        token_ids = rendering.stable_prefix(self._render_with(tokenizer))
-        boundaries = rendering.find_boundaries(
-            tokenizer, token_ids, self._messages(""), tools=self.tools
+        return generator.render_open(
+            self._messages(""), self.tools, self.chat_template_config
         )
-        return rendering.RenderedPrompt(token_ids, boundaries, is_open=True)
 
     def _messages(self, prompt: str | None) -> list[rendering.Message]:
         return rendering.compose(
@@ -80,15 +77,10 @@ class PromptOptions:
             user=prompt,
         )
 
-    def _render_with(self, tokenizer: Any) -> Callable[[str], list[int]]:
-        """Return a function that renders the prompt with another user's text."""
-        return lambda text: rendering.render(
-            tokenizer, self._messages(text), tools=self.tools
-        )
-
     def _check_raw(self) -> None:
-        if self.raw and (self.system is not None or self.messages or self.tools):
+        needs_template = (self.messages, self.tools, self.chat_template_config)
+        if self.raw and (self.system is not None or any(needs_template)):
             raise UsageError(
-                "--raw goes without --system, --messages and --tools, "
-                "which need the chat template"
+                "--raw goes without --system, --messages, --tools and "
+                "--chat-template-config, which need the chat template"
             )

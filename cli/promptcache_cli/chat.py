@@ -1,0 +1,214 @@
+"""`promptcache chat`."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Generator, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from promptcache import UsageError
+from promptcache_cli import output
+from promptcache_cli.generate import (
+    answer_as_json,
+    sampling_options,
+    streamed,
+    usage_line,
+)
+from promptcache_cli.options import (
+    cache_options,
+    json_option,
+    max_size_option,
+    model_options,
+    quiet_option,
+    store_option,
+    system_option,
+    template_options,
+)
+
+if TYPE_CHECKING:
+    from promptcache import Conversation, GenerationResponse
+
+Responses = Generator["GenerationResponse"]
+
+HELP = """\
+/help     show this
+/history  show the conversation
+/undo     take back the last message and its answer
+/exit     leave; so does Ctrl-D
+Ctrl-C stops an answer and keeps what was said."""
+
+
+@click.command()
+@click.option("--name", help="Keep the conversation, and go on with it another time")
+@model_options
+@system_option
+@template_options
+@cache_options
+@sampling_options
+@click.option("--save/--no-save", default=True, help="Save what is said, or not")
+@click.option("-u", "--usage", is_flag=True, help="Print a line of figures each turn")
+@store_option
+@max_size_option
+@json_option
+@quiet_option
+def chat(
+    name: str | None,
+    model: str | None,
+    adapter_path: str | None,
+    system: str | None,
+    tools: list[dict[str, Any]] | None,
+    chat_template_config: dict[str, Any] | None,
+    save: bool,
+    usage: bool,
+    store_path: str | None,
+    max_size: int | None,
+    json_: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Hold a conversation that picks up where it stopped
+
+    Reads a message a line. Every turn reuses what was said before, and is saved, so
+    that it is not read again after a restart either. With --name the conversation
+    itself is kept, too. /help tells the commands. With --json each turn is printed as
+    a line of JSON.
+
+    Example:
+
+    \b
+        promptcache chat -s @narrator.txt --name dungeon
+        promptcache chat --name dungeon
+    """
+    if options["max_tokens"] == 0:
+        raise UsageError("--max-tokens must not be 0, use -1 for no limit")
+    from promptcache.conversation import Conversation
+    from promptcache.generator import CachedGenerator
+
+    talk = output.Talk(quiet=quiet)
+    with CachedGenerator.load(
+        model,
+        adapter_path=adapter_path,
+        store=store_path,
+        max_nbytes=max_size,
+        announce=talk.say,
+    ) as generator:
+        conversation = Conversation(
+            generator,
+            name=name,
+            system=system,
+            tools=tools,
+            chat_template_config=chat_template_config,
+        )
+        options["save"] = save
+        with conversation:
+            _Session(conversation, talk, options, json_=json_, usage=usage).run()
+
+
+class _Session:
+    """Reads messages and shows the answers until the input ends."""
+
+    def __init__(
+        self,
+        conversation: "Conversation",
+        talk: output.Talk,
+        options: dict[str, Any],
+        *,
+        json_: bool,
+        usage: bool,
+    ) -> None:
+        self._conversation = conversation
+        self._talk = talk
+        self._options = options
+        self._json = json_
+        self._usage = usage
+
+    def run(self) -> None:
+        if num_turns := self._conversation.num_turns:
+            self._talk.say(f"Going on after turn {num_turns}, /history shows them all")
+        if not self._conversation.is_answered:
+            self._show(lambda **options: self._conversation.answer(**options))
+        for line in _lines():
+            if line.startswith("/"):
+                if line == "/exit":
+                    return
+                self._obey(line)
+            elif line:
+                self._show(lambda line=line, **o: self._conversation.say(line, **o))
+
+    def _obey(self, command: str) -> None:
+        if command == "/help":
+            click.echo(HELP, err=True)
+        elif command == "/history":
+            for message in self._conversation.messages:
+                click.echo(f"{message['role']}: {message['content']}", err=True)
+        elif command == "/undo":
+            undone = self._conversation.undo()
+            self._talk.say("Taken back" if undone else "Nothing to take back")
+        else:
+            click.echo(f"No command {command}, /help tells them", err=True)
+
+    def _show(self, answer: Any) -> None:
+        """Show an answer as it comes; an error is told, and the next message read."""
+        taken: list[GenerationResponse] = []
+        try:
+            with self._talk.progress("Reading", "tokens") as progress:
+                responses = answer(prompt_progress_callback=progress, **self._options)
+                with contextlib.closing(responses):
+                    stoppable = _until_interrupted(responses)
+                    for response in streamed(stoppable, echo=not self._json):
+                        taken.append(response)
+        except UsageError as error:
+            click.echo(f"promptcache: error: {error}", err=True)
+        except KeyboardInterrupt:
+            self._talk.say("Stopped before the answer began")
+        if taken and self._json:
+            output.json_line(answer_as_json(taken))
+        if taken and self._usage:
+            click.echo(usage_line(taken[-1]), err=True)
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines of stdin, on a terminal with a prompt and editing."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin)
+        return
+    # Gives `input` its editing.
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+    while True:
+        try:
+            yield input("> ").strip()
+        except KeyboardInterrupt:
+            click.echo("\nCtrl-D or /exit leaves", err=True)
+        except EOFError:
+            click.echo(err=True)
+            return
+
+
+def _until_interrupted(responses: Responses) -> Iterator["GenerationResponse"]:
+    """Pass responses on, and stop between two of them after Ctrl-C.
+
+    Before the first one, which can take long, Ctrl-C takes effect at once. An
+    interrupted step would leave the cache in between two tokens, and the answer could
+    not be saved.
+    """
+    interrupted: list[int] = []
+    started: list[bool] = []
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        if not started:
+            raise KeyboardInterrupt
+        interrupted.append(number)
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        for response in responses:
+            started.append(True)
+            yield response
+            if interrupted:
+                return
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,157 @@
+"""Conversations: turns that each reuse what the ones before have left."""
+
+import contextlib
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, Self
+
+from promptcache import rendering
+from promptcache.errors import PromptCacheError, StoreError, UsageError
+from promptcache.generation import GenerationResponse
+from promptcache.generator import CachedGenerator
+from promptcache.transcript import INTERRUPTED, Transcript, transcript_path
+
+
+class Conversation:
+    """A conversation with a model.
+
+    Every turn is rendered as a whole and matched by its token ids, so that it reuses
+    what still agrees, also where the chat template drops what was thought before. The
+    prompt and the answer are saved, and the next turn, in this process or in another
+    one, reads only what is new.
+
+    A named conversation is written down in the store's folder before it is shown.
+    """
+
+    def __init__(
+        self,
+        generator: CachedGenerator,
+        *,
+        name: str | None = None,
+        system: str | None = None,
+        tools: Sequence[rendering.Message] | None = None,
+        chat_template_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Begin a conversation, or go on with the one of this name.
+
+        Args:
+            generator: What answers.
+            name: Under which it is kept; without one it ends with the process.
+            system: The system prompt of a new conversation.
+            tools: Tools for the chat template.
+            chat_template_config: Further arguments of the chat template.
+
+        Raises:
+            UsageError: The conversation of this name began otherwise, or another
+                process has it open.
+            StoreError: It cannot be kept.
+        """
+        self._generator = generator
+        head = {
+            "system": system,
+            "tools": None if tools is None else list(tools),
+            "chat_template_config": chat_template_config,
+        }
+        path = None
+        if name is not None:
+            if generator.store is None:
+                raise StoreError("there is no store to keep the conversation in")
+            path = transcript_path(generator.store.path, name)
+        self._transcript = Transcript(path, head)
+
+    @property
+    def messages(self) -> list[rendering.Message]:
+        """Return the chat messages so far, the system prompt first."""
+        return rendering.compose(
+            system=self._transcript.head["system"], messages=self._transcript.messages
+        )
+
+    @property
+    def num_turns(self) -> int:
+        """Return how many messages the user has sent."""
+        return sum(m["role"] == "user" for m in self._transcript.messages)
+
+    @property
+    def is_answered(self) -> bool:
+        """Return whether the last user's message has an answer, if only a part of one.
+
+        A process that was killed before its first token leaves one without.
+        """
+        return self._transcript.is_ended
+
+    def say(self, text: str, **options: Any) -> Generator[GenerationResponse]:
+        """Say something and yield the answer, token by token.
+
+        What was yielded is kept, also when the generator is closed early.
+
+        Args:
+            text: The user's message.
+            options: See `CachedGenerator.stream_generate`.
+
+        Raises:
+            UsageError: The chat template refuses it.
+            StoreError: It cannot be kept.
+        """
+        message = {"role": "user", "content": text}
+        rendered = self._render([*self.messages, message])
+        self._transcript.add(message)
+        yield from self._answer(rendered, options)
+
+    def answer(self, **options: Any) -> Generator[GenerationResponse]:
+        """Answer a last user's message that has no answer yet; see `say`."""
+        if self.is_answered:
+            raise UsageError("everything has been answered, say something first")
+        yield from self._answer(self._render(self.messages), options)
+
+    def _render(
+        self, messages: Sequence[rendering.Message]
+    ) -> rendering.RenderedPrompt:
+        head = self._transcript.head
+        return self._generator.render(
+            messages, head["tools"], head["chat_template_config"]
+        )
+
+    def _answer(
+        self, rendered: rendering.RenderedPrompt, options: Mapping[str, Any]
+    ) -> Generator[GenerationResponse]:
+        responses = self._generator.stream_generate(
+            rendered, **{"save": True, "save_answer": True, **options}
+        )
+        try:
+            for response in responses:
+                if response.text:
+                    self._transcript.add_text(response.text)
+                if response.finish_reason is not None:
+                    self._end(response.finish_reason, response.key)
+                yield response
+        except PromptCacheError:
+            self._transcript.undo()
+            raise
+        finally:
+            if not self._transcript.is_ended:
+                self._transcript.end(INTERRUPTED)
+            responses.close()
+
+    def _end(self, reason: str, key: str | None) -> None:
+        """End the answer, which takes the place of the one before in the list."""
+        before, store = self._transcript.key, self._generator.store
+        self._transcript.end(reason, key=key)
+        if store is not None and before is not None and before != key:
+            with contextlib.suppress(StoreError):
+                store.unlist(before)
+
+    def undo(self) -> bool:
+        """Take back the last user's message and its answer; tell if there was one.
+
+        Raises StoreError.
+        """
+        return self._transcript.undo()
+
+    def close(self) -> None:
+        """Close the file of a named conversation."""
+        self._transcript.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

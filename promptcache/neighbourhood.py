@@ -1,0 +1,123 @@
+"""Neighbourhoods: what the store has, and had, that is close to a prompt.
+
+It answers why a prompt misses; a run needs nothing of it.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from promptcache.chain import Chain, common_length, pack, unpack
+from promptcache.index import Index
+from promptcache.matching import longest_match, longest_rows
+from promptcache.recovery import joined
+from promptcache.types import (
+    Eviction,
+    Fingerprint,
+    Neighbourhood,
+    Origin,
+    PromptRow,
+    StoredPrompt,
+)
+
+# Of so many prompts, the last used ones, the tokens are compared.
+MOST_PROMPTS = 100
+# What tells the key of other kinds of segments from a plain one; see `types.tag_of`.
+TAGS = ("", "tail", "checkpoint", "checkpoint logits", "checkpoint logits tail")
+
+
+class _Finder:
+    """Looks around one prompt, in one state of the index."""
+
+    def __init__(self, index: Index, chain: Chain) -> None:
+        self._index = index
+        self._chain = chain
+        self._fingerprints = {f.digest: f for f in index.fingerprints()}
+        self._listed = index.prompts()
+
+    def find(self, origin: Origin | None) -> Neighbourhood:
+        index, chain = self._index, self._chain
+        rows = longest_rows(index, chain, limit=len(chain), is_tail=True)
+        return Neighbourhood(
+            match=longest_match(index, chain, generating=True),
+            num_rows=rows.cached_tokens,
+            nearest=self._nearest(rows.key),
+            alike=() if origin is None else self._alike(origin),
+            elsewhere=tuple(self._elsewhere()),
+            eviction=self._eviction(),
+            num_prompts=len(self._own()),
+        )
+
+    def _own(self) -> list[PromptRow]:
+        return [
+            row for row in self._listed if row.fingerprint == self._chain.fingerprint
+        ]
+
+    def _nearest(self, key: str | None) -> tuple[StoredPrompt, ...]:
+        """Return the prompts that share the most tokens with this one.
+
+        `key` is that of the last segment that has some of its rows.
+        """
+        rows = self._own()
+        last = None if key is None else self._index.segment_id(key)
+        if last is not None:
+            below = self._index.subtree(last)
+            # An interrupted build leaves rows that no prompt is listed with.
+            rows = [row for row in rows if row.segment_id in below]
+        prompts = list(self._with_tokens(rows))
+        shared = [
+            common_length(self._chain.data, pack(prompt.token_ids))
+            for prompt in prompts
+        ]
+        most = max(shared, default=0)
+        return tuple(
+            p for p, length in zip(prompts, shared, strict=True) if length == most
+        )
+
+    def _alike(self, origin: Origin) -> tuple[StoredPrompt, ...]:
+        rows = (r for r in self._listed if r.origin and is_alike(origin, r.origin))
+        return tuple(self._with_tokens(rows))
+
+    def _with_tokens(self, rows: Iterable[PromptRow]) -> Iterator[StoredPrompt]:
+        for row in islice(rows, MOST_PROMPTS):
+            path = self._index.path_to(row.segment_id)
+            yield StoredPrompt(
+                row.key,
+                row.name,
+                self._fingerprints[row.fingerprint],
+                unpack(joined(path, row.num_tokens)),
+                row.origin,
+                row.used_at,
+            )
+
+    def _elsewhere(self) -> list[tuple[Fingerprint, int]]:
+        found = []
+        for fingerprint in self._fingerprints.values():
+            if fingerprint.digest != self._chain.fingerprint:
+                other = Chain(fingerprint.digest, self._chain.data)
+                rows = longest_rows(self._index, other, limit=len(other))
+                found.append((fingerprint, rows.cached_tokens))
+        return sorted((f for f in found if f[1]), key=lambda f: -f[1])
+
+    def _eviction(self) -> Eviction | None:
+        """Return the longest prefix of the prompt that was taken away."""
+        chain = self._chain
+        for key, eviction in self._index.evictions(chain.fingerprint):
+            if eviction.end <= len(chain) and key in {
+                chain.tagged_key_at(eviction.end, tag) for tag in TAGS
+            }:
+                return eviction
+        return None
+
+
+def find_neighbourhood(
+    index: Index, chain: Chain, origin: Origin | None
+) -> Neighbourhood:
+    """Return what is close to a prompt. Raises StoreError."""
+    return _Finder(index, chain).find(origin)
+
+
+def is_alike(left: Origin, right: Origin) -> bool:
+    """Return whether two prompts are meant to begin alike."""
+    if left.system or right.system:
+        return left.system == right.system
+    return bool({name for name, _ in left.tools} & {name for name, _ in right.tools})
