@@ -1,6 +1,7 @@
 """One generation: match, load, read the rest, decode, save."""
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -233,6 +234,7 @@ class Generation:
             self._check_cacheable(cache)
             fingerprint = self._fingerprint()
             resumed = self._resume(self._store, fingerprint, cache)
+            self._tell_other_config(self._store, fingerprint, resumed.match)
         except (UnsupportedCacheError, StoreError) as error:
             warn(f"going on without the store: {error}")
             return cold
@@ -264,6 +266,24 @@ class Generation:
             kv=request.kv,
             generating=not is_drafted,
         )
+
+    def _tell_other_config(
+        self, store: PrefixStore, fingerprint: Fingerprint, match: Match
+    ) -> None:
+        """Warn if the prompt begins anew because of a template argument."""
+        origin, boundaries = self._request.origin, self._request.cuts.boundaries
+        if origin is None or not origin.system or not self._request.reuse:
+            return
+        if match.cached_tokens >= min(boundaries, default=0):
+            return
+        for other in store.origins(origin.system, fingerprint):
+            if other.config != origin.config and other.template == origin.template:
+                warn(
+                    "this system prompt is cached with chat_template_config "
+                    f"{json.dumps(other.config)} and not with "
+                    f"{json.dumps(origin.config)}"
+                )
+                return
 
     def _saver(
         self,

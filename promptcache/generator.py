@@ -10,10 +10,11 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from promptcache import loading, rendering
+from promptcache import explanation, loading, rendering
 from promptcache.building import Building
 from promptcache.decoding import LogitsProcessor, Sampler
 from promptcache.errors import StoreError, UsageError
+from promptcache.explanation import Explanation
 from promptcache.generation import (
     DEFAULT_DRAFT_TOKENS,
     Generation,
@@ -275,6 +276,33 @@ class CachedGenerator:
         token_ids = self.render(prompt, tools, chat_template_config).token_ids
         fingerprint = self.fingerprint(Settings.of(**settings))
         return self._usable_store().lookup(token_ids, fingerprint, generating=True)
+
+    def explain(
+        self,
+        prompt: rendering.Prompt,
+        *,
+        tools: Sequence[rendering.Message] | None = None,
+        chat_template_config: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Explanation:
+        """Say what a generation of this prompt would reuse, and why not more.
+
+        Args:
+            prompt: Text, token ids or chat messages.
+            tools: Tools for the chat template.
+            chat_template_config: See `render`.
+            settings: `kv_bits`, `exact` and so on, as `stream_generate` takes them.
+
+        Raises:
+            UsageError: The prompt is empty, or no prompt.
+            StoreError: The store cannot be read.
+        """
+        rendered = self.render(prompt, tools, chat_template_config)
+        fingerprint = self.fingerprint(Settings.of(**settings))
+        around = self._usable_store().neighbourhood(
+            rendered.token_ids, fingerprint, rendered.origin
+        )
+        return explanation.explain(self.tokenizer, rendered, fingerprint, around)
 
     def _usable_store(self) -> PrefixStore:
         if self.store is None:

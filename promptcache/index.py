@@ -348,18 +348,21 @@ class Index:
             sql = "UPDATE prefixes SET origin = ? WHERE key = ?"
             self._execute(sql, [json.dumps(asdict(origin)), key])
 
-    def prompts(self) -> list[PromptRow]:
-        """Return what was built or saved, the last used first."""
+    def prompts(self, *, system: str = "") -> list[PromptRow]:
+        """Return what was built or saved, the last used first.
+
+        With the hash of a system prompt, only what begins with that.
+        """
         sql = """
             SELECT p.key, p.name, f.digest, p.segment_id, p.num_tokens, p.used_at,
                 p.origin
             FROM prefixes p JOIN segments s ON s.id = p.segment_id
             JOIN fingerprints f ON f.id = s.fingerprint_id
+            WHERE ? = '' OR json_extract(p.origin, '$.system') = ?
             ORDER BY p.used_at DESC, p.key
         """
-        return [
-            PromptRow._make([*row[:-1], _origin(row[-1])]) for row in self._all(sql)
-        ]
+        rows = self._all(sql, [system, system])
+        return [PromptRow._make([*row[:-1], _origin(row[-1])]) for row in rows]
 
     def subtree(self, segment_id: int) -> set[int]:
         """Return the ids of a segment and of all that hangs on it."""

@@ -1,6 +1,7 @@
 """Where things are kept on this machine, and the only reader of the environment."""
 
 import os
+import socket
 from pathlib import Path
 
 import platformdirs
@@ -46,3 +47,18 @@ def max_nbytes() -> int:
 def model_name() -> str | None:
     """Return the model named by `PROMPTCACHE_MODEL`, or None."""
     return os.environ.get("PROMPTCACHE_MODEL") or None
+
+
+def hostnames() -> tuple[str, ...]:
+    """Return the names of this machine, which prompts had better not begin with."""
+    name = socket.gethostname()
+    return (name, name.split(".")[0]) if "." in name else (name,)
+
+
+def directories() -> tuple[str, ...]:
+    """Return the working directory and the user's home, for the same reason."""
+    try:
+        return str(Path.cwd()), str(Path.home())
+    except (OSError, RuntimeError):
+        # The directory is gone, or nobody's home is known.
+        return ()

@@ -554,6 +554,15 @@ class PrefixStore:
             if key not in {pinned for pinned, _ in self._index.names().values()}:
                 self._index.remove_prefix(key)
 
+    def origins(self, system: str, fingerprint: Fingerprint) -> list[Origin]:
+        """Return how prompts with a system prompt of this hash were rendered.
+
+        The last used first. Raises StoreError.
+        """
+        rows = self._index.prompts(system=system)
+        digest = fingerprint.digest
+        return [r.origin for r in rows if r.origin and r.fingerprint == digest]
+
     def set_origin(self, key: str, origin: Origin) -> None:
         """Note how a listed prefix was rendered. Raises StoreError."""
         self._index.set_origin(key, origin)

@@ -29,6 +29,7 @@ LAYERS = [
     ["neighbourhood"],
     ["store"],
     ["prefill", "rendering", "gguf"],
+    ["explanation"],
     ["default_model", "decoding", "saving", "settings"],
     ["loading", "resuming", "speculation"],
     ["generation", "loaded_model"],

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from promptcache import UsageError
+from promptcache import StoreError, UsageError
 from promptcache_cli import output
 from promptcache_cli.options import (
     PROMPT,
@@ -21,7 +21,18 @@ from promptcache_cli.options import (
 from promptcache_cli.prompts import PromptOptions
 
 if TYPE_CHECKING:
-    from promptcache import GenerationResponse
+    from promptcache import CachedGenerator, GenerationResponse
+    from promptcache.explanation import Explanation
+
+# Options that the KV values depend on.
+SETTINGS = (
+    "kv_bits",
+    "kv_group_size",
+    "quantized_kv_start",
+    "prefill_step_size",
+    "max_kv_size",
+    "exact",
+)
 
 sampling_options = stacked(
     click.option(
@@ -132,10 +143,16 @@ def generate(
         save=False if no_cache else "auto" if save is None else save,
         announce=talk.say,
     )
+    draft = draft_model and generator.load_draft(draft_model)
+    prompt = asked.render(generator)
+    explanation = None
+    if usage and not no_cache:
+        # Afterwards the prompt may be stored itself.
+        explanation = _explain(generator, prompt, draft, options)
     with generator, talk.progress("Reading", "tokens") as progress:
         responses = generator.stream_generate(
-            asked.render(generator),
-            draft_model=draft_model and generator.load_draft(draft_model),
+            prompt,
+            draft_model=draft,
             prompt_progress_callback=progress,
             **options,
         )
@@ -145,7 +162,7 @@ def generate(
     if json_:
         output.json_data(answer_as_json(taken))
     if usage:
-        click.echo(usage_line(taken[-1]), err=True)
+        click.echo(usage_line(taken[-1], explanation), err=True)
 
 
 def streamed(
@@ -178,11 +195,28 @@ def answer_as_json(responses: list["GenerationResponse"]) -> dict[str, object]:
     }
 
 
-def usage_line(last: "GenerationResponse") -> str:
-    """Return what `--usage` prints."""
-    return (
+def _explain(
+    generator: "CachedGenerator", prompt: Any, draft: Any, options: dict[str, Any]
+) -> "Explanation | None":
+    """Return why the prompt hits or misses, or None if the store cannot tell."""
+    settings = {name: options[name] for name in SETTINGS}
+    with contextlib.suppress(StoreError):
+        return generator.explain(prompt, draft_model=draft, **settings)
+    return None
+
+
+def usage_line(
+    last: "GenerationResponse", explanation: "Explanation | None" = None
+) -> str:
+    """Return what `--usage` prints, with the reason if a prompt missed."""
+    line = (
         f"{last.prompt_tokens} prompt tokens, {last.cached_tokens} cached, "
         f"{last.prompt_tokens - last.cached_tokens} prefilled, "
         f"{last.generation_tokens} generated, "
         f"{last.ttft_seconds:.3f} s to the first token"
     )
+    if explanation is None or not explanation.is_miss:
+        return line
+    divergence = explanation.divergence
+    assert divergence is not None
+    return f"{line}; missed from token {divergence.position} on: {divergence.culprit}"

@@ -10,6 +10,7 @@ from promptcache import PromptCacheError, __version__
 from promptcache_cli import output
 from promptcache_cli.build import build
 from promptcache_cli.chat import chat
+from promptcache_cli.explain import explain
 from promptcache_cli.generate import generate
 from promptcache_cli.ls import ls
 from promptcache_cli.parity import parity
@@ -85,6 +86,7 @@ COMMANDS = (
     unpin,
     prune,
     verify,
+    explain,
     parity,
     path,
 )

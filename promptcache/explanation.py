@@ -1,0 +1,438 @@
+"""Explanations: why a prompt hits or misses."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from promptcache import location
+from promptcache.chain import common_length, pack
+from promptcache.differences import compare
+from promptcache.errors import UsageError
+from promptcache.rendering import ChatPrompt, RenderedPrompt, render_prompt
+from promptcache.types import (
+    Eviction,
+    Fingerprint,
+    Neighbourhood,
+    Origin,
+    StoredPrompt,
+)
+from promptcache.units import format_age
+
+# How much of both sides of a divergence is shown.
+SHOWN_TOKENS = 24
+# What the parts of a fingerprint are called, the most telling first.
+PART_NAMES = {
+    "kv_bits": "KV bits",
+    "kv_group_size": "KV group size",
+    "quantized_kv_start": "start of KV quantization",
+    "max_kv_size": "max_kv_size",
+    "exact": "exact mode",
+    "draft": "draft model",
+    "namespace": "namespace",
+    "adapter": "adapter",
+    "weights": "weights",
+    "config": "config",
+    "dtype": "dtype",
+    "layout": "cache layout",
+    "implementation": "implementation in mlx-lm",
+    "state_version": "version of promptcache's state",
+}
+# Parts whose values mean something to people; of the others only hashes are known.
+PLAIN_PARTS = ("kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size", "dtype")
+KV_DETAILS = ("kv_group_size", "quantized_kv_start")
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where and why a prompt parts from what is, or was, cached.
+
+    Attributes:
+        position: How many tokens agree.
+        expected: What the cached prompt goes on with, as text, or the value of what
+            differs otherwise; empty where nothing is cached any more.
+        found: The same of this prompt.
+        kind: What kind of change it is, such as "date" or "template".
+        culprit: The likeliest cause, in one clause that begins with what changed.
+    """
+
+    position: int
+    expected: str
+    found: str
+    kind: str
+    culprit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What a run would reuse of a prompt, and why not more.
+
+    Attributes:
+        prompt_tokens: Length of the prompt.
+        cached_tokens: How many tokens a run would reuse.
+        key: Of the longest stored prefix, or None.
+        divergence: Where something else is cached, or None where all that is cached
+            of it is reused.
+        is_miss: Whether more could have been expected: nothing is reused, or the
+            prompt parts from the cached one before the last user's text.
+        verdict: All of this in one sentence.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    key: str | None
+    divergence: Divergence | None
+    is_miss: bool
+
+    @property
+    def is_full(self) -> bool:
+        """Return whether nothing but the last token, if that, would be read."""
+        return self.cached_tokens >= self.prompt_tokens - 1
+
+    @property
+    def verdict(self) -> str:
+        """Return what happens, in one sentence."""
+        told = f"{self.cached_tokens} of {self.prompt_tokens} tokens are cached"
+        if self.is_full:
+            return f"a full hit: {told}"
+        if self.divergence is None:
+            return f"a partial hit: {told}, the rest is new"
+        begin = "a partial hit" if self.cached_tokens else "a miss"
+        at = self.divergence.position
+        return f"{begin}: {told}; from token {at} on, {self.divergence.culprit}"
+
+
+def explain(
+    tokenizer: Any,
+    rendered: RenderedPrompt,
+    fingerprint: Fingerprint,
+    neighbourhood: Neighbourhood,
+    *,
+    now: float | None = None,
+) -> Explanation:
+    """Say why a prompt hits or misses.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        rendered: The prompt.
+        fingerprint: What its KV values depend on.
+        neighbourhood: What the store has that is close to it.
+        now: Unix time.
+    """
+    now = time.time() if now is None else now
+    return _Inquiry(tokenizer, rendered, fingerprint, neighbourhood, now).explain()
+
+
+class _Inquiry:
+    """Looks for the cause of one miss, the surest evidence first."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        rendered: RenderedPrompt,
+        fingerprint: Fingerprint,
+        neighbourhood: Neighbourhood,
+        now: float,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._rendered = rendered
+        self._token_ids = rendered.token_ids
+        self._fingerprint = fingerprint
+        self._around = neighbourhood
+        self._now = now
+        self._cached = neighbourhood.match.cached_tokens
+        self._agreed = max(
+            neighbourhood.num_rows, *map(self._shared, neighbourhood.nearest), 0
+        )
+        # Where the first user's text begins, or half of a prompt that tells no places.
+        places = [b for b in rendered.boundaries if b > 0]
+        self._begin = min(places, default=len(self._token_ids) // 2)
+
+    def explain(self) -> Explanation:
+        divergence = None
+        if self._cached < len(self._token_ids) - 1:
+            divergence = next(self._divergences(), None)
+        parts_early = divergence is not None and self._is_early(divergence)
+        return Explanation(
+            prompt_tokens=len(self._token_ids),
+            cached_tokens=self._cached,
+            key=self._around.match.key,
+            divergence=divergence,
+            is_miss=divergence is not None and (parts_early or not self._cached),
+        )
+
+    def _divergences(self) -> Iterator[Divergence]:
+        """Yield what may have made the prompt miss, the surest first."""
+        around = self._around
+        if around.eviction is not None and around.eviction.end > self._agreed:
+            yield self._evicted(around.eviction)
+        yield from self._elsewhere()
+        yield from self._rendered_otherwise()
+        others = [p for p in around.nearest if len(p.token_ids) > self._agreed]
+        texts = [self._part_of_text(prompt) for prompt in others[:1] if self._agreed]
+        if len(others) < len(around.nearest):
+            # It goes on from a whole stored prompt, and another question is no miss.
+            yield from filter(self._is_early, texts)
+            yield from self._not_resumable()
+            return
+        yield from texts
+        yield from self._not_resumable()
+        yield self._nothing_cached()
+
+    def _shared(self, prompt: StoredPrompt) -> int:
+        return common_length(pack(self._token_ids), pack(prompt.token_ids))
+
+    def _is_early(self, divergence: Divergence) -> bool:
+        """Return whether it lies before the last user's text."""
+        end = len(self._token_ids)
+        return divergence.position < max(self._rendered.boundaries, default=end)
+
+    def _evicted(self, eviction: Eviction) -> Divergence:
+        age = format_age(max(self._now - eviction.removed_at, 0))
+        return self._divergence(
+            "evicted",
+            f"what was cached up to token {eviction.end} was evicted {age} ago "
+            f"({eviction.reason})",
+            expected="",
+        )
+
+    # Another model
+
+    def _elsewhere(self) -> Iterator[Divergence]:
+        """Yield the fingerprint under which more of the prompt is cached."""
+        for other, num_tokens in self._around.elsewhere:
+            if num_tokens > self._agreed and num_tokens >= self._begin:
+                yield self._other_fingerprint(other)
+
+    def _other_fingerprint(self, other: Fingerprint) -> Divergence:
+        own, its = self._fingerprint.parts, other.parts
+        names = [name for name in PART_NAMES if own.get(name) != its.get(name)]
+        if "kv_bits" in names:
+            # Group size and start mean nothing without bits.
+            names = [name for name in names if name not in KV_DETAILS]
+        if {"weights", "config"} <= set(names):
+            # Another model has other parts of every kind.
+            return self._divergence(
+                "model",
+                f"another model: this is cached for {other.model}, not for "
+                f"{self._fingerprint.model}",
+                expected=other.model,
+                found=self._fingerprint.model,
+            )
+        changes = [
+            _change(name, its.get(name, ""), own.get(name, "")) for name in names
+        ]
+        kind = PART_NAMES[names[0]] if names else "model"
+        return self._divergence(
+            kind,
+            f"other {' and '.join(changes)}",
+            expected=_value(names, its),
+            found=_value(names, own),
+        )
+
+    # Rendered in another way
+
+    def _rendered_otherwise(self) -> Iterator[Divergence]:
+        """Yield another template, argument or tool list that explains the miss."""
+        origin = self._rendered.origin
+        if origin is None:
+            return
+        if self._agreed < self._begin:
+            for prompt in self._around.alike:
+                yield from self._other_origin(origin, prompt, is_proved=False)
+        for prompt in self._around.nearest:
+            yield from self._other_origin(origin, prompt, is_proved=True)
+
+    def _other_origin(
+        self, origin: Origin, prompt: StoredPrompt, *, is_proved: bool
+    ) -> Iterator[Divergence]:
+        """Yield in what a stored prompt's origin differs, if that is the cause.
+
+        Where both begin alike, it has to be proved: rendered like the stored prompt,
+        this one would share more with it.
+        """
+        other = prompt.origin
+        if other is None:
+            return
+        if prompt.fingerprint.digest != self._fingerprint.digest:
+            if not is_proved:
+                yield self._other_fingerprint(prompt.fingerprint)
+            return
+        if other.template != origin.template:
+            if not is_proved:
+                yield self._divergence(
+                    "template",
+                    "another chat template",
+                    expected=self._text_of(prompt),
+                    at=self._shared(prompt),
+                )
+            return
+        if other.config != origin.config and self._would_share_more(
+            prompt, config=other.config
+        ):
+            yield self._other_config(other, origin, prompt)
+        if other.tools != origin.tools and not (is_proved and self._past_tools()):
+            yield self._other_tools(other, origin, prompt)
+
+    def _past_tools(self) -> bool:
+        return self._agreed >= self._begin
+
+    def _would_share_more(self, prompt: StoredPrompt, **change: Any) -> bool:
+        chat = self._rendered.chat
+        if chat is None:
+            return False
+        try:
+            rendered = _render_again(self._tokenizer, replace(chat, **change))
+        except UsageError:
+            return False
+        shared = common_length(pack(rendered), pack(prompt.token_ids))
+        return shared > self._shared(prompt)
+
+    def _other_config(
+        self, other: Origin, origin: Origin, prompt: StoredPrompt
+    ) -> Divergence:
+        names = sorted(
+            name
+            for name in {*other.config, *origin.config}
+            if other.config.get(name) != origin.config.get(name)
+        )
+        told = ", ".join(
+            f"{name} was {_shown(other.config, name)} and is "
+            f"{_shown(origin.config, name)}"
+            for name in names
+        )
+        return self._divergence(
+            "template argument",
+            f"another template argument: {told}",
+            expected=self._text_of(prompt),
+            at=self._shared(prompt),
+        )
+
+    def _other_tools(
+        self, other: Origin, origin: Origin, prompt: StoredPrompt
+    ) -> Divergence:
+        return self._divergence(
+            "tools",
+            _change_of_tools(other.tools, origin.tools),
+            expected=self._text_of(prompt),
+            at=self._shared(prompt),
+        )
+
+    # Other text
+
+    def _part_of_text(self, prompt: StoredPrompt) -> Divergence:
+        expected, found = self._decode(prompt.token_ids), self._decode(self._token_ids)
+        at = self._shared(prompt)
+        difference = compare(
+            expected,
+            found,
+            len(self._decode(self._token_ids[:at])),
+            hostnames=location.hostnames(),
+            directories=location.directories(),
+        )
+        return self._divergence(
+            difference.kind,
+            f"{difference.clause}{self._where(at)}",
+            expected=self._text_of(prompt),
+            at=at,
+        )
+
+    def _where(self, position: int) -> str:
+        """Return in which part of the prompt a position is, if that can be told."""
+        boundaries = self._rendered.boundaries
+        if not boundaries or self._rendered.chat is None:
+            return ""
+        if position >= boundaries[-1]:
+            return " in the last message"
+        if position < boundaries[0]:
+            return " before the first message"
+        return " in an earlier message"
+
+    def _not_resumable(self) -> Iterator[Divergence]:
+        """Yield that more is stored than a run can take over from."""
+        if self._around.num_rows > self._cached:
+            yield self._divergence(
+                "checkpoint",
+                f"{self._around.num_rows} tokens are stored, but this model can take "
+                f"over at token {self._cached} only",
+                expected=self._text(self._token_ids),
+            )
+
+    def _nothing_cached(self) -> Divergence:
+        others = {fingerprint.model for fingerprint, _ in self._around.elsewhere} - {
+            self._fingerprint.model
+        }
+        told = f"nothing cached begins like this for {self._fingerprint.model}"
+        if not self._around.num_prompts:
+            told = f"nothing cached for {self._fingerprint.model} yet"
+        if others:
+            told += f", only for {', '.join(sorted(others))}"
+        return self._divergence("nothing cached", told, expected="")
+
+    # Telling
+
+    def _divergence(
+        self,
+        kind: str,
+        culprit: str,
+        *,
+        expected: str,
+        found: str | None = None,
+        at: int | None = None,
+    ) -> Divergence:
+        position = self._agreed if at is None else at
+        shown = self._text(self._token_ids, position) if found is None else found
+        return Divergence(position, expected, shown, kind, culprit)
+
+    def _text_of(self, prompt: StoredPrompt) -> str:
+        return self._text(prompt.token_ids, self._shared(prompt))
+
+    def _text(self, token_ids: Sequence[int], start: int | None = None) -> str:
+        start = self._agreed if start is None else start
+        return self._decode(token_ids[start : start + SHOWN_TOKENS])
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return str(
+            self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+        )
+
+
+def _render_again(tokenizer: Any, chat: ChatPrompt) -> list[int]:
+    return render_prompt(
+        tokenizer, chat.messages, tools=chat.tools, chat_template_config=chat.config
+    ).token_ids
+
+
+def _change(name: str, before: str, after: str) -> str:
+    told = PART_NAMES[name]
+    if name not in PLAIN_PARTS:
+        return told
+    return f"{told}: {before or 'none'} became {after or 'none'}"
+
+
+def _value(names: Sequence[str], parts: Any) -> str:
+    return ", ".join(f"{PART_NAMES[n]}: {parts.get(n) or 'none'}" for n in names)
+
+
+def _shown(config: Any, name: str) -> str:
+    return repr(config[name]) if name in config else "not given"
+
+
+def _change_of_tools(
+    before: Sequence[tuple[str, str]], after: Sequence[tuple[str, str]]
+) -> str:
+    """Return in one clause what became of a list of tools."""
+    old, new = dict(before), dict(after)
+    changed = [name for name in new if name in old and old[name] != new[name]]
+    lists: tuple[tuple[str, list[str]], ...] = (
+        ("added", [name for name in new if name not in old]),
+        ("removed", [name for name in old if name not in new]),
+        ("changed", changed),
+    )
+    told = [f"{', '.join(names)} {verb}" for verb, names in lists if names]
+    if told:
+        return f"other tools: {'; '.join(told)}"
+    moved = next(
+        (b for (a, _), (b, _) in zip(before, after, strict=False) if a != b), ""
+    )
+    return f"another order of the tools, from {moved} on"
