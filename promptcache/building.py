@@ -124,7 +124,7 @@ class Building:
             is_build=True,
             origin=self._origin,
         )
-        if self._is_stored():
+        if self.is_stored():
             # Lists the prefix also where nothing was missing.
             saver.save(self._num_tokens)
             return self._num_tokens
@@ -167,7 +167,7 @@ class Building:
         saver.save(self._num_tokens)
         return num_cached
 
-    def _is_stored(self) -> bool:
+    def is_stored(self) -> bool:
         """Return whether all of it is there, in the index and on disk."""
         match = self._store.lookup(
             self._token_ids, self._fingerprint, generating=self._needs_logits

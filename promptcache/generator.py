@@ -23,6 +23,7 @@ from promptcache.generation import (
     Request,
     SavePolicy,
 )
+from promptcache.lint import VolatileText, find_volatile_text
 from promptcache.loaded_model import LoadedModel
 from promptcache.prefill import DEFAULT_STEP_SIZE
 from promptcache.saving import warn
@@ -237,6 +238,23 @@ class CachedGenerator:
             **self._template_options(tools, chat_template_config),
         )
 
+    def render_parts(self, parts: rendering.PromptParts) -> rendering.RenderedPrompt:
+        """Return a whole prompt that is given in parts. Raises UsageError."""
+        if parts.raw:
+            return self.render(parts.text())
+        messages = parts.compose(parts.prompt)
+        return self.render(messages, parts.tools, parts.chat_template_config)
+
+    def render_prefix(self, parts: rendering.PromptParts) -> rendering.RenderedPrompt:
+        """Return what is to be built of a prompt that is given in parts.
+
+        Without a user's text that is everything before it. Raises UsageError.
+        """
+        if not parts.is_open:
+            return self.render_parts(parts)
+        messages = parts.compose("")
+        return self.render_open(messages, parts.tools, parts.chat_template_config)
+
     def _template_options(
         self,
         tools: Sequence[rendering.Message] | None,
@@ -400,6 +418,28 @@ class CachedGenerator:
         elif rendering.is_messages(prompt):
             prompt = rendering.compose(system=system, messages=prompt)
         return self.render(prompt, tools, chat_template_config)
+
+    def is_built(
+        self, prompt: rendering.RenderedPrompt, **settings: Any
+    ) -> tuple[str, bool]:
+        """Return the key that `build` would give, and whether all of it is stored.
+
+        Args:
+            prompt: What `render` and the like returned.
+            settings: As `build` takes them.
+
+        Raises:
+            UnsupportedCacheError: The model's cache cannot be stored.
+            UsageError: There is nothing to build.
+            StoreError: The store cannot be read.
+        """
+        store = self._usable_store()
+        building = Building(self._loaded, store, prompt, Settings.of(**settings))
+        return building.key, building.is_stored()
+
+    def lint(self, prompt: rendering.RenderedPrompt) -> list[VolatileText]:
+        """Return what is likely to change early in a prompt, and spoil its reuse."""
+        return find_volatile_text(self.tokenizer, prompt)
 
     # Generating
 

@@ -329,13 +329,19 @@ class Index:
         with self.writing():
             self._execute("DELETE FROM prefixes WHERE key = ?", [key])
 
-    def set_name(self, key: str, name: str | None) -> None:
-        """Name a listed prefix, or take its name away; a name moves to it."""
+    def set_name(
+        self, key: str, name: str | None, *, manifest: str | None = None
+    ) -> None:
+        """Name a listed prefix, or take its name away; a name moves to it.
+
+        `manifest` is the file that wants it so, if any.
+        """
         with self.writing():
             if name is not None:
-                sql = "UPDATE prefixes SET name = NULL WHERE name = ?"
+                sql = "UPDATE prefixes SET name = NULL, manifest = NULL WHERE name = ?"
                 self._execute(sql, [name])
-            self._execute("UPDATE prefixes SET name = ? WHERE key = ?", [name, key])
+            sql = "UPDATE prefixes SET name = ?, manifest = ? WHERE key = ?"
+            self._execute(sql, [name, manifest, key])
 
     def names(self) -> dict[str, tuple[str, int]]:
         """Return the key and the number of tokens of each pin by its name."""
@@ -379,7 +385,7 @@ class Index:
     def listed(self) -> list[ListedPrefix]:
         """Return the prefixes that were built or saved, by key."""
         sql = """
-            SELECT p.key, s.key, p.num_tokens, p.name
+            SELECT p.key, s.key, p.num_tokens, p.name, p.manifest
             FROM prefixes p JOIN segments s ON s.id = p.segment_id ORDER BY p.key
         """
         return [ListedPrefix(*row) for row in self._all(sql)]
@@ -652,6 +658,7 @@ def _create_tables(connection: sqlite3.Connection) -> None:
             "used_at": float,
             "hits": int,
             "origin": str,
+            "manifest": str,
         },
         pk="key",
         foreign_keys=[("segment_id", "segments", "id")],

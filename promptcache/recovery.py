@@ -175,7 +175,7 @@ def _restore_prefixes(index: Index, blobs: BlobFolder) -> None:
             continue
         index.add_prefix(entry.key, segment_id, entry.num_tokens, now=time.time())
         if entry.name is not None and entry.name not in index.names():
-            index.set_name(entry.key, entry.name)
+            index.set_name(entry.key, entry.name, manifest=entry.manifest)
 
 
 def _has_key(index: Index, segment_id: int, entry: ListedPrefix) -> bool:

@@ -55,6 +55,50 @@ class RenderedPrompt(NamedTuple):
     origin: Origin | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class PromptParts:
+    """A prompt as a command line or a manifest gives it.
+
+    Attributes:
+        prompt: The user's text, or None if it is still to come.
+        system: The system prompt.
+        files: Texts to put before the user's.
+        messages: Chat messages between the two.
+        tools: Tools for the chat template.
+        chat_template_config: Further arguments of the chat template.
+        raw: Whether to go without the chat template.
+    """
+
+    prompt: str | None = None
+    system: str | None = None
+    files: Sequence[str] = ()
+    messages: Sequence[Message] | None = None
+    tools: Sequence[Message] | None = None
+    chat_template_config: Mapping[str, Any] | None = None
+    raw: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether they are the start of prompts, whose user's text may vary."""
+        given = self.system is not None or self.files or self.tools
+        closed = self.raw or self.prompt is not None or self.messages
+        return bool(given) and not closed
+
+    def text(self) -> str:
+        """Return them without a chat template."""
+        user = [] if self.prompt is None else [self.prompt]
+        return SEPARATOR.join([*self.files, *user])
+
+    def compose(self, user: str | None) -> list[Message]:
+        """Return them as chat messages with a user's text."""
+        return compose(
+            system=self.system,
+            messages=self.messages or (),
+            documents=self.files,
+            user=user,
+        )
+
+
 Prompt = str | Sequence[int] | Sequence[Message] | RenderedPrompt
 
 # Of how many messages the ends are found.
@@ -64,6 +108,8 @@ MOST_MESSAGES = 16
 PROBES = ("Hello", "42 reasons why")
 # Between documents, and before the question about them.
 SEPARATOR = "\n\n"
+# Of messages that tell the model what it is.
+SYSTEM_ROLES = ("system", "developer")
 # Arguments of `apply_chat_template` that are not the template's.
 OWN_ARGUMENTS = {"tools", "add_generation_prompt", "tokenize", "conversation"}
 
@@ -445,12 +491,22 @@ def _texts(message: Message) -> list[str]:
 
 def origin_of(tokenizer: Any, chat: ChatPrompt) -> Origin:
     """Return how a chat is rendered, so that it can be compared with others."""
-    system = [m for m in chat.messages if m["role"] in ("system", "developer")]
+    system = system_text(chat)
     return Origin(
         template=hash_json(getattr(tokenizer, "chat_template", None) or ""),
         config={name: chat.config[name] for name in sorted(chat.config)},
-        system=hash_json(["".join(_texts(m)) for m in system]) if system else "",
+        system=hash_json(system) if system else "",
         tools=tuple((tool_name(tool), hash_json(tool)) for tool in chat.tools),
+    )
+
+
+def system_text(chat: ChatPrompt) -> str:
+    """Return the text of the system prompt, empty without one."""
+    return "".join(
+        text
+        for message in chat.messages
+        if message["role"] in SYSTEM_ROLES
+        for text in _texts(message)
     )
 
 

@@ -32,6 +32,7 @@ from promptcache.types import (
     BlobHeader,
     EncodedSegment,
     Fingerprint,
+    ListedPrefix,
     Match,
     Neighbourhood,
     Origin,
@@ -604,10 +605,17 @@ class PrefixStore:
 
     # Pins
 
-    def pin(self, key_or_name: str, name: str) -> Prefix:
+    def pin(
+        self, key_or_name: str, name: str, *, manifest: str | None = None
+    ) -> Prefix:
         """Name a prefix, so that eviction keeps it with its ancestors; return it.
 
         A prefix has one name. A name that another prefix has moves to this one.
+
+        Args:
+            key_or_name: The prefix.
+            name: Its name from now on.
+            manifest: The file that wants it so, if any.
 
         Raises:
             KeyNotFoundError: There is no such prefix.
@@ -623,7 +631,7 @@ class PrefixStore:
             self._index.add_prefix(
                 prefix.key, segment_id, prefix.num_tokens, now=time.time()
             )
-            self._index.set_name(prefix.key, name)
+            self._index.set_name(prefix.key, name, manifest=manifest)
             recovery.write_prefixes(self._index, self._blobs)
         return self.resolve(prefix.key)
 
@@ -642,6 +650,10 @@ class PrefixStore:
             self._index.set_name(key, None)
             recovery.write_prefixes(self._index, self._blobs)
         return self.resolve(key)
+
+    def pins(self) -> list[ListedPrefix]:
+        """Return the prefixes that are pinned. Raises StoreError."""
+        return [entry for entry in self._index.listed() if entry.name is not None]
 
     # Removing and verifying
 

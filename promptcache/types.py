@@ -236,12 +236,16 @@ class CheckpointRow(NamedTuple):
 
 
 class ListedPrefix(NamedTuple):
-    """A prefix and the segment it ends in, as the index lists it."""
+    """A prefix and the segment it ends in, as the index lists it.
+
+    `manifest` is the file whose prompt it is pinned for, if any.
+    """
 
     key: str
     segment_key: str
     num_tokens: int
     name: str | None
+    manifest: str | None = None
 
 
 class Leaf(NamedTuple):

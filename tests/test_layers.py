@@ -29,13 +29,13 @@ LAYERS = [
     ["neighbourhood"],
     ["store"],
     ["prefill", "rendering", "gguf"],
-    ["explanation"],
+    ["explanation", "lint"],
     ["default_model", "decoding", "saving", "settings"],
     ["loading", "resuming", "speculation"],
     ["generation", "loaded_model"],
     ["building"],
     ["generator"],
-    ["conversation", "parity"],
+    ["conversation", "parity", "syncing"],
 ]
 HEIGHTS = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

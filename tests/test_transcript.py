@@ -16,9 +16,10 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
+    run_state_machine_as_test,
 )
 
-from promptcache import PromptCacheError, StoreError, UsageError
+from promptcache import StoreError, UsageError
 from promptcache.transcript import VERSION, Transcript, transcript_path
 
 NO_HEAD: dict[str, Any] = {"system": None, "tools": None, "chat_template_config": None}
@@ -28,7 +29,15 @@ HEAD = {
     "chat_template_config": {"enable_thinking": False},
 }
 # Line ends of all kinds, other alphabets, half a pair of surrogates.
-TEXTS = ("Hello", "a\nb\r\nc\u2028d\x85", "", "Ünïcödé 日本 🎲", '"}\n{', "\ud83d", "\0")
+TEXTS = (
+    "Hello",
+    "a\nb\r\nc\u2028d\x85",
+    "",
+    "Ünïcödé 日本 🎲",
+    '"}\n{',
+    "\ud83d",
+    "\0",
+)
 HOLDER = """
 import sys, time
 from pathlib import Path
@@ -40,7 +49,7 @@ transcript.add_text("shown")
 print("open", flush=True)
 time.sleep(60)
 """
-# One megabyte of text may be written, and no more than the file holds by then.
+# No more than seven bytes fit, and later everything does again.
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
@@ -197,7 +206,7 @@ def test_undo_in_the_middle_of_an_answer_leaves_a_readable_file(path: Path) -> N
         transcript.add_text(" upon")
         transcript.end("stop")
 
-    assert reread(path)[:0] == []
+    reread(path)
 
 
 class Sequences(RuleBasedStateMachine):
@@ -261,10 +270,10 @@ class Sequences(RuleBasedStateMachine):
 
 
 def test_any_sequence_of_operations_agrees_with_a_plain_list() -> None:
-    Sequences.TestCase.settings = settings(
-        max_examples=40, stateful_step_count=20, deadline=None
+    run_state_machine_as_test(
+        Sequences,
+        settings=settings(max_examples=40, stateful_step_count=20, deadline=None),
     )
-    Sequences.TestCase("runTest").runTest()
 
 
 # Processes that die
@@ -424,7 +433,6 @@ def test_name_that_cannot_be_one_is_refused_in_one_line(
 
 
 LINE = '{"version": 1}\n'
-# Only the first two are refused without a traceback, and left as they are.
 FOREIGN = {
     "text": b"notes\n",
     "a list": b"[1]\n",
@@ -488,9 +496,8 @@ def test_folder_in_its_place_is_one_error(path: Path) -> None:
         opened(path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_folder_that_cannot_be_written_is_one_error(path: Path) -> None:
-    path.parent.mkdir(mode=0o500)
+def test_chats_folder_that_is_a_file_is_one_error(path: Path) -> None:
+    path.parent.write_text("")
 
-    with pytest.raises(PromptCacheError, match="cannot be kept"):
+    with pytest.raises(StoreError, match="cannot be kept"):
         opened(path)

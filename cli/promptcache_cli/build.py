@@ -42,7 +42,8 @@ def build(
 
     Without PROMPT, what comes before the user's text is saved: the system prompt,
     the tools and the files. An interrupted build resumes where it stopped. Prints
-    the key.
+    the key. Warns of text that is likely to change, such as a date, because what
+    comes after it would have to be read again.
 
     Example:
 
@@ -59,9 +60,12 @@ def build(
         generator = CachedGenerator.load(
             model, adapter_path=adapter_path, store=store, announce=talk.say
         )
+        prompt = generator.render_prefix(options)
+        volatile = generator.lint(prompt)
+        output.warn_of_volatile_text(volatile)
         with talk.progress("Reading", "tokens") as progress:
             prefix = generator.build(
-                options.render_prefix(generator),
+                prompt,
                 name=name,
                 draft_model=draft_model and generator.load_draft(draft_model),
                 prompt_progress_callback=progress,
@@ -78,6 +82,7 @@ def build(
                 "cached_tokens": prefix.cached_tokens,
                 "nbytes": prefix.nbytes,
                 "seconds": prefix.seconds,
+                "volatile": [found._asdict() for found in volatile],
             }
         )
         return

@@ -62,7 +62,7 @@ def explain(
             lazy=True,
         )
         explanation = generator.explain(
-            options.render(generator),
+            generator.render_parts(options),
             draft_model=draft_model and generator.load_draft(draft_model),
             **settings,
         )

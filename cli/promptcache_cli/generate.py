@@ -144,7 +144,7 @@ def generate(
         announce=talk.say,
     )
     draft = draft_model and generator.load_draft(draft_model)
-    prompt = asked.render(generator)
+    prompt = generator.render_parts(asked)
     explanation = None
     if usage and not no_cache:
         # Afterwards the prompt may be stored itself.

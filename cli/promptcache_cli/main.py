@@ -19,6 +19,8 @@ from promptcache_cli.pin import pin, unpin
 from promptcache_cli.prune import prune
 from promptcache_cli.rm import rm
 from promptcache_cli.show import show
+from promptcache_cli.stats import stats
+from promptcache_cli.sync import sync
 from promptcache_cli.verify import verify
 
 # As a shell reports a process that SIGINT ended.
@@ -77,6 +79,7 @@ def cli() -> None:
 
 COMMANDS = (
     build,
+    sync,
     generate,
     chat,
     ls,
@@ -87,6 +90,7 @@ COMMANDS = (
     prune,
     verify,
     explain,
+    stats,
     parity,
     path,
 )

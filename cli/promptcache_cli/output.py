@@ -7,12 +7,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from promptcache import PromptCacheWarning
 from promptcache.units import format_age
+
+if TYPE_CHECKING:
+    from promptcache.lint import VolatileText
+
+# Of one kind; more would hide what matters.
+MOST_WARNINGS = 5
 
 
 def data(text: str) -> None:
@@ -123,6 +129,15 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     click.echo(f"promptcache: warning: {message}", err=True)
+
+
+def warn_of_volatile_text(found: Sequence["VolatileText"]) -> None:
+    """Print a warning for the first ones, and how many there are more."""
+    for text in found[:MOST_WARNINGS]:
+        click.echo(f"promptcache: warning: {text.message}", err=True)
+    if found[MOST_WARNINGS:]:
+        more = len(found) - MOST_WARNINGS
+        click.echo(f"promptcache: warning: and {more} more like these", err=True)
 
 
 def iso_time(seconds: float) -> str:

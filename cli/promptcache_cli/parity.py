@@ -56,7 +56,7 @@ def parity(
     )
     with talk.progress("Comparing", "runs") as progress:
         report = check_parity(
-            generator, options.render(generator), on_progress=progress, **settings
+            generator, generator.render_parts(options), on_progress=progress, **settings
         )
     if json_:
         details = {"same_tokens": report.same_tokens, "verdict": report.verdict}

@@ -1,0 +1,112 @@
+"""Lint: text early in a prompt that is likely to change, and spoil its reuse."""
+
+import json
+from typing import Any, NamedTuple
+
+from promptcache import location
+from promptcache.rendering import ChatPrompt, RenderedPrompt, system_text
+from promptcache.volatility import Volatile, find_volatile
+
+# Arguments by which well-known templates take what they else insert by themselves.
+ARGUMENTS = ("date_string", "current_date", "today", "date", "current_time")
+
+
+class VolatileText(NamedTuple):
+    """Text that is likely to be another one the next time.
+
+    Attributes:
+        kind: What it is, such as "date"; see `volatility.KINDS`.
+        text: The text.
+        position: The token in which it begins.
+        place: Where it comes from, such as "line 2 of the system prompt".
+        advice: What to move where.
+        prompt_tokens: Length of what is built.
+    """
+
+    kind: str
+    text: str
+    position: int
+    place: str
+    advice: str
+    prompt_tokens: int
+
+    @property
+    def message(self) -> str:
+        """Return all of it in one line."""
+        return (
+            f"{self.kind} {self.text[:60]!r} at token {self.position} of "
+            f"{self.prompt_tokens} ({self.place}): when it changes, all tokens from "
+            f"there on are read again; {self.advice}"
+        )
+
+
+def find_volatile_text(tokenizer: Any, prompt: RenderedPrompt) -> list[VolatileText]:
+    """Return volatile text in what comes before the first user's text.
+
+    What users say is expected to change; of a prompt without a chat template all is
+    looked at.
+    """
+    end = len(prompt.token_ids)
+    if prompt.chat is not None and not _is_head(prompt):
+        end = min(prompt.boundaries, default=0)
+    text = _decode(tokenizer, prompt.token_ids[:end])
+    found = find_volatile(
+        text, hostnames=location.hostnames(), directories=location.directories()
+    )
+    return [_located(tokenizer, prompt, volatile) for volatile in found]
+
+
+def _is_head(prompt: RenderedPrompt) -> bool:
+    """Return whether it ends where the first user's text would begin."""
+    return prompt.is_open and not prompt.boundaries
+
+
+def _located(
+    tokenizer: Any, prompt: RenderedPrompt, volatile: Volatile
+) -> VolatileText:
+    place, advice = _place(tokenizer, prompt.chat, volatile.text)
+    return VolatileText(
+        volatile.kind,
+        volatile.text,
+        _token_at(tokenizer, prompt.token_ids, volatile.start),
+        place,
+        advice,
+        len(prompt.token_ids),
+    )
+
+
+def _place(tokenizer: Any, chat: ChatPrompt | None, text: str) -> tuple[str, str]:
+    """Return where volatile text comes from, and what to do about it."""
+    if chat is None:
+        return "in the text", "move it to the end of the prompt"
+    system = system_text(chat)
+    if text in system:
+        line = system[: system.index(text)].count("\n") + 1
+        return f"line {line} of the system prompt", "move it to the user's message"
+    if text in json.dumps(chat.tools, ensure_ascii=False):
+        return "in the tools", "leave it out of the tools, or tell it in a message"
+    return "inserted by the chat template", _advice_for(tokenizer)
+
+
+def _advice_for(tokenizer: Any) -> str:
+    template = str(getattr(tokenizer, "chat_template", "") or "")
+    argument = next((name for name in ARGUMENTS if name in template), None)
+    if argument is None:
+        return "use a template that leaves it out"
+    return f'fix it with --chat-template-config \'{{"{argument}": "…"}}\''
+
+
+def _token_at(tokenizer: Any, token_ids: list[int], place: int) -> int:
+    """Return the token in which a character of the decoded text lies."""
+    low, high = 0, len(token_ids)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(_decode(tokenizer, token_ids[:middle])) <= place:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _decode(tokenizer: Any, token_ids: list[int]) -> str:
+    return str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
