@@ -20,6 +20,8 @@ from promptcache_cli.main import cli
 
 COMMANDS = [
     "build",
+    "chat",
+    "explain",
     "generate",
     "ls",
     "parity",
@@ -28,6 +30,8 @@ COMMANDS = [
     "prune",
     "rm",
     "show",
+    "stats",
+    "sync",
     "unpin",
     "verify",
 ]

@@ -21,6 +21,7 @@ BUILD_FIELDS = {
     "cached_tokens": int,
     "nbytes": int,
     "seconds": float,
+    "volatile": list,
 }
 GENERATE_FIELDS = {
     "text": str,
