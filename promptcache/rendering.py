@@ -39,9 +39,9 @@ class RenderedPrompt(NamedTuple):
 
     Attributes:
         token_ids: The whole prompt.
-        boundaries: Positions at which other prompts are likely to part from it: the
-            end of the system prompt and tools, the beginnings of the parts of the
-            last user's text and, if asked for, the ends of messages.
+        boundaries: Positions at which other prompts are likely to part from it: where
+            the first and the last user's text begin, each part of that and, if asked
+            for, the texts of other messages and the answer.
         is_open: Whether more is to come before an answer: it is the start of prompts,
             and none itself.
         chat: What was rendered, or None for text and token ids.
@@ -101,7 +101,7 @@ class PromptParts:
 
 Prompt = str | Sequence[int] | Sequence[Message] | RenderedPrompt
 
-# Of how many messages the ends are found.
+# Of how many messages the beginnings are found.
 MOST_MESSAGES = 16
 # Two user messages that share no first token, to find where a template stops
 # depending on what the user says.
@@ -132,7 +132,8 @@ def render_prompt(
         prompt: Text, token ids or chat messages.
         tools: Tools for the chat template.
         chat_template_config: Further arguments of the chat template.
-        every_message: Whether to find the ends of the last `MOST_MESSAGES`, too.
+        every_message: Whether to find where the last `MOST_MESSAGES` begin, and the
+            answer, too.
 
     Raises:
         UsageError: The prompt is empty, or no prompt.
@@ -234,18 +235,11 @@ def _rendered(
 ) -> RenderedPrompt:
     text = render_text(tokenizer, chat)
     token_ids = _encode(tokenizer, text)
-    found = {
-        *_token_positions(
-            tokenizer,
-            text,
-            token_ids,
-            {
-                *_part_starts(tokenizer, chat, text),
-                *(_message_ends(tokenizer, chat, text) if every_message else ()),
-            },
-        ),
-        _end_of_system(tokenizer, chat, token_ids),
-    }
+    places = set(_places(tokenizer, chat, text, every_message=every_message))
+    found = _token_positions(tokenizer, text, token_ids, places)
+    found.add(_end_of_system(tokenizer, chat, token_ids))
+    if every_message:
+        found.add(_start_of_answer(tokenizer, chat, token_ids))
     boundaries = tuple(sorted(found - {0, len(token_ids)}))
     return RenderedPrompt(
         token_ids, boundaries, chat=chat, origin=origin_of(tokenizer, chat)
@@ -260,7 +254,7 @@ def _user_places(chat: ChatPrompt) -> list[int]:
 
 
 def _probed(chat: ChatPrompt, place: int, part: int, text: str) -> ChatPrompt:
-    """Return a chat that ends with another text for a part of a user's message."""
+    """Return a chat that ends with another text for a part of one of its messages."""
     content = "".join([*_texts(chat.messages[place])[:part], text])
     message = {**chat.messages[place], "content": content}
     return replace(chat, messages=(*chat.messages[:place], message))
@@ -288,32 +282,45 @@ def _end_of_system(tokenizer: Any, chat: ChatPrompt, token_ids: list[int]) -> in
     return 0
 
 
-def _part_starts(tokenizer: Any, chat: ChatPrompt, text: str) -> Iterator[int]:
-    """Yield where the parts of the last user's message begin in the text."""
-    places = _user_places(chat)[-1:]
-    for part in range(len(_texts(chat.messages[places[0]])) if places else 0):
+def _start_of_answer(tokenizer: Any, chat: ChatPrompt, token_ids: list[int]) -> int:
+    """Return how much of a prompt is still the same once it has been answered.
+
+    A template may render an answer in another way as history, without its thinking.
+    """
+    packed = pack(token_ids)
+    with contextlib.suppress(UsageError):
+        return min(
+            common_length(packed, pack(_encode(tokenizer, text)))
+            for text in (_answered(tokenizer, chat, probe) for probe in PROBES)
+        )
+    return 0
+
+
+def _answered(tokenizer: Any, chat: ChatPrompt, probe: str) -> str:
+    """Return the text of a chat that goes on after an answer."""
+    more = ({"role": role, "content": probe} for role in ("assistant", "user"))
+    return render_text(tokenizer, replace(chat, messages=(*chat.messages, *more)))
+
+
+def _places(
+    tokenizer: Any, chat: ChatPrompt, text: str, *, every_message: bool
+) -> Iterator[int]:
+    """Yield where the texts of messages begin, if they are likely to be other ones."""
+    places = _user_places(chat)
+    if not places:
+        return
+    last = places[-1]
+    wanted = {(last, part) for part in range(len(_texts(chat.messages[last])))}
+    if every_message:
+        end = len(chat.messages)
+        wanted |= {(place, 0) for place in range(max(end - MOST_MESSAGES, 0), end)}
+    # Found by its tokens, which is surer.
+    for place, part in wanted - {(places[0], 0)}:
         with contextlib.suppress(UsageError):
             yield min(
-                _common_text(
-                    text,
-                    render_text(tokenizer, _probed(chat, places[0], part, probe)),
-                )
-                for probe in PROBES
+                _common_text(text, render_text(tokenizer, probed))
+                for probed in (_probed(chat, place, part, p) for p in PROBES)
             )
-
-
-def _message_ends(tokenizer: Any, chat: ChatPrompt, text: str) -> Iterator[int]:
-    """Yield where the last messages end in the text.
-
-    A template may render an answer in another way once it is history, without its
-    thinking: what a turn surely shares with the next ends with the user's message.
-    """
-    num_messages = len(chat.messages)
-    for end in range(max(num_messages - MOST_MESSAGES, 0) + 1, num_messages + 1):
-        history = replace(chat, messages=chat.messages[:end])
-        with contextlib.suppress(UsageError):
-            part = render_text(tokenizer, history, generation_prompt=False)
-            yield _common_text(text, part)
 
 
 def _common_text(left: str, right: str) -> int:

@@ -1,0 +1,565 @@
+"""Explanations name the planted cause of a miss, and the token where it begins."""
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import pytest
+import segments
+import tiny
+from commands import tree_hash
+from test_generator_identity import LORA, save_adapter
+
+from promptcache import CachedGenerator, PrefixStore
+from promptcache.explanation import Explanation
+from promptcache.rendering import compose
+from promptcache.settings import Settings
+from promptcache.types import Fingerprint, PrunePolicy
+
+# An argument changes the beginning, another one the very end; answers that are
+# history lose their thinking.
+TEMPLATE = (
+    "{% if effort %}<|effort|>{{ effort }}<|end|>{% endif %}"
+    "{% if tools %}<|tools|>{{ tools | tojson }}<|end|>{% endif %}"
+    "{% for message in messages %}<|{{ message.role }}|>"
+    "{{ message.content.split('</think>')[-1] if message.role == 'assistant'"
+    " else message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>"
+    "{% if enable_thinking %}<think>{% endif %}"
+    "{% if budget %}<think>{{ budget }}{% endif %}{% endif %}"
+)
+SYSTEM = """You are the narrator of a story.
+Today is 2026-11-21.
+It is 14:05:10 now.
+Request: 123e4567-e89b-12d3-a456-426614174000
+Trace: req_a81bX93kQm27Zt
+hostname: alpha
+Working directory: /srv/games/one
+Session: 41
+Answer in two sentences, kindly, and never break character."""
+QUESTION = "I open the door"
+HISTORY = [
+    {"role": "user", "content": QUESTION},
+    {"role": "assistant", "content": "[THINK]a draught[/THINK]It creaks."},
+    {"role": "user", "content": "I go in"},
+]
+
+
+def tool(name: str, description: str) -> dict[str, Any]:
+    function = {"name": name, "description": description, "parameters": {}}
+    return {"type": "function", "function": function}
+
+
+ROLL, LOOK, WALK = (
+    tool("roll", "Roll a die"),
+    tool("look", "Look around"),
+    tool("walk", "Walk on"),
+)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A prompt with all that its generation depends on."""
+
+    generator: CachedGenerator
+    prompt: Any
+    tools: tuple[dict[str, Any], ...] = (ROLL, LOOK, WALK)
+    config: dict[str, Any] | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.generator.render(self.prompt, self.tools, self.config).token_ids
+
+    @property
+    def store(self) -> PrefixStore:
+        assert self.generator.store is not None
+        return self.generator.store
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self.generator.fingerprint(Settings.of(**dict(self.settings)))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        config = {"tools": self.tools, "chat_template_config": self.config}
+        return {**config, **dict(self.settings)}
+
+    def save(self, **options: Any) -> None:
+        options = {"save": True, "max_tokens": 1, **self.options, **options}
+        list(self.generator.stream_generate(self.prompt, **options))
+
+    def explain(self) -> Explanation:
+        return self.generator.explain(self.prompt, **self.options)
+
+    def asking(self, question: str) -> "Ask":
+        return replace(self, prompt=compose(system=SYSTEM, user=question))
+
+    def loaded(self, folder: Path, **options: Any) -> "Ask":
+        generator = CachedGenerator.load(folder, store=self.store, **options)
+        return replace(self, generator=generator)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model whose template takes arguments."""
+    return templated(tiny.save_model(tmp_path / "narrator", tiny.LLAMA))
+
+
+def templated(folder: Path, template: str = TEMPLATE) -> Path:
+    tiny.save_tokenizer(folder, template)
+    return folder
+
+
+@pytest.fixture
+def ask(folder: Path, store: PrefixStore) -> Ask:
+    """What is stored, or to be stored."""
+    generator = CachedGenerator.load(folder, store=store)
+    return Ask(generator, compose(system=SYSTEM, user=QUESTION))
+
+
+def distractors(ask: Ask) -> list[Ask]:
+    """Return unrelated prompts: other systems, other tools, the same 20 tokens."""
+    other = compose(system="You check grammar.\nToday is 2025-01-01.", user=QUESTION)
+    plain = compose(system="You sort lists. Session: 40", user="a c b")
+    paint = compose(system="You paint.", user=QUESTION)
+    return [
+        replace(ask, prompt=other, tools=()),
+        replace(ask, prompt=plain, tools=(tool("sort", "Sort"), WALK)),
+        replace(ask, prompt=[*ask.token_ids[:20], *range(100, 160)], tools=()),
+        replace(ask, prompt=paint, tools=(tool("paint", "Paint"),)),
+        replace(ask, prompt="Once upon a time on 2026-11-22. " * 5, tools=()),
+    ]
+
+
+def save_among_distractors(ask: Ask) -> list[list[int]]:
+    """Save a prompt after and before unrelated ones; return all token ids."""
+    *before, one, two = distractors(ask)
+    asks = [*before, ask, one, two]
+    for each in asks:
+        each.save()
+    return [each.token_ids for each in asks]
+
+
+Change = Callable[[Ask, Path], Ask]
+
+
+class Cause(NamedTuple):
+    """What is changed, and what has to be told of it."""
+
+    change: Change
+    kind: str
+    words: tuple[str, ...]
+    first: Change = lambda ask, _: ask
+
+
+def text(before: str, after: str) -> Change:
+    """Return a change of the system prompt's text."""
+    assert before in SYSTEM
+    changed = compose(system=SYSTEM.replace(before, after), user=QUESTION)
+    return lambda ask, _: replace(ask, prompt=changed)
+
+
+def with_tools(*tools: dict[str, Any]) -> Change:
+    return lambda ask, _: replace(ask, tools=tools)
+
+
+def with_config(**config: Any) -> Change:
+    return lambda ask, _: replace(ask, config=config)
+
+
+def with_settings(**settings: Any) -> Change:
+    return lambda ask, _: replace(ask, settings=tuple(settings.items()))
+
+
+def with_prompt(prompt: Any) -> Change:
+    return lambda ask, _: replace(ask, prompt=prompt, tools=())
+
+
+def with_template(template: str) -> Change:
+    def change(ask: Ask, folder: Path) -> Ask:
+        return ask.loaded(templated(folder, template))
+
+    return change
+
+
+def with_model(*, seed: int = 0, **values: Any) -> Change:
+    def change(ask: Ask, folder: Path) -> Ask:
+        config = {**tiny.LLAMA, **values}
+        other = tiny.save_model(folder.with_name("other"), config, seed=seed)
+        return ask.loaded(templated(other))
+
+    return change
+
+
+def with_adapter(ask: Ask, folder: Path) -> Ask:
+    adapter = save_adapter(folder, folder.with_name("adapter"), LORA)
+    return ask.loaded(folder, adapter_path=adapter)
+
+
+def in_namespace(ask: Ask, folder: Path) -> Ask:
+    return ask.loaded(folder, namespace="tenant")
+
+
+def conversation(*changed: tuple[int, str]) -> list[dict[str, str]]:
+    """Return a conversation of which some messages say something else."""
+    contents = {i: {"content": content} for i, content in changed}
+    history = [{**m, **contents.get(i, {})} for i, m in enumerate(HISTORY)]
+    return compose(system="You narrate.", messages=history)
+
+
+RAW = "Chapter one. " * 20 + "Written on 2026-11-21. " + "She went home. " * 20
+HEADED = "<|bos|>" + TEMPLATE
+TAGGED = TEMPLATE.replace("<|{{ message.role }}|>", "<{{ message.role }}>")
+# The user's text has been read by then, so that it is no miss.
+AT_THE_END = "argument of the very end"
+CAUSES = {
+    "date": Cause(text("11-21", "11-22"), "date", ("2026-11-21", "2026-11-22")),
+    "time": Cause(text("14:05:10", "09:11:42"), "time", ("14:05:10", "09:11:42")),
+    "UUID": Cause(text("123e4567", "923a4567"), "UUID", ("923a4567",)),
+    "random id": Cause(
+        text("a81bX93kQm27Zt", "Pq4w8ZZk1m90aB"), "random id", ("req_Pq4w8ZZk1m90aB",)
+    ),
+    "hostname": Cause(text("alpha", "beta-2"), "hostname", ("alpha", "beta-2")),
+    "working directory": Cause(
+        text("/srv/games/one", "/srv/games/two"), "working directory", ("games/two",)
+    ),
+    "counter": Cause(text("Session: 41", "Session: 42"), "counter", ("41", "42")),
+    "CRLF": Cause(text("\n", "\r\n"), "line endings", ("line endings",)),
+    "whitespace": Cause(text("two ", "two  "), "whitespace", ("whitespace",)),
+    "tool added": Cause(
+        with_tools(ROLL, LOOK, WALK, tool("sing", "Sing")), "tools", ("sing added",)
+    ),
+    "tool removed": Cause(with_tools(ROLL, LOOK), "tools", ("walk removed",)),
+    "tool changed": Cause(
+        with_tools(ROLL, tool("look", "Look about"), WALK), "tools", ("look changed",)
+    ),
+    "tools reordered": Cause(
+        with_tools(ROLL, WALK, LOOK), "tools", ("order of the tools", "walk")
+    ),
+    "no tools": Cause(with_tools(), "tools", ("roll, look, walk removed",)),
+    "template": Cause(with_template(HEADED), "template", ("another chat template",)),
+    "template's tags": Cause(
+        with_template(TAGGED), "template", ("another chat template",)
+    ),
+    "argument": Cause(
+        with_config(effort="high"), "template argument", ("effort", "'high'", "given")
+    ),
+    "argument's value": Cause(
+        with_config(effort="high"),
+        "template argument",
+        ("effort was 'low' and is 'high'",),
+        first=with_config(effort="low"),
+    ),
+    AT_THE_END: Cause(
+        with_config(budget=900),
+        "template argument",
+        ("budget was 100 and is 900",),
+        first=with_config(budget=100),
+    ),
+    "thinking": Cause(
+        with_prompt(conversation((1, "It creaks."))),
+        "thinking",
+        ("thinking was dropped", "in an earlier message"),
+        first=with_prompt(conversation()),
+    ),
+    "edited message": Cause(
+        with_prompt(conversation((0, "I open the window"))),
+        "text",
+        ("door", "window", "in an earlier message"),
+        first=with_prompt(conversation()),
+    ),
+    "raw text": Cause(
+        with_prompt(RAW.replace("11-21", "11-22")),
+        "date",
+        ("2026-11-22",),
+        first=with_prompt(RAW),
+    ),
+    "model": Cause(
+        with_model(num_hidden_layers=3), "model", ("for narrator, not for other",)
+    ),
+    "weights": Cause(with_model(seed=5), "weights", ("other weights",)),
+    "config": Cause(with_model(rope_theta=5000.0), "config", ("other config",)),
+    "adapter": Cause(with_adapter, "adapter", ("other adapter",)),
+    "KV bits": Cause(with_settings(kv_bits=8), "KV bits", ("none became 8",)),
+    "KV group size": Cause(
+        with_settings(kv_bits=8, kv_group_size=64, quantized_kv_start=0),
+        "KV group size",
+        ("32 became 64",),
+        first=with_settings(kv_bits=8, kv_group_size=32, quantized_kv_start=0),
+    ),
+    "namespace": Cause(in_namespace, "namespace", ("other namespace",)),
+    "max_kv_size": Cause(
+        with_settings(max_kv_size=4000), "max_kv_size", ("none became 4000",)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_planted_cause_is_named_among_distractors(
+    name: str, ask: Ask, folder: Path
+) -> None:
+    cause = CAUSES[name]
+    first = cause.first(ask, folder)
+    stored = save_among_distractors(first)
+    changed = cause.change(ask, folder)
+
+    explanation = changed.explain()
+
+    divergence = explanation.divergence
+    assert divergence is not None, explanation.verdict
+    assert divergence.kind == cause.kind, divergence.culprit
+    for word in cause.words:
+        assert word in divergence.culprit
+    is_same = changed.fingerprint == first.fingerprint
+    position = segments.shared_length(changed.token_ids, first.token_ids)
+    assert divergence.position == (position if is_same else 0)
+    assert explanation.cached_tokens == (
+        segments.longest_shared(changed.token_ids, stored) if is_same else 0
+    )
+    assert explanation.prompt_tokens == len(changed.token_ids)
+    assert explanation.is_miss == (name != AT_THE_END)
+    assert divergence.culprit in explanation.verdict
+    assert f"from token {divergence.position} on" in explanation.verdict
+
+
+# Templates that drop what was thought
+
+
+def forced(token_ids: list[int]) -> Callable[[mx.array], mx.array]:
+    """Return a sampler that makes the model say this."""
+    rest = iter(token_ids)
+    return lambda logprobs: mx.array([next(rest, 0)])
+
+
+def test_thinking_that_a_template_drops_is_named_after_a_saved_answer(
+    ask: Ask,
+) -> None:
+    thought = "<think>The door is old.</think>It creaks."
+    first = ask.asking(QUESTION)
+    said = ask.generator.tokenizer.encode(thought, add_special_tokens=False)
+    first.save(save_answer=True, max_tokens=len(said), sampler=forced(said))
+    for other in distractors(ask):
+        other.save()
+    answered = [*first.prompt, {"role": "assistant", "content": thought}]
+    second = replace(ask, prompt=[*answered, {"role": "user", "content": "I go in"}])
+
+    explanation = second.explain()
+
+    divergence = explanation.divergence
+    assert divergence is not None
+    assert divergence.kind == "thinking"
+    assert divergence.culprit.startswith("thinking was dropped from an earlier answer")
+    assert divergence.position == len(first.token_ids)
+    assert divergence.expected.startswith("<think>The door")
+    assert divergence.found.startswith("It creaks.")
+    assert explanation.is_miss
+
+
+# Evicted
+
+
+def test_nothing_cached_is_told_of_an_empty_store(ask: Ask) -> None:
+    explanation = ask.explain()
+
+    assert explanation.divergence is not None
+    assert explanation.divergence.kind == "nothing cached"
+    assert explanation.divergence.position == 0
+    assert explanation.divergence.expected == ""
+    assert "nothing cached for narrator yet" in explanation.verdict
+    assert (explanation.cached_tokens, explanation.key) == (0, None)
+    assert explanation.is_miss
+
+
+def test_nothing_cached_begins_like_an_unknown_prompt(ask: Ask) -> None:
+    for other in distractors(ask):
+        other.save()
+    unknown = replace(ask, prompt="Quite another thing", tools=())
+
+    divergence = unknown.explain().divergence
+
+    assert divergence is not None
+    assert divergence.kind == "nothing cached"
+    assert "nothing cached begins like this for narrator" in divergence.culprit
+
+
+def remove(ask: Ask) -> None:
+    key = ask.store.key_of(ask.token_ids, ask.fingerprint)
+    ask.store.remove(key)
+
+
+def prune(ask: Ask) -> None:
+    plan = ask.store.plan_prune(PrunePolicy(older_than=0), now=time.time() + 90)
+    ask.store.execute(plan)
+
+
+def outgrow(ask: Ask) -> None:
+    """Save something else where there is room for one of both only."""
+    ask.store.max_nbytes = ask.store.total_nbytes()
+    replace(ask, prompt="Something else. " * 40, tools=()).save()
+
+
+@pytest.mark.parametrize(
+    ("take_away", "reason"),
+    [(remove, "removed"), (prune, "not used for"), (outgrow, "makes room")],
+)
+def test_evicted_prompt_is_told_with_the_reason(
+    take_away: Callable[[Ask], None], reason: str, ask: Ask
+) -> None:
+    save_among_distractors(ask)
+
+    take_away(ask)
+
+    explanation = ask.explain()
+    divergence = explanation.divergence
+    assert divergence is not None
+    assert divergence.kind == "evicted", divergence.culprit
+    assert f"up to token {len(ask.token_ids)} was evicted" in divergence.culprit
+    assert reason in divergence.culprit
+    assert divergence.position == explanation.cached_tokens
+    assert divergence.expected == ""
+    assert explanation.is_miss
+
+
+# No misses
+
+
+def test_full_hit_says_so(ask: Ask) -> None:
+    save_among_distractors(ask)
+
+    explanation = ask.explain()
+
+    assert explanation.divergence is None
+    assert explanation.is_full
+    assert not explanation.is_miss
+    assert explanation.verdict.startswith("a full hit: ")
+    assert explanation.cached_tokens == len(ask.token_ids) - 1
+    assert explanation.key == ask.store.key_of(ask.token_ids, ask.fingerprint)
+
+
+def test_new_question_after_a_built_system_prompt_is_no_miss(ask: Ask) -> None:
+    built = ask.generator.build(system=SYSTEM, tools=ask.tools)
+    for other in distractors(ask):
+        other.save()
+
+    explanation = ask.asking("What now?").explain()
+
+    assert explanation.divergence is None
+    assert not explanation.is_miss
+    assert explanation.cached_tokens == built.num_tokens
+    assert explanation.key == built.key
+    assert explanation.verdict.endswith("the rest is new")
+
+
+def test_new_question_after_an_old_one_is_no_miss(ask: Ask) -> None:
+    save_among_distractors(ask)
+    new = ask.asking("What now?")
+
+    explanation = new.explain()
+
+    position = segments.shared_length(new.token_ids, ask.token_ids)
+    assert not explanation.is_miss
+    assert explanation.divergence is not None
+    assert explanation.divergence.position == explanation.cached_tokens == position
+    assert explanation.divergence.culprit.endswith("in the last message")
+
+
+def test_rest_of_a_longer_conversation_is_new(ask: Ask) -> None:
+    first = replace(ask, prompt=conversation()[:2])
+    first.save()
+    for other in distractors(ask):
+        other.save()
+    longer = replace(ask, prompt=conversation())
+
+    explanation = longer.explain()
+
+    assert explanation.divergence is None
+    assert not explanation.is_miss
+    assert not explanation.is_full
+    assert explanation.cached_tokens == len(first.token_ids)
+
+
+def test_rows_without_a_checkpoint_are_told(tmp_path: Path, ask: Ask) -> None:
+    hybrid = templated(tiny.save_model(tmp_path / "hybrid", tiny.QWEN3_NEXT))
+    stored = ask.loaded(hybrid)
+    save_among_distractors(stored)
+    changed = text("14:05:10", "09:11:42")(stored, hybrid)
+
+    explanation = changed.explain()
+
+    divergence = explanation.divergence
+    assert divergence is not None
+    assert divergence.kind == "time"
+    assert explanation.cached_tokens < divergence.position
+    assert divergence.position == segments.shared_length(
+        changed.token_ids, stored.token_ids
+    )
+
+
+# Without a trace
+
+
+def state(store: PrefixStore) -> tuple[Any, ...]:
+    return tree_hash(store.path / "blobs"), store.prefixes(), store.usage()
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[Path]:
+    """Mount a folder where nothing can be written; permissions do not stop root."""
+    target = folder.with_name("read-only")
+    target.mkdir()
+    bind = ["mount", "--bind", str(folder), str(target)]
+    if subprocess.run(bind, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        options = ["mount", "-o", "remount,ro,bind", str(target)]
+        subprocess.run(options, check=True, capture_output=True)
+        yield target
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+
+
+def test_explaining_changes_nothing(ask: Ask, folder: Path) -> None:
+    save_among_distractors(ask)
+    changed = CAUSES["date"].change(ask, folder)
+    before = state(ask.store)
+
+    for each in (ask, changed, replace(changed, settings=(("kv_bits", 8),))):
+        each.explain()
+
+    assert state(ask.store) == before
+
+
+def test_explaining_needs_no_permission_to_write(ask: Ask, folder: Path) -> None:
+    save_among_distractors(ask)
+    ask.store.close()
+
+    with read_only(ask.store.path) as path, PrefixStore(path) as store:
+        reader = replace(ask, generator=CachedGenerator.load(folder, store=store))
+        changed = CAUSES["date"].change(reader, folder)
+
+        assert store.is_read_only
+        assert reader.explain().is_full
+        divergence = changed.explain().divergence
+
+    assert divergence is not None
+    assert divergence.kind == "date"
+
+
+def test_explaining_is_quick_among_many_prompts(ask: Ask, folder: Path) -> None:
+    for number in range(200):
+        ask.asking(f"{number} doors" * 9).save()
+    changed = CAUSES["date"].change(ask, folder)
+
+    started = time.perf_counter()
+    explanation = changed.explain()
+    seconds = time.perf_counter() - started
+
+    assert explanation.divergence is not None
+    assert explanation.divergence.kind == "date"
+    assert seconds < 1
