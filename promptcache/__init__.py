@@ -27,11 +27,13 @@ from promptcache.types import (
     PrunePlan,
     PrunePolicy,
     PruneReport,
+    Usage,
     VerifyReport,
 )
 
 if TYPE_CHECKING:
     from promptcache.conversation import Conversation
+    from promptcache.explanation import Divergence, Explanation
     from promptcache.generation import GenerationResponse
     from promptcache.generator import CachedGenerator
     from promptcache.store import PrefixStore
@@ -43,6 +45,8 @@ __all__ = [
     "Conversation",
     "DamagedBlobError",
     "DamagedIndexError",
+    "Divergence",
+    "Explanation",
     "Fingerprint",
     "GenerationResponse",
     "KeyNotFoundError",
@@ -60,6 +64,7 @@ __all__ = [
     "StoreFormatError",
     "StoreFullError",
     "UnsupportedCacheError",
+    "Usage",
     "UsageError",
     "VerifyReport",
 ]
@@ -68,6 +73,8 @@ __all__ = [
 _MODULE_BY_NAME = {
     "CachedGenerator": "promptcache.generator",
     "Conversation": "promptcache.conversation",
+    "Divergence": "promptcache.explanation",
+    "Explanation": "promptcache.explanation",
     "GenerationResponse": "promptcache.generation",
     "PrefixStore": "promptcache.store",
 }

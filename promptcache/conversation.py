@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from promptcache import rendering
 from promptcache.errors import PromptCacheError, StoreError, UsageError
+from promptcache.explanation import Explanation
 from promptcache.generation import GenerationResponse
 from promptcache.generator import CachedGenerator
 from promptcache.transcript import INTERRUPTED, Transcript, transcript_path
@@ -18,6 +19,8 @@ class Conversation:
     what still agrees, also where the chat template drops what was thought before. The
     prompt and the answer are saved, and the next turn, in this process or in another
     one, reads only what is new.
+
+    A generator that saves nothing saves nothing here, either.
 
     A named conversation is written down in the store's folder before it is shown.
     """
@@ -102,6 +105,21 @@ class Conversation:
             raise UsageError("everything has been answered, say something first")
         yield from self._answer(self._render(self.messages), options)
 
+    def explain(self, text: str | None = None, **settings: Any) -> Explanation:
+        """Say what a turn would reuse, and why not more.
+
+        Args:
+            text: What the user would say, or None for a message without an answer.
+            settings: See `CachedGenerator.explain`.
+
+        Raises:
+            UsageError: The chat template refuses it.
+            StoreError: The store cannot be read.
+        """
+        more = [] if text is None else [{"role": "user", "content": text}]
+        rendered = self._render([*self.messages, *more])
+        return self._generator.explain(rendered, **settings)
+
     def _render(
         self, messages: Sequence[rendering.Message]
     ) -> rendering.RenderedPrompt:
@@ -113,9 +131,8 @@ class Conversation:
     def _answer(
         self, rendered: rendering.RenderedPrompt, options: Mapping[str, Any]
     ) -> Generator[GenerationResponse]:
-        responses = self._generator.stream_generate(
-            rendered, **{"save": True, "save_answer": True, **options}
-        )
+        saving = {"save": self._generator.save is not False, "save_answer": True}
+        responses = self._generator.stream_generate(rendered, **{**saving, **options})
         try:
             for response in responses:
                 if response.text:

@@ -321,8 +321,16 @@ class _Inquiry:
     # Other text
 
     def _part_of_text(self, prompt: StoredPrompt) -> Divergence:
-        expected, found = self._decode(prompt.token_ids), self._decode(self._token_ids)
         at = self._shared(prompt)
+        if self._is_same_text(prompt, at):
+            return self._divergence(
+                "tokenization",
+                "the same text was generated as other tokens than it is read as"
+                f"{self._where(at)}",
+                expected=self._text_of(prompt),
+                at=at,
+            )
+        expected, found = self._decode(prompt.token_ids), self._decode(self._token_ids)
         difference = compare(
             expected,
             found,
@@ -336,6 +344,15 @@ class _Inquiry:
             expected=self._text_of(prompt),
             at=at,
         )
+
+    def _is_same_text(self, prompt: StoredPrompt, at: int) -> bool:
+        """Return whether only the tokens differ, and the text goes on alike."""
+        both = (prompt.token_ids[at : at + 8], self._token_ids[at : at + 8])
+        if not all(both):
+            return False
+        expected, found = map(self._decode, both)
+        least = max(len(self._decode(token_ids[:1])) for token_ids in both)
+        return expected[:least] == found[:least]
 
     def _where(self, position: int) -> str:
         """Return in which part of the prompt a position is, if that can be told."""

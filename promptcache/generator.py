@@ -55,6 +55,7 @@ class CachedGenerator:
         model: The mlx-lm model.
         tokenizer: Its tokenizer.
         store: The store, or None if it cannot be used.
+        save: Whether to save the prompts that are read, unless a call says otherwise.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class CachedGenerator:
             tokenizer = TokenizerWrapper(tokenizer)
         self.tokenizer = tokenizer
         self.store: PrefixStore | None = None
-        self._save: SavePolicy = save
+        self.save: SavePolicy = save
         self._reuse = reuse
         self._chat_template_config = chat_template_config
         self._loaded = LoadedModel(model, identity=identity, namespace=namespace)
@@ -543,7 +544,7 @@ class CachedGenerator:
             token_ids=rendered.token_ids,
             origin=rendered.origin,
             max_tokens=max_tokens,
-            save=self._save if save is None else save,
+            save=self.save if save is None else save,
             reuse=self._reuse if reuse is None else reuse,
             sampler=sampler or _sampler(temp, top_p, min_p, top_k),
             logits_processors=[

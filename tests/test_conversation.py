@@ -191,8 +191,12 @@ def test_every_turn_reuses_all_that_was_read_before(talk: Talk) -> None:
 
 
 def test_turn_after_an_answer_with_other_tokens_reuses_its_prompt(
-    talk: Talk, name: str
+    talk: Talk, name: str, request: pytest.FixtureRequest
 ) -> None:
+    if name == "qwen3_next":
+        # Of the checkpoints that the answer's thins out, it is the one worth keeping.
+        reason = "the checkpoint at the end of the prompt is not kept"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     for number in range(4):
         # The tokenizer merges these two, which the model says one by one.
         last = talk.say(f"Turn {number}?", 40, forced={5: "t", 6: "h"})
@@ -200,9 +204,8 @@ def test_turn_after_an_answer_with_other_tokens_reuses_its_prompt(
         if number:
             prompt = len(talk.read[-2]) - 39
             assert talk.shared() == prompt + 5
-            # The checkpoint at the user's end is kept, the one a token later is not.
             is_recurrent = name == "qwen3_next"
-            assert last.cached_tokens == prompt + (-1 if is_recurrent else 5)
+            assert last.cached_tokens == prompt + (0 if is_recurrent else 5)
 
 
 def test_turn_after_dropped_thinking_reuses_up_to_the_users_message(
@@ -364,19 +367,20 @@ def test_conversation_with_a_closed_answer_lists_one_prefix(load: Load) -> None:
 
 
 @pytest.mark.xfail(strict=True, reason="what it matched is taken for its own")
-@pytest.mark.parametrize("options", [{}, {"save": False}], ids=["saved", "not saved"])
-def test_conversation_unlists_nothing_of_others(
-    load: Load, options: dict[str, Any]
-) -> None:
-    talk, other = Talk(load("llama")), Talk(load("llama"), **options)
-    talk.say("One?")
-    [prefix] = talk.generator.store.prefixes()
-    talk.generator.build([*talk.conversation.messages, {"role": "user", "content": ""}])
+@pytest.mark.parametrize("save", [True, False])
+def test_conversation_unlists_nothing_of_others(load: Load, save: bool) -> None:
+    talk = Talk(generator := load("llama"), save_answer=save)
+    for text in ("One?", "Two?"):
+        talk.say(text)
+        generator.build(talk.conversation.messages[:-1])
+    generator.build(talk.conversation.messages)
+    before = {prefix.key for prefix in generator.store.prefixes()}
 
-    other.say("One?")
-    other.say("Two?")
+    other = Talk(generator, save=save)
+    for text in ("One?", "Two?", "Three?"):
+        other.say(text)
 
-    assert prefix.key in {p.key for p in talk.generator.store.prefixes()}
+    assert before <= {prefix.key for prefix in generator.store.prefixes()}
 
 
 def test_rows_of_each_token_are_stored_once(load: Load, name: str) -> None:
@@ -478,13 +482,13 @@ def test_conversation_with_a_read_only_store_is_answered_with_one_warning(
         Talk(generator).say("One?")
         folder = mount_read_only(generator.store.path)
 
-    generator = load("llama", folder)
-    talk = Talk(generator)
-    with pytest.warns(PromptCacheWarning, match="read-only") as warned:
-        assert talk.say("One?").cached_tokens > 0
-    assert len(warned) == 1
-    with pytest.raises(StoreError, match="cannot be kept"):
-        Conversation(generator, name="n")
+    with load("llama", folder) as generator:
+        talk = Talk(generator)
+        with pytest.warns(PromptCacheWarning, match="read-only") as warned:
+            assert talk.say("One?").cached_tokens > 0
+        assert len(warned) == 1
+        with pytest.raises(StoreError, match="cannot be kept"):
+            Conversation(generator, name="n")
 
 
 # Answers that are saved without a conversation

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from promptcache import UsageError
+from promptcache import StoreError, UsageError
 from promptcache_cli import output
 from promptcache_cli.generate import (
+    SETTINGS,
     answer_as_json,
     sampling_options,
     streamed,
@@ -29,9 +30,9 @@ from promptcache_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from promptcache import Conversation, GenerationResponse
+    from promptcache import Conversation, Explanation, GenerationResponse
 
-Responses = Generator["GenerationResponse"]
+    Responses = Generator[GenerationResponse]
 
 HELP = """\
 /help     show this
@@ -129,14 +130,14 @@ class _Session:
         if num_turns := self._conversation.num_turns:
             self._talk.say(f"Going on after turn {num_turns}, /history shows them all")
         if not self._conversation.is_answered:
-            self._show(lambda **options: self._conversation.answer(**options))
+            self._show(None)
         for line in _lines():
             if line.startswith("/"):
                 if line == "/exit":
                     return
                 self._obey(line)
             elif line:
-                self._show(lambda line=line, **o: self._conversation.say(line, **o))
+                self._show(line)
 
     def _obey(self, command: str) -> None:
         if command == "/help":
@@ -150,12 +151,17 @@ class _Session:
         else:
             click.echo(f"No command {command}, /help tells them", err=True)
 
-    def _show(self, answer: Any) -> None:
-        """Show an answer as it comes; an error is told, and the next message read."""
+    def _show(self, text: str | None) -> None:
+        """Show an answer as it comes; an error is told, and the next message read.
+
+        Without a text that is the answer to a message which has none yet.
+        """
         taken: list[GenerationResponse] = []
+        explanation = None
         try:
+            explanation = self._explain(text) if self._usage else None
             with self._talk.progress("Reading", "tokens") as progress:
-                responses = answer(prompt_progress_callback=progress, **self._options)
+                responses = self._answer(text, progress)
                 with contextlib.closing(responses):
                     stoppable = _until_interrupted(responses)
                     for response in streamed(stoppable, echo=not self._json):
@@ -167,7 +173,19 @@ class _Session:
         if taken and self._json:
             output.json_line(answer_as_json(taken))
         if taken and self._usage:
-            click.echo(usage_line(taken[-1]), err=True)
+            click.echo(usage_line(taken[-1], explanation), err=True)
+
+    def _explain(self, text: str | None) -> "Explanation | None":
+        settings = {name: self._options[name] for name in SETTINGS}
+        with contextlib.suppress(StoreError):
+            return self._conversation.explain(text, **settings)
+        return None
+
+    def _answer(self, text: str | None, progress: Any) -> "Responses":
+        options = {**self._options, "prompt_progress_callback": progress}
+        if text is None:
+            return self._conversation.answer(**options)
+        return self._conversation.say(text, **options)
 
 
 def _lines() -> Iterator[str]:
@@ -188,7 +206,7 @@ def _lines() -> Iterator[str]:
             return
 
 
-def _until_interrupted(responses: Responses) -> Iterator["GenerationResponse"]:
+def _until_interrupted(responses: "Responses") -> Iterator["GenerationResponse"]:
     """Pass responses on, and stop between two of them after Ctrl-C.
 
     Before the first one, which can take long, Ctrl-C takes effect at once. An

@@ -21,8 +21,7 @@ from promptcache_cli.options import (
 from promptcache_cli.prompts import PromptOptions
 
 if TYPE_CHECKING:
-    from promptcache import CachedGenerator, GenerationResponse
-    from promptcache.explanation import Explanation
+    from promptcache import CachedGenerator, Explanation, GenerationResponse
 
 # Options that the KV values depend on.
 SETTINGS = (

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import sys
 import time
 import warnings
@@ -115,6 +116,9 @@ def _bar(unit: str) -> Any:
 
 def show_warnings() -> None:
     """Print promptcache's warnings as one line each, and leave out other libraries'."""
+    # A tokenizer warns of prompts that are longer than what it was made with.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", PromptCacheWarning)
     warnings.showwarning = _show_warning
