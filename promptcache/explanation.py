@@ -9,6 +9,7 @@ from promptcache import location
 from promptcache.chain import common_length, pack
 from promptcache.differences import compare
 from promptcache.errors import UsageError
+from promptcache.neighbourhood import is_alike
 from promptcache.rendering import ChatPrompt, RenderedPrompt, render_prompt
 from promptcache.types import (
     Eviction,
@@ -168,6 +169,8 @@ class _Inquiry:
             yield self._evicted(around.eviction)
         yield from self._elsewhere()
         yield from self._rendered_otherwise()
+        if self._agreed >= len(self._token_ids) - 1:
+            yield from self._not_resumable()
         others = [p for p in around.nearest if len(p.token_ids) > self._agreed]
         texts = [self._part_of_text(prompt) for prompt in others[:1] if self._agreed]
         if len(others) < len(around.nearest):
@@ -237,11 +240,18 @@ class _Inquiry:
         origin = self._rendered.origin
         if origin is None:
             return
-        if self._agreed < self._begin:
-            for prompt in self._around.alike:
+        alike = self._around.alike
+        if self._agreed < self._begin and not any(map(self._is_twin, alike)):
+            for prompt in alike:
                 yield from self._other_origin(origin, prompt, is_proved=False)
         for prompt in self._around.nearest:
-            yield from self._other_origin(origin, prompt, is_proved=True)
+            if prompt.origin is not None and is_alike(origin, prompt.origin):
+                yield from self._other_origin(origin, prompt, is_proved=True)
+
+    def _is_twin(self, prompt: StoredPrompt) -> bool:
+        """Return whether a prompt was rendered in the same way for the same model."""
+        same_model = prompt.fingerprint.digest == self._fingerprint.digest
+        return same_model and prompt.origin == self._rendered.origin
 
     def _other_origin(
         self, origin: Origin, prompt: StoredPrompt, *, is_proved: bool

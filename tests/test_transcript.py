@@ -39,7 +39,7 @@ TEXTS = (
     "\0",
 )
 HOLDER = """
-import sys, time
+import sys
 from pathlib import Path
 from promptcache.transcript import Transcript
 
@@ -47,7 +47,7 @@ transcript = Transcript(Path(sys.argv[1]), {"system": None})
 transcript.add({"role": "user", "content": "said"})
 transcript.add_text("shown")
 print("open", flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
 # No more than seven bytes fit, and later everything does again.
 FULL_DISK = """
@@ -59,16 +59,14 @@ from promptcache.transcript import Transcript
 path = Path(sys.argv[1])
 transcript = Transcript(path, {"system": None})
 transcript.add({"role": "user", "content": "said"})
-transcript.add_text("shown")
 _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 7, most))
 try:
-    transcript.add_text("does not fit")
+    transcript.add_text("lost")
 except StoreError:
     pass
 resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-transcript.add_text(" again")
-transcript.end("stop")
+transcript.add_text("kept")
 """
 
 
@@ -97,9 +95,10 @@ def reread(path: Path) -> list[dict[str, Any]]:
 
 
 def started(script: str, path: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True
-    )
+    """Start a process that ends with its stdin."""
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    command = [sys.executable, "-c", script, str(path)]
+    return subprocess.Popen(command, text=True, **pipes)
 
 
 # What was said
@@ -122,37 +121,17 @@ def test_reopened_transcript_has_the_same_messages(path: Path) -> None:
     assert [m["content"] for m in said[1::2]] == [t + t[::-1] for t in TEXTS]
 
 
-def test_key_of_an_answer_without_one_is_that_of_the_answer_before(path: Path) -> None:
-    with opened(path) as transcript:
-        for key in ("first", None):
-            transcript.add(user("Hello"))
-            transcript.end("stop", key=key)
-
-        assert transcript.key == "first"
-    with opened(path) as again:
-        assert again.key == "first"
-
-
 def test_transcript_in_memory_works_the_same() -> None:
     with opened(None, system="S") as transcript:
         transcript.add(user("Hello"))
         transcript.add_text("Hi")
-        assert not transcript.is_ended
-        transcript.end("stop")
-
-        assert transcript.messages == [user("Hello"), assistant("Hi")]
-        assert transcript.is_ended
-        assert transcript.undo()
-        assert not transcript.undo()
-        assert transcript.messages == []
-
-
-def test_answer_without_a_text_is_an_empty_message(path: Path) -> None:
-    with opened(path) as transcript:
-        transcript.add(user("Hello"))
+        transcript.end("stop", key="k")
+        transcript.add(user("Why?"))
         transcript.end("interrupted")
 
-    assert reread(path) == [user("Hello"), assistant("")]
+        assert transcript.key == "k"
+        assert transcript.undo()
+        assert transcript.messages == [user("Hello"), assistant("Hi")]
 
 
 def test_message_without_an_answer_is_not_ended(path: Path) -> None:
@@ -187,12 +166,11 @@ def test_undo_takes_back_one_turn_and_stays_undone(path: Path) -> None:
             transcript.end("stop")
         assert transcript.undo()
 
-    assert len(reread(path)) == 4
     with opened(path) as again:
-        assert again.undo()
+        assert len(again.messages) == 4
         again.add(user("new"))
-        assert again.undo()
-        assert again.undo()
+        for _ in range(3):
+            assert again.undo()
         assert not again.undo()
     assert reread(path) == []
 
@@ -355,7 +333,7 @@ def test_line_that_did_not_fit_does_not_spoil_the_next(path: Path) -> None:
     with started(FULL_DISK, path) as process:
         assert process.wait() == 0
 
-    assert reread(path) == [user("said"), assistant("shown again")]
+    assert reread(path) == [user("said"), assistant("kept")]
 
 
 # Heads
@@ -379,8 +357,6 @@ def test_head_is_taken_from_the_file_where_it_is_not_given(path: Path) -> None:
 
     with opened(path) as again:
         assert again.head == {**NO_HEAD, "system": "S"}
-    with pytest.raises(UsageError, match="another tools"):
-        opened(path, tools=[{"name": "dice"}])
 
 
 # Files and names
@@ -419,38 +395,40 @@ def test_names_are_no_paths_and_do_not_meet(tmp_path: Path) -> None:
         assert reread(transcript_path(tmp_path, name)) == [user(name)]
 
 
-@pytest.mark.parametrize(
-    "name", ["", " ", "\n", "a\nb", "\0", "\ud83d", "x" * 201, "ü" * 34, "x" * 10**6]
-)
-def test_name_that_cannot_be_one_is_refused_in_one_line(
-    tmp_path: Path, name: str
-) -> None:
+UNNAMES = ("", " ", "\n", "a\nb", "\0", "\ud83d", "x" * 201, "ü" * 34, "x" * 10**6)
+
+
+@pytest.mark.parametrize("name", UNNAMES, ids=range(len(UNNAMES)))
+def test_name_that_cannot_be_one_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(UsageError, match="cannot name a conversation") as raised:
-        transcript_path(tmp_path, name)
+        transcript_path(Path(), name)
 
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 300
 
 
-LINE = '{"version": 1}\n'
+LINE = b'{"version": 1}\n'
+UNREFUSED = pytest.mark.xfail(strict=True, reason="emptied, cut or a traceback")
 FOREIGN = {
     "text": b"notes\n",
     "a list": b"[1]\n",
     "another object": b'{"name": "x"}\n',
     "binary": b"\x80\n\x00\xff\n",
-    "an event that is none": LINE.encode() + b"5\n",
-    "a blank line": LINE.encode() + b"\n",
-    "zeros": LINE.encode() + b"\0\0\0\n",
-}
-UNREFUSED = {
+    "an event that is none": LINE + b"5\n",
+    "a blank line": LINE + b"\n",
+    "zeros": LINE + b"\0\0\0\n",
     "text without a line end": b"notes",
     "binary without a line end": b"\x80\x00\xff",
-    "a torn second line": b"notes\nmore",
+    "text with a torn line": b"notes\nmore",
     "a version that is text": b'{"version": "1"}\n',
-    "a message that is none": LINE.encode() + b'{"message": 5}\n',
-    "a message without a role": LINE.encode() + b'{"message": {}}\n',
-    "nesting without end": LINE.encode() + b"[" * 10**5 + b"\n",
+    "a message that is none": LINE + b'{"message": 5}\n',
+    "a message without a role": LINE + b'{"message": {}}\n',
+    "nesting without end": LINE + b"[" * 10**5 + b"\n",
 }
+CASES = [
+    pytest.param(content, id=name, marks=[UNREFUSED] if place >= 7 else [])
+    for place, (name, content) in enumerate(FOREIGN.items())
+]
 
 
 def assert_refused(path: Path, content: bytes) -> None:
@@ -465,15 +443,9 @@ def assert_refused(path: Path, content: bytes) -> None:
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_file_that_is_no_transcript_is_refused(path: Path, name: str) -> None:
-    assert_refused(path, FOREIGN[name])
-
-
-@pytest.mark.parametrize("name", UNREFUSED)
-@pytest.mark.xfail(strict=True, reason="it is emptied, cut or a traceback")
-def test_other_file_that_is_no_transcript_is_refused(path: Path, name: str) -> None:
-    assert_refused(path, UNREFUSED[name])
+@pytest.mark.parametrize("content", CASES)
+def test_file_that_is_no_transcript_is_refused(path: Path, content: bytes) -> None:
+    assert_refused(path, content)
 
 
 def test_newer_version_is_refused_untouched(path: Path) -> None:
@@ -486,13 +458,6 @@ def test_newer_version_is_refused_untouched(path: Path) -> None:
 def test_newer_version_is_refused_whatever_follows(path: Path, event: str) -> None:
     assert_refused(path, f'{{"version": {VERSION + 1}}}\n{event}'.encode())
     with pytest.raises(StoreError, match="newer promptcache"):
-        opened(path)
-
-
-def test_folder_in_its_place_is_one_error(path: Path) -> None:
-    path.mkdir(parents=True)
-
-    with pytest.raises(StoreError, match="cannot be kept"):
         opened(path)
 
 
