@@ -36,9 +36,12 @@ FORKS = (1, 31, 32, 33, 48, 63, 64, 65, 99)
 STEP_SIZE = 64
 SUFFIX_TOKENS = 24
 ANSWER_TOKENS = 16
+# Of an answer that is saved: longer than a window, so that it is captured on the way.
+SAVED_ANSWER_TOKENS = 48
 FIRST_TOKEN, LAST_TOKEN = 5, 500
-# Seeds of the suffix that is asked and stored, and of one that is new.
-ASKED, NEW = 7, 8
+# Seeds of the suffixes that are asked and stored, alone and with the answer, and of
+# one that is new.
+ASKED, ANSWERED, NEW = 7, 9, 8
 
 
 class Tokenizer:
@@ -91,8 +94,8 @@ class Trial:
     """One comparison of a warm with a cold run.
 
     Attributes:
-        kind: `end` of a stored prefix, `fork` inside it, or `again` for a prompt asked
-            twice.
+        kind: `end` of a stored prefix, `fork` inside it, `again` for a prompt asked
+            twice, or `answer` for one that goes on from a saved answer.
         stored: How many tokens the two prompts share.
         expected: How many of them have to be reused.
         cached_tokens: How many were.
@@ -209,16 +212,20 @@ class Subject:
         for length in LENGTHS:
             self.generator.build(self.stored(length), prefill_step_size=STEP_SIZE)
             self.run(self.continued(length, length, seed=ASKED), save=True)
+        self.run(self.answered(), SAVED_ANSWER_TOKENS, save=True, save_answer=True)
 
-    def run(self, prompt: RenderedPrompt, **options: Any) -> Run:
+    def answered(self) -> RenderedPrompt:
+        """Return the prompt that is stored with its answer."""
+        return self.continued(LENGTHS[0], LENGTHS[0], seed=ANSWERED)
+
+    def run(
+        self, prompt: RenderedPrompt, max_tokens: int = ANSWER_TOKENS, **options: Any
+    ) -> Run:
         """Answer a prompt."""
         before = self.model.num_read
         answer = list(
             self.generator.stream_generate(
-                prompt,
-                max_tokens=ANSWER_TOKENS,
-                prefill_step_size=STEP_SIZE,
-                **options,
+                prompt, max_tokens=max_tokens, prefill_step_size=STEP_SIZE, **options
             )
         )
         return Run(
@@ -239,7 +246,12 @@ class Subject:
             row_nbytes=kept.row_nbytes,
             checkpoint_nbytes=kept.checkpoint_nbytes,
             length_dependence="" if dependence is None else dependence.reason,
-            trials=[*self._ends(), *self._again(kept), *self._forks(kept)],
+            trials=[
+                *self._ends(),
+                *self._again(kept),
+                *self._forks(kept),
+                *self._answers(kept),
+            ],
         )
 
     def _ends(self) -> Iterator[Trial]:
@@ -266,6 +278,21 @@ class Subject:
         for position in FORKS:
             prompt = self.continued(LENGTHS[0], position, seed=NEW)
             yield self._trial("fork", prompt, position, self._last_cut(position))
+
+    def _answers(self, kept: "Kept") -> Iterator[Trial]:
+        """Go on from the end of a saved answer, and from inside it."""
+        asked = self.answered().token_ids
+        cold = self.run(
+            self.answered(), SAVED_ANSWER_TOKENS, reuse=False, save=False
+        ).tokens
+        # Its last token has not been read.
+        for length in (SAVED_ANSWER_TOKENS - 1, SAVED_ANSWER_TOKENS // 2):
+            stored = len(asked) + length
+            ids = [*asked, *cold[:length], *token_ids(SUFFIX_TOKENS, NEW)]
+            is_kept = self.cuts.is_divisible(len(asked) + SAVED_ANSWER_TOKENS - 1)
+            is_whole = length == SAVED_ANSWER_TOKENS - 1 or not kept.checkpoint_nbytes
+            expected = stored if is_kept and is_whole else self._last_cut(len(asked))
+            yield self._trial("answer", RenderedPrompt(ids), stored, expected)
 
     def _last_cut(self, position: int) -> int:
         """Return the last position up to one at which a run may take over."""

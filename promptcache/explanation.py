@@ -71,7 +71,7 @@ class Explanation:
     Attributes:
         prompt_tokens: Length of the prompt.
         cached_tokens: How many tokens a run would reuse.
-        key: Of the longest stored prefix, or None.
+        key: Of a stored prefix that it is reused from, or None.
         divergence: Where something else is cached, or None where all that is cached
             of it is reused.
         is_miss: Whether more could have been expected: nothing is reused, or the
@@ -157,10 +157,17 @@ class _Inquiry:
         return Explanation(
             prompt_tokens=len(self._token_ids),
             cached_tokens=self._cached,
-            key=self._around.match.key,
+            key=self._key(),
             divergence=divergence,
             is_miss=divergence is not None and (parts_early or not self._cached),
         )
+
+    def _key(self) -> str | None:
+        """Return the key of a listed prefix that is reused, in full if there is one."""
+        if not self._cached:
+            return None
+        nearest = sorted(self._around.nearest, key=lambda p: len(p.token_ids))
+        return nearest[0].key if nearest else self._around.match.key
 
     def _divergences(self) -> Iterator[Divergence]:
         """Yield what may have made the prompt miss, the surest first."""

@@ -183,8 +183,8 @@ class Generation:
                     response.prompt_tps = num_new / prefill_seconds
                     if response.finish_reason is not None:
                         key = start.saver.finish(self._num_saved, self._kept_answer)
-                        response.key = key or start.match.key
-                        response.saved_seconds = self._record(start, response)
+                        reused, response.saved_seconds = self._record(start, response)
+                        response.key = key or reused
                     last = response
                     yield response
         except GeneratorExit:
@@ -313,12 +313,15 @@ class Generation:
             )
         )
 
-    def _record(self, start: _Start, last: GenerationResponse) -> float:
-        """Note what the request reused; return the seconds that this saved."""
+    def _record(
+        self, start: _Start, last: GenerationResponse
+    ) -> tuple[str | None, float]:
+        """Note what the request reused; return its key and the seconds saved."""
+        nothing = (start.match.key, 0.0)
         if self._store is None or start.fingerprint is None:
-            return 0.0
+            return nothing
         if not self._request.reuse:
-            return 0.0
+            return nothing
         receipt = Receipt(
             start.fingerprint,
             start.match,
@@ -329,7 +332,7 @@ class Generation:
         with contextlib.suppress(StoreError):
             self._store.add_speed(start.fingerprint, *self._prefilled)
             return self._store.record(receipt)
-        return 0.0
+        return nothing
 
     # Running the model
 

@@ -194,11 +194,12 @@ class PrefixStore:
         keys = [part.key for part in match.slices]
         return self._index.touch(keys, match.cached_tokens, now=time.time())
 
-    def record(self, receipt: Receipt) -> float:
-        """Note what a request reused; return the seconds that this saved.
+    def record(self, receipt: Receipt) -> tuple[str | None, float]:
+        """Note what a request reused.
 
-        They are what reading the reused tokens would have taken at this model's speed
-        on this machine, and 0 until that is known. Raises StoreError.
+        Return the key of the prefix that it counts for, and the seconds saved: what
+        reading the reused tokens would have taken at this model's speed on this
+        machine, or 0 until that is known. Raises StoreError.
         """
         match = receipt.match
         with self._index.writing():
@@ -206,7 +207,7 @@ class PrefixStore:
             speed = self._index.speed(receipt.fingerprint.digest)
             saved_seconds = match.cached_tokens / speed if speed else 0.0
             self._index.add_receipt(receipt, key or match.key, saved_seconds)
-        return saved_seconds
+        return key or match.key, saved_seconds
 
     def add_speed(
         self, fingerprint: Fingerprint, num_tokens: int, seconds: float

@@ -99,10 +99,11 @@ def path_of(name: str) -> Path:
     return transcript_path(Path(os.environ["PROMPTCACHE_DIR"]), name)
 
 
-def wait_for_message(name: str) -> None:
-    """Wait until what the user says has been written down."""
+def written(name: str) -> int:
+    """Return how many pieces of an answer have been written down, -1 before it."""
     path = path_of(name)
-    wait_until(lambda: path.exists() and b'"message"' in path.read_bytes())
+    content = path.read_bytes() if path.exists() else b""
+    return content.count(b'"text"') if b'"message"' in content else -1
 
 
 def messages(name: str) -> list[dict[str, Any]]:
@@ -112,10 +113,10 @@ def messages(name: str) -> list[dict[str, Any]]:
         return transcript.messages
 
 
-def chat(*lines: str, args: tuple[str, ...] = ()) -> Any:
+def chat(*lines: str, args: tuple[str, ...] = (), end: str = "\n") -> Any:
     """Hold a whole conversation of eight tokens an answer."""
-    options = ("--max-tokens", "8", *args)
-    return ok("chat", *options, stdin="".join(f"{line}\n" for line in lines))
+    stdin = "\n".join(lines) + end
+    return ok("chat", "--max-tokens", "8", *args, stdin=stdin)
 
 
 def answers_as_json(stdout: str) -> list[dict[str, Any]]:
@@ -126,21 +127,10 @@ def answers_as_json(stdout: str) -> list[dict[str, Any]]:
 
 
 def test_every_line_is_a_turn_and_stdout_has_the_answers_alone() -> None:
-    result = chat("Hello", "", "   ", "Why?")
+    result = chat("Hello", "", "   ", "Why?", end="")
 
     assert re.fullmatch(r"[A-Z]{8}\n[A-Z]{8}\n", result.stdout)
     assert result.stderr == ""
-
-
-def test_last_line_without_a_line_end_is_a_turn() -> None:
-    with chatting("--max-tokens", "8") as process:
-        assert process.stdin is not None
-        process.stdin.write(b"Hello\nWhy?")
-        out, err = finish(process)
-
-    assert re.fullmatch(r"[A-Z]{8}\n[A-Z]{8}\n", out)
-    assert err == ""
-    assert process.returncode == 0
 
 
 def test_answers_are_those_of_generate(tmp_path: Path) -> None:
@@ -244,8 +234,7 @@ def test_interrupt_keeps_what_was_shown_and_goes_on() -> None:
 def test_interrupt_of_a_json_answer_prints_what_there_is() -> None:
     with chatting("--name", "n", "--max-tokens", "600", "--json") as process:
         send(process, "Hello")
-        path = path_of("n")
-        wait_until(lambda: path.exists() and path.read_bytes().count(b'"text"') > 20)
+        wait_until(lambda: written("n") > 20)
         process.send_signal(signal.SIGINT)
         [answer] = answers_as_json(finish(process)[0])
 
@@ -257,7 +246,8 @@ def test_interrupt_of_a_json_answer_prints_what_there_is() -> None:
 def test_interrupt_before_the_first_token_goes_on_with_the_next_line() -> None:
     with chatting("--name", "n", "--max-tokens", "8", *SLOW) as process:
         send(process, LONG)
-        wait_for_message("n")
+        blobs = path_of("n").parents[1] / "blobs"
+        wait_until(lambda: any(blobs.rglob("*.safetensors")))
         process.send_signal(signal.SIGINT)
         send(process, "Why?", "/undo", "/undo", "Hello")
         out, err = finish(process)
@@ -286,10 +276,27 @@ def test_killed_chat_has_written_down_all_that_it_has_shown(seed: int) -> None:
     assert len(answer["content"]) <= len(text) + 1 < 2000
 
 
+def test_text_is_written_down_before_it_is_shown() -> None:
+    screen, pipe = os.pipe()
+    # A full pipe stops the chat where it shows its 21st token.
+    filler = b"." * (fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096) - 20)
+    os.write(pipe, filler)
+    with chatting("--name", "n", stdout=pipe) as process:
+        os.close(pipe)
+        send(process, "Hello")
+        wait_until(lambda: written("n") == 21)
+        process.kill()
+    with os.fdopen(screen, "rb") as file:
+        text = file.read().removeprefix(filler).decode()
+
+    assert len(text) == 20
+    assert re.fullmatch(f"{text}[A-Z]", messages("n")[-1]["content"])
+
+
 def test_message_that_a_killed_chat_has_not_answered_is_answered() -> None:
     with chatting("--name", "n", "--max-tokens", "8", *SLOW) as process:
         send(process, LONG)
-        wait_for_message("n")
+        wait_until(lambda: written("n") == 0)
         process.kill()
     assert [message["role"] for message in messages("n")] == ["user"]
 

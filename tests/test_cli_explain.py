@@ -287,6 +287,16 @@ def test_argument_that_does_not_change_the_system_prompt_is_silent(
     assert generate("-s", "You narrate.", config, json.dumps(asked), "Hello") == ""
 
 
+@pytest.mark.xfail(strict=True, reason="only system prompts and tools are compared")
+def test_other_template_argument_of_files_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "manual.txt"
+    path.write_text("Press the button. " * 9)
+    ok("build", "-f", path, "--chat-template-config", '{"effort": "high"}')
+
+    assert "effort" in explained("-f", path, "Why?")["divergence"]["culprit"]
+    assert generate("-f", path, "Why?").startswith(STORE_TALK)
+
+
 def test_another_system_prompt_needs_no_warning() -> None:
     ok("build", "-s", "You narrate.", "--chat-template-config", '{"effort": "high"}')
 

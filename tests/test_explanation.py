@@ -55,11 +55,9 @@ def tool(name: str, description: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-ROLL, LOOK, WALK = (
-    tool("roll", "Roll a die"),
-    tool("look", "Look around"),
-    tool("walk", "Walk on"),
-)
+ROLL, LOOK = tool("roll", "Roll a die"), tool("look", "Look around")
+WALK, SING = tool("walk", "Walk on"), tool("sing", "Sing a song")
+STARE = tool("look", "Look about")
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,11 @@ class Cause(NamedTuple):
     change: Change
     kind: str
     words: tuple[str, ...]
-    first: Change = lambda ask, _: ask
+    first: Change
+
+
+def cause(change: Change, kind: str, *words: str, first: Change | None = None) -> Cause:
+    return Cause(change, kind, words, first or (lambda ask, _: ask))
 
 
 def text(before: str, after: str) -> Change:
@@ -219,83 +221,74 @@ TAGGED = TEMPLATE.replace("<|{{ message.role }}|>", "<{{ message.role }}>")
 # The user's text has been read by then, so that it is no miss.
 AT_THE_END = "argument of the very end"
 CAUSES = {
-    "date": Cause(text("11-21", "11-22"), "date", ("2026-11-21", "2026-11-22")),
-    "time": Cause(text("14:05:10", "09:11:42"), "time", ("14:05:10", "09:11:42")),
-    "UUID": Cause(text("123e4567", "923a4567"), "UUID", ("923a4567",)),
-    "random id": Cause(
-        text("a81bX93kQm27Zt", "Pq4w8ZZk1m90aB"), "random id", ("req_Pq4w8ZZk1m90aB",)
-    ),
-    "hostname": Cause(text("alpha", "beta-2"), "hostname", ("alpha", "beta-2")),
-    "working directory": Cause(
-        text("/srv/games/one", "/srv/games/two"), "working directory", ("games/two",)
-    ),
-    "counter": Cause(text("Session: 41", "Session: 42"), "counter", ("41", "42")),
-    "CRLF": Cause(text("\n", "\r\n"), "line endings", ("line endings",)),
-    "whitespace": Cause(text("two ", "two  "), "whitespace", ("whitespace",)),
-    "tool added": Cause(
-        with_tools(ROLL, LOOK, WALK, tool("sing", "Sing")), "tools", ("sing added",)
-    ),
-    "tool removed": Cause(with_tools(ROLL, LOOK), "tools", ("walk removed",)),
-    "tool changed": Cause(
-        with_tools(ROLL, tool("look", "Look about"), WALK), "tools", ("look changed",)
-    ),
-    "tools reordered": Cause(
-        with_tools(ROLL, WALK, LOOK), "tools", ("order of the tools", "walk")
-    ),
-    "no tools": Cause(with_tools(), "tools", ("roll, look, walk removed",)),
-    "template": Cause(with_template(HEADED), "template", ("another chat template",)),
-    "template's tags": Cause(
-        with_template(TAGGED), "template", ("another chat template",)
-    ),
-    "argument": Cause(
-        with_config(effort="high"), "template argument", ("effort", "'high'", "given")
-    ),
-    "argument's value": Cause(
+    "date": cause(text("11-21", "11-22"), "date", "2026-11-21", "2026-11-22"),
+    "time": cause(text("14:05:10", "09:11:42"), "time", "14:05:10", "09:11:42"),
+    "UUID": cause(text("123e4567", "923a4567"), "UUID", "923a4567-e89b"),
+    "random id": cause(text("req_a81", "req_9Zk"), "random id", "req_9ZkbX93"),
+    "hostname": cause(text("alpha", "beta-2"), "hostname", "alpha", "beta-2"),
+    "directory": cause(text("games/one", "games/two"), "working directory", "two"),
+    "counter": cause(text("Session: 41", "Session: 42"), "counter", "41", "42"),
+    "CRLF": cause(text("\n", "\r\n"), "line endings", "line endings"),
+    "whitespace": cause(text("two ", "two  "), "whitespace", "whitespace"),
+    "tool added": cause(with_tools(ROLL, LOOK, WALK, SING), "tools", "sing added"),
+    "tool removed": cause(with_tools(ROLL, LOOK), "tools", "walk removed"),
+    "tool changed": cause(with_tools(ROLL, STARE, WALK), "tools", "look changed"),
+    "tools reordered": cause(with_tools(ROLL, WALK, LOOK), "tools", "order", "walk"),
+    "no tools": cause(with_tools(), "tools", "roll, look, walk removed"),
+    "template": cause(with_template(HEADED), "template", "another chat template"),
+    "template's tags": cause(with_template(TAGGED), "template", "another chat"),
+    "argument": cause(
         with_config(effort="high"),
         "template argument",
-        ("effort was 'low' and is 'high'",),
+        "effort was not given and is 'high'",
+    ),
+    "argument's value": cause(
+        with_config(effort="high"),
+        "template argument",
+        "effort was 'low' and is 'high'",
         first=with_config(effort="low"),
     ),
-    AT_THE_END: Cause(
+    AT_THE_END: cause(
         with_config(budget=900),
         "template argument",
-        ("budget was 100 and is 900",),
+        "budget was 100 and is 900",
         first=with_config(budget=100),
     ),
-    "thinking": Cause(
+    "thinking": cause(
         with_prompt(conversation((1, "It creaks."))),
         "thinking",
-        ("thinking was dropped", "in an earlier message"),
+        "thinking was dropped",
+        "in an earlier message",
         first=with_prompt(conversation()),
     ),
-    "edited message": Cause(
+    "edited message": cause(
         with_prompt(conversation((0, "I open the window"))),
         "text",
-        ("door", "window", "in an earlier message"),
+        "door",
+        "window",
+        "in an earlier message",
         first=with_prompt(conversation()),
     ),
-    "raw text": Cause(
+    "raw text": cause(
         with_prompt(RAW.replace("11-21", "11-22")),
         "date",
-        ("2026-11-22",),
+        "2026-11-22",
         first=with_prompt(RAW),
     ),
-    "model": Cause(
-        with_model(num_hidden_layers=3), "model", ("for narrator, not for other",)
-    ),
-    "weights": Cause(with_model(seed=5), "weights", ("other weights",)),
-    "config": Cause(with_model(rope_theta=5000.0), "config", ("other config",)),
-    "adapter": Cause(with_adapter, "adapter", ("other adapter",)),
-    "KV bits": Cause(with_settings(kv_bits=8), "KV bits", ("none became 8",)),
-    "KV group size": Cause(
+    "model": cause(with_model(num_hidden_layers=3), "model", "narrator, not for other"),
+    "weights": cause(with_model(seed=5), "weights", "other weights"),
+    "config": cause(with_model(rope_theta=5000.0), "config", "other config"),
+    "adapter": cause(with_adapter, "adapter", "other adapter"),
+    "KV bits": cause(with_settings(kv_bits=8), "KV bits", "none became 8"),
+    "KV group size": cause(
         with_settings(kv_bits=8, kv_group_size=64, quantized_kv_start=0),
         "KV group size",
-        ("32 became 64",),
+        "32 became 64",
         first=with_settings(kv_bits=8, kv_group_size=32, quantized_kv_start=0),
     ),
-    "namespace": Cause(in_namespace, "namespace", ("other namespace",)),
-    "max_kv_size": Cause(
-        with_settings(max_kv_size=4000), "max_kv_size", ("none became 4000",)
+    "namespace": cause(in_namespace, "namespace", "other namespace"),
+    "max_kv_size": cause(
+        with_settings(max_kv_size=4000), "max_kv_size", "none became 4000"
     ),
 }
 
@@ -426,6 +419,46 @@ def test_evicted_prompt_is_told_with_the_reason(
     assert explanation.is_miss
 
 
+# Known defects
+
+
+@pytest.mark.xfail(strict=True, reason="the last used prompt counts, not the nearest")
+def test_change_is_that_from_the_nearest_prompt_with_this_system(ask: Ask) -> None:
+    ask.save()
+    replace(ask, tools=()).save()
+    changed = replace(ask, tools=(ROLL, LOOK, tool("walk", "Walk away")))
+
+    divergence = changed.explain().divergence
+
+    assert divergence is not None
+    assert divergence.culprit == "other tools: walk changed"
+    assert divergence.position == changed.explain().cached_tokens
+
+
+@pytest.mark.xfail(strict=True, reason="an eviction is found by the whole prompt only")
+def test_eviction_is_told_to_another_question(ask: Ask) -> None:
+    ask.save()
+    remove(ask)
+
+    divergence = ask.asking("What now?").explain().divergence
+
+    assert divergence is not None
+    assert divergence.kind == "evicted"
+
+
+@pytest.mark.xfail(strict=True, reason="beyond the system prompt templates are ignored")
+def test_template_that_changes_answers_is_named(ask: Ask, folder: Path) -> None:
+    first = replace(ask, prompt=conversation())
+    first.save()
+    role = "'model' if message.role == 'assistant' else message.role"
+    template = TEMPLATE.replace("{{ message.role }}", f"{{{{ {role} }}}}")
+
+    divergence = first.loaded(templated(folder, template)).explain().divergence
+
+    assert divergence is not None
+    assert divergence.kind == "template"
+
+
 # No misses
 
 
@@ -484,11 +517,31 @@ def test_rest_of_a_longer_conversation_is_new(ask: Ask) -> None:
     assert explanation.cached_tokens == len(first.token_ids)
 
 
-def test_rows_without_a_checkpoint_are_told(tmp_path: Path, ask: Ask) -> None:
-    hybrid = templated(tiny.save_model(tmp_path / "hybrid", tiny.QWEN3_NEXT))
-    stored = ask.loaded(hybrid)
+@pytest.fixture
+def recurrent(tmp_path: Path, ask: Ask) -> Ask:
+    """The same prompt for a model that is resumed at checkpoints only."""
+    return ask.loaded(templated(tiny.save_model(tmp_path / "hybrid", tiny.QWEN3_NEXT)))
+
+
+def test_rows_without_a_checkpoint_are_told(recurrent: Ask) -> None:
+    stored = replace(recurrent, prompt=list(range(3, 203)), tools=())
     save_among_distractors(stored)
-    changed = text("14:05:10", "09:11:42")(stored, hybrid)
+    shorter = replace(stored, prompt=stored.token_ids[:150])
+
+    explanation = shorter.explain()
+
+    divergence = explanation.divergence
+    assert divergence is not None
+    assert (divergence.kind, divergence.position) == ("checkpoint", 150)
+    assert "150 tokens are stored" in divergence.culprit
+    assert "take over at token 0 only" in divergence.culprit
+    assert explanation.cached_tokens == 0
+    assert explanation.is_miss
+
+
+def test_cause_is_told_before_the_lack_of_a_checkpoint(recurrent: Ask) -> None:
+    save_among_distractors(recurrent)
+    changed = text("14:05:10", "09:11:42")(recurrent, Path())
 
     explanation = changed.explain()
 
@@ -497,7 +550,7 @@ def test_rows_without_a_checkpoint_are_told(tmp_path: Path, ask: Ask) -> None:
     assert divergence.kind == "time"
     assert explanation.cached_tokens < divergence.position
     assert divergence.position == segments.shared_length(
-        changed.token_ids, stored.token_ids
+        changed.token_ids, recurrent.token_ids
     )
 
 
@@ -553,7 +606,11 @@ def test_explaining_needs_no_permission_to_write(ask: Ask, folder: Path) -> None
 
 def test_explaining_is_quick_among_many_prompts(ask: Ask, folder: Path) -> None:
     for number in range(200):
-        ask.asking(f"{number} doors" * 9).save()
+        each = ask.asking(f"{number} doors")
+        rendered = ask.generator.render(each.prompt, each.tools)
+        key = segments.save(ask.store, rendered.token_ids, each.fingerprint)
+        assert rendered.origin is not None
+        ask.store.set_origin(key, rendered.origin)
     changed = CAUSES["date"].change(ask, folder)
 
     started = time.perf_counter()

@@ -972,23 +972,23 @@ THINKING_TEMPLATE = tiny.CHAT_TEMPLATE.replace(
 )
 
 
-def test_second_turn_resumes_at_the_last_message_where_thinking_is_dropped(
+def test_second_turn_resumes_where_the_answer_begins_if_thinking_is_dropped(
     hybrid_dir: Path, store: PrefixStore, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(hybrid_dir, tmp_path / "thinking"))
     tiny.save_tokenizer(folder, THINKING_TEMPLATE)
     generator = CachedGenerator.load(folder, store=store)
     first = run(generator, FIRST_TURN, save=True)
-    end_of_message = first.last.prompt_tokens - len(
-        generator.tokenizer.encode("<|assistant|><think>", add_special_tokens=False)
+    start_of_answer = first.last.prompt_tokens - len(
+        generator.tokenizer.encode("<think>", add_special_tokens=False)
     )
 
     second = run(generator, SECOND_TURN, save=True)
     third = run(generator, [*SECOND_TURN[:3], SECOND_TURN[1]])
 
-    assert second.last.cached_tokens == end_of_message
+    assert second.last.cached_tokens == start_of_answer
     assert second.tokens == cold(generator, SECOND_TURN).tokens
-    assert third.last.cached_tokens >= end_of_message
+    assert third.last.cached_tokens >= start_of_answer
     assert third.tokens == cold(generator, [*SECOND_TURN[:3], SECOND_TURN[1]]).tokens
 
 

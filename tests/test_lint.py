@@ -212,9 +212,7 @@ def test_text_without_a_chat_template_is_looked_at(
 def test_text_that_stands_twice_is_told_with_both_lines(
     lint: Callable[..., list[VolatileText]],
 ) -> None:
-    found = lint(system="On 2026-11-23
-or not
-on 2026-11-23")
+    found = lint(system="On 2026-11-23\nor not\non 2026-11-23")
 
     assert [each.place for each in found] == [
         "line 1 of the system prompt",
@@ -243,7 +241,7 @@ def test_advice_names_no_argument_that_a_template_does_not_take(
     assert found.advice == "use a template that leaves it out"
 
 
-@pytest.mark.xfail(strict=True, reason="without a template nothing tells the user's text")
+@pytest.mark.xfail(strict=True, reason="files count as the head of a prompt")
 def test_files_may_hold_dates_without_a_chat_template(
     folder: Path, lint: Callable[..., list[VolatileText]]
 ) -> None:
