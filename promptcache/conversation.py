@@ -1,6 +1,7 @@
 """Conversations: turns that each reuse what the ones before have left."""
 
 import contextlib
+import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Self
 
@@ -60,6 +61,7 @@ class Conversation:
                 raise StoreError("there is no store to keep the conversation in")
             path = transcript_path(generator.store.path, name)
         self._transcript = Transcript(path, head)
+        self._is_answering = False
 
     @property
     def messages(self) -> list[rendering.Message]:
@@ -91,9 +93,10 @@ class Conversation:
             options: See `CachedGenerator.stream_generate`.
 
         Raises:
-            UsageError: The chat template refuses it.
+            UsageError: The chat template refuses it, or an answer is going on.
             StoreError: It cannot be kept.
         """
+        self._check_idle()
         message = {"role": "user", "content": text}
         rendered = self._render([*self.messages, message])
         self._transcript.add(message)
@@ -101,9 +104,14 @@ class Conversation:
 
     def answer(self, **options: Any) -> Generator[GenerationResponse]:
         """Answer a last user's message that has no answer yet; see `say`."""
+        self._check_idle()
         if self.is_answered:
             raise UsageError("everything has been answered, say something first")
         yield from self._answer(self._render(self.messages), options)
+
+    def _check_idle(self) -> None:
+        if self._is_answering:
+            raise UsageError("an answer is going on, close it first")
 
     def explain(self, text: str | None = None, **settings: Any) -> Explanation:
         """Say what a turn would reuse, and why not more.
@@ -131,36 +139,56 @@ class Conversation:
     def _answer(
         self, rendered: rendering.RenderedPrompt, options: Mapping[str, Any]
     ) -> Generator[GenerationResponse]:
-        saving = {"save": self._generator.save is not False, "save_answer": True}
-        responses = self._generator.stream_generate(rendered, **{**saving, **options})
+        self._is_answering = True
         try:
-            for response in responses:
-                if response.text:
-                    self._transcript.add_text(response.text)
-                if response.finish_reason is not None:
-                    self._end(response.finish_reason, response.key)
-                yield response
+            with contextlib.closing(self._responses(rendered, options)) as responses:
+                for response in responses:
+                    if response.text:
+                        self._transcript.add_text(response.text)
+                    if response.finish_reason is not None:
+                        self._transcript.end(response.finish_reason)
+                    yield response
         except PromptCacheError:
-            self._transcript.undo()
+            if not self._transcript.is_ended:
+                self._transcript.undo()
             raise
         finally:
             if not self._transcript.is_ended:
                 self._transcript.end(INTERRUPTED)
-            responses.close()
+            self._is_answering = False
 
-    def _end(self, reason: str, key: str | None) -> None:
-        """End the answer, which takes the place of the one before in the list."""
+    def _responses(
+        self, rendered: rendering.RenderedPrompt, options: Mapping[str, Any]
+    ) -> Generator[GenerationResponse]:
+        saving = {"save": self._generator.save is not False, "save_answer": True}
+        started = time.time()
+        return self._generator.stream_generate(
+            rendered,
+            on_saved=lambda key: self._replace_listed(key, started),
+            **{**saving, **options},
+        )
+
+    def _replace_listed(self, key: str, started: float) -> None:
+        """List what was saved in place of what the turn before had listed."""
         before, store = self._transcript.key, self._generator.store
-        self._transcript.end(reason, key=key)
-        if store is not None and before is not None and before != key:
-            with contextlib.suppress(StoreError):
+        # With a store that fails, the list only has more in it.
+        with contextlib.suppress(PromptCacheError):
+            assert store is not None
+            # Others may have listed the same before: it is not ours to take away.
+            if store.resolve(key).created_at < started:
+                return
+            self._transcript.note_key(key)
+            if before is not None and before != key:
                 store.unlist(before)
 
     def undo(self) -> bool:
         """Take back the last user's message and its answer; tell if there was one.
 
-        Raises StoreError.
+        Raises:
+            UsageError: An answer is going on.
+            StoreError: It cannot be kept.
         """
+        self._check_idle()
         return self._transcript.undo()
 
     def close(self) -> None:

@@ -93,6 +93,7 @@ class Request:
         draft_model: A smaller model that proposes tokens.
         num_draft_tokens: How many it proposes at once.
         save_answer: Whether to save the answer with the prompt.
+        on_saved: Called with the key of what was saved.
         input_embeddings: What to read in place of the tokens' own embeddings, shape
             `(tokens, hidden)`; nothing is cached then.
     """
@@ -111,6 +112,7 @@ class Request:
     draft_model: Any = None
     num_draft_tokens: int = DEFAULT_DRAFT_TOKENS
     save_answer: bool = False
+    on_saved: Callable[[str], None] = lambda key: None
     input_embeddings: mx.array | None = None
 
     @property
@@ -182,20 +184,27 @@ class Generation:
                     response.prefill_seconds = prefill_seconds
                     response.prompt_tps = num_new / prefill_seconds
                     if response.finish_reason is not None:
-                        key = start.saver.finish(self._num_saved, self._kept_answer)
+                        key = self._save(start.saver)
                         reused, response.saved_seconds = self._record(start, response)
                         response.key = key or reused
                     last = response
                     yield response
         except GeneratorExit:
             # The cache holds whole tokens only here, not when a step is interrupted.
-            start.saver.finish(self._num_saved, self._kept_answer)
+            self._save(start.saver)
             if not last.finish_reason:
                 self._record(start, last)
             raise
         finally:
             if prefill_seconds:
                 start.saver.finish(self._num_saved)
+
+    def _save(self, saver: QuietSaver) -> str | None:
+        """Save what is due, and return the key if that was done."""
+        key = saver.finish(self._num_saved, self._kept_answer)
+        if key is not None:
+            self._request.on_saved(key)
+        return key
 
     @property
     def _kept_answer(self) -> list[int]:

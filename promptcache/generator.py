@@ -476,6 +476,7 @@ class CachedGenerator:
         num_draft_tokens: int = DEFAULT_DRAFT_TOKENS,
         input_embeddings: mx.array | None = None,
         save_answer: bool = False,
+        on_saved: Callable[[str], None] = lambda key: None,
         prompt_progress_callback: Progress | None = None,
     ) -> Generator[GenerationResponse, None, None]:
         """Generate token by token, like `mlx_lm.stream_generate`.
@@ -511,6 +512,8 @@ class CachedGenerator:
             save_answer: Save the answer, too, where the prompt is saved: as far as it
                 came, and unless it depends on how it was computed (a draft model,
                 exact mode, quantization that began with it).
+            on_saved: Called with the key of what was saved at the end, also an early
+                one.
             prompt_progress_callback: Called with the prompt tokens done so far,
                 cached ones included, and their total.
             max_kv_size: See `mlx_lm.generate.generate_step`.
@@ -558,6 +561,7 @@ class CachedGenerator:
             draft_model=draft_model,
             num_draft_tokens=num_draft_tokens,
             save_answer=save_answer,
+            on_saved=on_saved,
             input_embeddings=input_embeddings,
         )
         return Generation(

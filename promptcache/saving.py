@@ -197,7 +197,9 @@ class Saver:
     def _worth(self, position: int) -> Worth:
         if self._is_build and position == len(self._token_ids):
             return Worth.BUILT
-        return Worth(self._cuts.is_boundary(position))
+        # Where an answer begins, others may begin.
+        is_boundary = self._cuts.is_boundary(position) or position == self._num_prompt
+        return Worth(is_boundary)
 
     def _is_tail(self, end: int) -> bool:
         """Return whether what ends there is good for this very prompt only.

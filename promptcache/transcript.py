@@ -16,6 +16,8 @@ from promptcache.errors import StoreError, UsageError
 
 VERSION = 1
 INTERRUPTED = "interrupted"
+# How a file begins whose first line was not written in full.
+BEGINNING = b'{"version"'
 
 
 class Transcript:
@@ -23,13 +25,13 @@ class Transcript:
 
     Invariants:
         What `messages` holds is in the file, if there is one.
-        A file is only ever added to.
+        A file is only ever added to, and one that is no transcript is left alone.
 
     Attributes:
         head: What the conversation started with: `system`, `tools` and
             `chat_template_config`.
         messages: The chat messages, without a system prompt.
-        key: Of the prefix that was saved with the last answer, or None.
+        key: Of the prefix that was saved last, or None.
     """
 
     def __init__(self, path: Path | None, head: Mapping[str, Any]) -> None:
@@ -40,8 +42,9 @@ class Transcript:
             head: What a new conversation starts with. None is said of what is None.
 
         Raises:
-            UsageError: The file belongs to a conversation that started otherwise.
-            StoreError: It cannot be read or written.
+            UsageError: The file belongs to a conversation that started otherwise, or
+                another process has it open.
+            StoreError: It cannot be read or written, or is no transcript.
         """
         self.head = dict(head)
         self.messages: list[dict[str, Any]] = []
@@ -50,26 +53,32 @@ class Transcript:
         self._file: _LineFile | None = None
         if path is None:
             return
+        first = _encoded({"version": VERSION, **head})
         self._file = _LineFile(path)
         try:
-            if lines := self._file.read():
+            lines = self._file.lines()
+            if lines:
                 self._read(path, lines)
+                self._file.cut_torn_line()
+                self._end_interrupted()
             else:
-                self._add({"version": VERSION, **head})
+                with self._file.added(first, durably=True):
+                    pass
         except BaseException:
             self.close()
             raise
 
     def _read(self, path: Path, lines: list[bytes]) -> None:
+        given = {k: v for k, v in self.head.items() if v is not None}
         try:
-            head, *events = map(json.loads, lines)
+            head = json.loads(lines[0])
             version = head.pop("version")
-            given = {k: v for k, v in self.head.items() if v is not None}
-            self.head = {**dict.fromkeys(self.head), **head}
-            for event in events:
-                self._apply(event)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise StoreError(f"{path} is no transcript of a conversation") from error
+            if version <= VERSION:
+                self.head = {**dict.fromkeys(self.head), **head}
+                for line in lines[1:]:
+                    self._apply(json.loads(line))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise StoreError(f"{path} is no transcript of a conversation") from None
         if version > VERSION:
             raise StoreError(f"a newer promptcache wrote {path}, upgrade promptcache")
         for name, value in given.items():
@@ -78,6 +87,8 @@ class Transcript:
                     f"this conversation began with another {name}, leave it out or "
                     "begin one under another name"
                 )
+
+    def _end_interrupted(self) -> None:
         if self._is_answering:
             self.end(INTERRUPTED)
 
@@ -87,10 +98,12 @@ class Transcript:
         said = self.messages
         return not self._is_answering and (not said or said[-1]["role"] != "user")
 
-    def _apply(self, event: dict[str, Any]) -> None:
+    def _apply(self, event: Mapping[str, Any]) -> None:
         """Take over what a line says."""
         if "message" in event:
-            self.messages.append(event["message"])
+            message = event["message"]
+            # As far as they are needed to go on.
+            self.messages.append({**message, "role": str(message["role"])})
         elif "text" in event:
             if not self._is_answering:
                 self.messages.append({"role": "assistant", "content": ""})
@@ -98,14 +111,18 @@ class Transcript:
             self.messages[-1]["content"] += event["text"]
         elif "end" in event:
             self._is_answering = False
-            self.key = event.get("key", self.key)
         elif "undo" in event:
             del self.messages[-event["undo"] :]
+        elif "key" in event:
+            self.key = event["key"]
 
-    def _add(self, event: dict[str, Any], *, durably: bool = True) -> None:
-        if self._file is not None:
-            self._file.add(json.dumps(event), durably=durably)
-        self._apply(event)
+    def _add(self, event: Mapping[str, Any], *, durably: bool = True) -> None:
+        if self._file is None:
+            self._apply(event)
+            return
+        # Neither is done without the other, whatever interrupts it.
+        with self._file.added(_encoded(event), durably=durably):
+            self._apply(event)
 
     def add(self, message: Mapping[str, Any]) -> None:
         """Add a whole message. Raises StoreError."""
@@ -115,20 +132,25 @@ class Transcript:
         """Add a piece of an answer. Raises StoreError."""
         self._add({"text": text}, durably=False)
 
-    def end(self, reason: str, *, key: str | None = None) -> None:
-        """End the answer, also one without a text. Raises StoreError.
-
-        `key` is that of the prefix that was saved with it.
-        """
+    def end(self, reason: str) -> None:
+        """End the answer, also one without a text. Raises StoreError."""
         if not self._is_answering:
             self.add_text("")
-        self._add({"end": reason, **({"key": key} if key else {})})
+        self._add({"end": reason})
+
+    def note_key(self, key: str) -> None:
+        """Note the key of the prefix that was saved with the answer.
+
+        Raises StoreError.
+        """
+        self._add({"key": key}, durably=False)
 
     def undo(self) -> bool:
         """Take back the last user's message and what followed; tell if there was one.
 
         Raises StoreError.
         """
+        self._end_interrupted()
         places = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
         if places:
             self._add({"undo": len(self.messages) - places[-1]})
@@ -138,13 +160,20 @@ class Transcript:
         """Close the file, so that another process may go on with it."""
         if self._file is not None:
             self._file.close()
-            self._file = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _encoded(event: Mapping[str, Any]) -> bytes:
+    """Return an event as a line. Raises UsageError if it holds what JSON cannot."""
+    try:
+        return f"{json.dumps(event)}\n".encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"this cannot be kept as JSON: {error}") from error
 
 
 class _LineFile:
@@ -155,6 +184,7 @@ class _LineFile:
         import filelock
 
         self._path = path
+        self._descriptor: int | None = None
         with self._translated():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = filelock.FileLock(f"{path}.lock", mode=0o600)
@@ -165,28 +195,70 @@ class _LineFile:
                     "another process has this conversation open, close it first"
                 ) from error
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-            self._descriptor = os.open(path, flags, 0o600)
+            try:
+                self._descriptor = os.open(path, flags, 0o600)
+            except OSError:
+                self._lock.release()
+                raise
 
-    def read(self) -> list[bytes]:
-        """Return the lines; a last one that was not written in full goes."""
-        with self._translated():
-            with open(self._descriptor, "rb", closefd=False) as file:
-                content = file.read()
-            end = content.rfind(b"\n") + 1
-            if end < len(content):
-                os.ftruncate(self._descriptor, end)
+    def lines(self) -> list[bytes]:
+        """Return the lines that were written in full.
+
+        Raises StoreError for a file that does not even begin like a transcript.
+        """
+        content = self._content()
+        end = content.rfind(b"\n") + 1
+        torn = content[:end] or content
+        if torn and not torn.startswith(BEGINNING[: len(torn)]):
+            raise StoreError(f"{self._path} is no transcript of a conversation")
+        if not end:
+            self.cut_torn_line()
         return content[:end].splitlines()
 
-    def add(self, line: str, *, durably: bool) -> None:
-        """Add a line; if durably, a power failure does not take it either."""
+    def _content(self) -> bytes:
+        with self._translated(), open(self._open(), "rb", closefd=False) as file:
+            file.seek(0)
+            return file.read()
+
+    def cut_torn_line(self) -> None:
+        """Take away a last line that was not written in full, if there is one."""
+        content = self._content()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            with self._translated():
+                os.ftruncate(self._open(), end)
+
+    @contextlib.contextmanager
+    def added(self, line: bytes, *, durably: bool) -> Iterator[None]:
+        """Add a line, and take it back if what is done with it fails.
+
+        If durably, a power failure does not take it either. Raises StoreError.
+        """
         with self._translated():
-            os.write(self._descriptor, f"{line}\n".encode())
-            if durably:
-                os.fsync(self._descriptor)
+            descriptor = self._open()
+            start = os.lseek(descriptor, 0, os.SEEK_END)
+            try:
+                # On a disk that is nearly full, a part of it may be written.
+                while line:
+                    line = line[os.write(descriptor, line) :]
+                if durably:
+                    os.fsync(descriptor)
+                yield
+            except BaseException:
+                os.ftruncate(descriptor, start)
+                raise
 
     def close(self) -> None:
-        os.close(self._descriptor)
-        self._lock.release()
+        """Close the file; nothing can be added any more."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+            self._lock.release()
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            raise StoreError("the conversation is closed")
+        return self._descriptor
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:

@@ -371,7 +371,6 @@ def test_control_c_at_the_prompt_does_not_leave_and_control_d_does() -> None:
         assert terminal.process.wait(SECONDS) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="input() writes its prompt there")
 def test_stdout_that_is_no_terminal_gets_no_prompts() -> None:
     with Terminal("--max-tokens", "8", stdout=subprocess.PIPE) as terminal:
         terminal.type("Hello\n\x04")
@@ -395,12 +394,7 @@ def test_stdout_that_is_no_terminal_gets_no_prompts() -> None:
         (["--name", "a\nb"], 2, "cannot name"),
         (["-m", "/nowhere"], 1, "/nowhere"),
         (["Hello"], 2, "unexpected"),
-        pytest.param(
-            ["--kv-bits", "7"],
-            2,
-            "kv_bits",
-            marks=pytest.mark.xfail(strict=True, reason="only told after a line"),
-        ),
+        (["--kv-bits", "7"], 2, "kv_bits"),
     ],
 )
 def test_wrong_options_are_an_error_of_one_line(
@@ -409,7 +403,6 @@ def test_wrong_options_are_an_error_of_one_line(
     assert_fails(invoke("chat", *args, stdin=""), code, word)
 
 
-@pytest.mark.xfail(strict=True, reason="it stays, and waits for an answer")
 def test_message_that_cannot_be_answered_is_not_kept() -> None:
     result = invoke("chat", "--name", "n", "--kv-bits", "7", stdin="Hello\n")
 
@@ -436,7 +429,6 @@ def test_name_that_is_in_use_is_refused() -> None:
     assert chat("Hello", args=("--name", "n")).stdout
 
 
-@pytest.mark.xfail(strict=True, reason="a traceback")
 def test_input_that_is_no_text_is_no_traceback() -> None:
     with chatting("--max-tokens", "8") as process:
         assert process.stdin is not None

@@ -191,12 +191,8 @@ def test_every_turn_reuses_all_that_was_read_before(talk: Talk) -> None:
 
 
 def test_turn_after_an_answer_with_other_tokens_reuses_its_prompt(
-    talk: Talk, name: str, request: pytest.FixtureRequest
+    talk: Talk, name: str
 ) -> None:
-    if name == "qwen3_next":
-        # Of the checkpoints that the answer's thins out, it is the one worth keeping.
-        reason = "the checkpoint at the end of the prompt is not kept"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     for number in range(4):
         # The tokenizer merges these two, which the model says one by one.
         last = talk.say(f"Turn {number}?", 40, forced={5: "t", 6: "h"})
@@ -345,7 +341,6 @@ def test_prompt_that_is_interrupted_is_answered_by_nothing(talk: Talk) -> None:
 # What is stored
 
 
-@pytest.mark.xfail(strict=True, reason="the key of a closed answer is not noted")
 def test_conversation_with_a_closed_answer_lists_one_prefix(load: Load) -> None:
     talk = Talk(load("llama"))
     talk.say("One?")
@@ -355,7 +350,6 @@ def test_conversation_with_a_closed_answer_lists_one_prefix(load: Load) -> None:
     assert len(talk.generator.store.prefixes()) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="what it matched is taken for its own")
 @pytest.mark.parametrize("save", [True, False])
 def test_conversation_unlists_nothing_of_others(load: Load, save: bool) -> None:
     talk = Talk(generator := load("llama"), save_answer=save)
@@ -403,15 +397,12 @@ def failing_sampler(logprobs: mx.array) -> mx.array:
     raise ValueError("cannot sample")
 
 
-NOT_UNDONE = pytest.mark.xfail(strict=True, reason="the question stays unanswered")
-
-
 @pytest.mark.parametrize(
     "options",
     [
         {"sampler": failing_sampler},
-        pytest.param({"max_tokens": 0}, marks=NOT_UNDONE),
-        pytest.param({"kv_bits": 7}, marks=NOT_UNDONE),
+        {"max_tokens": 0},
+        {"kv_bits": 7},
     ],
 )
 def test_question_that_cannot_be_answered_is_taken_back(

@@ -286,6 +286,12 @@ CAUSES = {
         "32 became 64",
         first=with_settings(kv_bits=8, kv_group_size=32, quantized_kv_start=0),
     ),
+    "KV bits of raw text": cause(
+        with_settings(kv_bits=8), "KV bits", "none became 8", first=with_prompt(RAW)
+    ),
+    "weights of raw text": cause(
+        with_model(seed=5), "weights", "other weights", first=with_prompt(RAW)
+    ),
     "namespace": cause(in_namespace, "namespace", "other namespace"),
     "max_kv_size": cause(
         with_settings(max_kv_size=4000), "max_kv_size", "none became 4000"
@@ -300,7 +306,7 @@ def test_planted_cause_is_named_among_distractors(
     cause = CAUSES[name]
     first = cause.first(ask, folder)
     stored = save_among_distractors(first)
-    changed = cause.change(ask, folder)
+    changed = cause.change(first, folder)
 
     explanation = changed.explain()
 

@@ -20,6 +20,7 @@ from promptcache_cli.generate import (
 )
 from promptcache_cli.options import (
     cache_options,
+    checked_text,
     json_option,
     max_size_option,
     model_options,
@@ -87,7 +88,10 @@ def chat(
         raise UsageError("--max-tokens must not be 0, use -1 for no limit")
     from promptcache.conversation import Conversation
     from promptcache.generator import CachedGenerator
+    from promptcache.settings import Settings
 
+    settings = {name: options[name] for name in SETTINGS}
+    Settings.of(**settings)
     talk = output.Talk(quiet=quiet)
     with CachedGenerator.load(
         model,
@@ -191,19 +195,27 @@ class _Session:
 def _lines() -> Iterator[str]:
     """Yield the lines of stdin, on a terminal with a prompt and editing."""
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin)
+        yield from (checked_text(line).strip() for line in sys.stdin)
         return
     # Gives `input` its editing.
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
     while True:
         try:
-            yield input("> ").strip()
+            yield checked_text(_ask()).strip()
         except KeyboardInterrupt:
             click.echo("\nCtrl-D or /exit leaves", err=True)
         except EOFError:
             click.echo(err=True)
             return
+
+
+def _ask() -> str:
+    """Return a line that is typed; stdout is for answers if it is no terminal."""
+    if sys.stdout.isatty():
+        return input("> ")
+    click.echo("> ", nl=False, err=True)
+    return input()
 
 
 def _until_interrupted(responses: "Responses") -> Iterator["GenerationResponse"]:

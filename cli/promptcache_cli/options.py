@@ -32,16 +32,25 @@ class Converted(click.ParamType[Any]):
             self.fail(str(error), param, ctx)
 
 
+def checked_text(text: str) -> str:
+    """Return text. Raises UsageError for bytes that were no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("the input is no text in UTF-8") from error
+    return text
+
+
 def read_text(text: str) -> str:
     """Return text, or the content of `@FILE`, or stdin for `-`."""
     if text == "-":
         return read_file("-")
-    return read_file(text[1:]) if text.startswith("@") else text
+    return read_file(text[1:]) if text.startswith("@") else checked_text(text)
 
 
 def read_prompt(text: str) -> str:
     """Return text, or stdin for `-`; `@` may well begin a prompt."""
-    return read_file("-") if text == "-" else text
+    return read_file("-") if text == "-" else checked_text(text)
 
 
 def read_file(path: str) -> str:
@@ -51,7 +60,9 @@ def read_file(path: str) -> str:
         UsageError: It cannot be read, or is no text.
     """
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+        if path == "-":
+            return checked_text(sys.stdin.read())
+        return Path(path).read_text("utf-8")
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
