@@ -10,7 +10,12 @@ from promptcache.chain import common_length, pack
 from promptcache.differences import compare
 from promptcache.errors import UsageError
 from promptcache.neighbourhood import is_alike
-from promptcache.rendering import ChatPrompt, RenderedPrompt, render_prompt
+from promptcache.rendering import (
+    ChatPrompt,
+    RenderedPrompt,
+    message_texts,
+    render_prompt,
+)
 from promptcache.types import (
     Eviction,
     Fingerprint,
@@ -99,8 +104,11 @@ class Explanation:
         if self.divergence is None:
             return f"a partial hit: {told}, the rest is new"
         begin = "a partial hit" if self.cached_tokens else "a miss"
-        at = self.divergence.position
-        return f"{begin}: {told}; from token {at} on, {self.divergence.culprit}"
+        at, culprit = self.divergence.position, self.divergence.culprit
+        if at < self.cached_tokens:
+            # What it was expected to go on from shares less than something else does.
+            return f"{begin}: {told}; {culprit}"
+        return f"{begin}: {told}; from token {at} on, {culprit}"
 
 
 def explain(
@@ -145,9 +153,8 @@ class _Inquiry:
         self._agreed = max(
             neighbourhood.num_rows, *map(self._shared, neighbourhood.nearest), 0
         )
-        # Where the first user's text begins, or half of a prompt that tells no places.
-        places = [b for b in rendered.boundaries if b > 0]
-        self._begin = min(places, default=len(self._token_ids) // 2)
+        # Up to where a prompt with the same beginning would have to agree.
+        self._begin = rendered.head or len(self._token_ids) // 2
 
     def explain(self) -> Explanation:
         divergence = None
@@ -249,11 +256,10 @@ class _Inquiry:
             return
         alike = self._around.alike
         if self._agreed < self._begin and not any(map(self._is_twin, alike)):
-            for prompt in alike:
-                yield from self._other_origin(origin, prompt, is_proved=False)
+            for prompt in sorted(alike, key=self._shared, reverse=True):
+                yield from self._other_origin(origin, prompt, is_nearest=False)
         for prompt in self._around.nearest:
-            if prompt.origin is not None and is_alike(origin, prompt.origin):
-                yield from self._other_origin(origin, prompt, is_proved=True)
+            yield from self._other_origin(origin, prompt, is_nearest=True)
 
     def _is_twin(self, prompt: StoredPrompt) -> bool:
         """Return whether a prompt was rendered in the same way for the same model."""
@@ -261,38 +267,35 @@ class _Inquiry:
         return same_model and prompt.origin == self._rendered.origin
 
     def _other_origin(
-        self, origin: Origin, prompt: StoredPrompt, *, is_proved: bool
+        self, origin: Origin, prompt: StoredPrompt, *, is_nearest: bool
     ) -> Iterator[Divergence]:
-        """Yield in what a stored prompt's origin differs, if that is the cause.
-
-        Where both begin alike, it has to be proved: rendered like the stored prompt,
-        this one would share more with it.
-        """
+        """Yield in what a stored prompt's origin differs, if that is the cause."""
         other = prompt.origin
         if other is None:
             return
         if prompt.fingerprint.digest != self._fingerprint.digest:
-            if not is_proved:
-                yield self._other_fingerprint(prompt.fingerprint)
-            return
-        if other.template != origin.template:
-            if not is_proved:
-                yield self._divergence(
-                    "template",
-                    "another chat template",
-                    expected=self._text_of(prompt),
-                    at=self._shared(prompt),
-                )
-            return
-        if other.config != origin.config and self._would_share_more(
+            yield self._other_fingerprint(prompt.fingerprint)
+        elif other.template != origin.template:
+            if self._says_the_same(prompt):
+                yield self._part(prompt, "template", "another chat template")
+        elif other.config != origin.config and self._would_share_more(
             prompt, config=other.config
         ):
-            yield self._other_config(other, origin, prompt)
-        if other.tools != origin.tools and not (is_proved and self._past_tools()):
-            yield self._other_tools(other, origin, prompt)
+            culprit = f"another template argument: {_change_of_config(other, origin)}"
+            yield self._part(prompt, "template argument", culprit)
+        elif other.tools != origin.tools:
+            # Beyond the head, the tools have been read and are the same.
+            in_head = not is_nearest or self._agreed < self._begin
+            if in_head and is_alike(origin, other):
+                culprit = _change_of_tools(other.tools, origin.tools)
+                yield self._part(prompt, "tools", culprit)
 
-    def _past_tools(self) -> bool:
-        return self._agreed >= self._begin
+    def _says_the_same(self, prompt: StoredPrompt) -> bool:
+        """Return whether all that is said in this prompt is said in a stored one."""
+        chat = self._rendered.chat
+        text = self._decode(prompt.token_ids)
+        said = [] if chat is None else message_texts(chat)
+        return any(said) and all(part in text for part in said)
 
     def _would_share_more(self, prompt: StoredPrompt, **change: Any) -> bool:
         chat = self._rendered.chat
@@ -305,48 +308,13 @@ class _Inquiry:
         shared = common_length(pack(rendered), pack(prompt.token_ids))
         return shared > self._shared(prompt)
 
-    def _other_config(
-        self, other: Origin, origin: Origin, prompt: StoredPrompt
-    ) -> Divergence:
-        names = sorted(
-            name
-            for name in {*other.config, *origin.config}
-            if other.config.get(name) != origin.config.get(name)
-        )
-        told = ", ".join(
-            f"{name} was {_shown(other.config, name)} and is "
-            f"{_shown(origin.config, name)}"
-            for name in names
-        )
-        return self._divergence(
-            "template argument",
-            f"another template argument: {told}",
-            expected=self._text_of(prompt),
-            at=self._shared(prompt),
-        )
-
-    def _other_tools(
-        self, other: Origin, origin: Origin, prompt: StoredPrompt
-    ) -> Divergence:
-        return self._divergence(
-            "tools",
-            _change_of_tools(other.tools, origin.tools),
-            expected=self._text_of(prompt),
-            at=self._shared(prompt),
-        )
-
     # Other text
 
     def _part_of_text(self, prompt: StoredPrompt) -> Divergence:
         at = self._shared(prompt)
         if self._is_same_text(prompt, at):
-            return self._divergence(
-                "tokenization",
-                "the same text was generated as other tokens than it is read as"
-                f"{self._where(at)}",
-                expected=self._text_of(prompt),
-                at=at,
-            )
+            told = "the same text was generated as other tokens than it is read as"
+            return self._part(prompt, "tokenization", f"{told}{self._where(at)}")
         expected, found = self._decode(prompt.token_ids), self._decode(self._token_ids)
         difference = compare(
             expected,
@@ -355,12 +323,8 @@ class _Inquiry:
             hostnames=location.hostnames(),
             directories=location.directories(),
         )
-        return self._divergence(
-            difference.kind,
-            f"{difference.clause}{self._where(at)}",
-            expected=self._text_of(prompt),
-            at=at,
-        )
+        culprit = f"{difference.clause}{self._where(at)}"
+        return self._part(prompt, difference.kind, culprit)
 
     def _is_same_text(self, prompt: StoredPrompt, at: int) -> bool:
         """Return whether only the tokens differ, and the text goes on alike."""
@@ -418,6 +382,11 @@ class _Inquiry:
         shown = self._text(self._token_ids, position) if found is None else found
         return Divergence(position, expected, shown, kind, culprit)
 
+    def _part(self, prompt: StoredPrompt, kind: str, culprit: str) -> Divergence:
+        """Return the divergence from a stored prompt."""
+        at = self._shared(prompt)
+        return self._divergence(kind, culprit, expected=self._text_of(prompt), at=at)
+
     def _text_of(self, prompt: StoredPrompt) -> str:
         return self._text(prompt.token_ids, self._shared(prompt))
 
@@ -450,6 +419,19 @@ def _value(names: Sequence[str], parts: Any) -> str:
 
 def _shown(config: Any, name: str) -> str:
     return repr(config[name]) if name in config else "not given"
+
+
+def _change_of_config(before: Origin, after: Origin) -> str:
+    """Return in one clause which arguments of a template are other ones."""
+    names = sorted(
+        name
+        for name in {*before.config, *after.config}
+        if before.config.get(name) != after.config.get(name)
+    )
+    return ", ".join(
+        f"{name} was {_shown(before.config, name)} and is {_shown(after.config, name)}"
+        for name in names
+    )
 
 
 def _change_of_tools(

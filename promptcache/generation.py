@@ -1,7 +1,6 @@
 """One generation: match, load, read the rest, decode, save."""
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -92,6 +91,7 @@ class Request:
         max_kv_size: Most tokens to keep in the cache; see `make_prompt_cache`.
         draft_model: A smaller model that proposes tokens.
         num_draft_tokens: How many it proposes at once.
+        on_match: Called with what is reused.
         save_answer: Whether to save the answer with the prompt.
         on_saved: Called with the key of what was saved.
         input_embeddings: What to read in place of the tokens' own embeddings, shape
@@ -111,6 +111,7 @@ class Request:
     max_kv_size: int | None = None
     draft_model: Any = None
     num_draft_tokens: int = DEFAULT_DRAFT_TOKENS
+    on_match: Callable[[Match], None] = lambda match: None
     save_answer: bool = False
     on_saved: Callable[[str], None] = lambda key: None
     input_embeddings: mx.array | None = None
@@ -243,7 +244,7 @@ class Generation:
             self._check_cacheable(cache)
             fingerprint = self._fingerprint()
             resumed = self._resume(self._store, fingerprint, cache)
-            self._tell_other_config(self._store, fingerprint, resumed.match)
+            self._request.on_match(resumed.match)
         except (UnsupportedCacheError, StoreError) as error:
             warn(f"going on without the store: {error}")
             return cold
@@ -275,24 +276,6 @@ class Generation:
             kv=request.kv,
             generating=not is_drafted,
         )
-
-    def _tell_other_config(
-        self, store: PrefixStore, fingerprint: Fingerprint, match: Match
-    ) -> None:
-        """Warn if the prompt begins anew because of a template argument."""
-        origin, boundaries = self._request.origin, self._request.cuts.boundaries
-        if origin is None or not origin.system or not self._request.reuse:
-            return
-        if match.cached_tokens >= min(boundaries, default=0):
-            return
-        for other in store.origins(origin.system, fingerprint):
-            if other.config != origin.config and other.template == origin.template:
-                warn(
-                    "this system prompt is cached with chat_template_config "
-                    f"{json.dumps(other.config)} and not with "
-                    f"{json.dumps(origin.config)}"
-                )
-                return
 
     def _saver(
         self,

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from promptcache.chain import Chain
+from promptcache.chain import TOKEN_NBYTES, Chain
 from promptcache.errors import DamagedIndexError, StoreError, StoreFormatError
 from promptcache.types import (
     CheckpointRow,
@@ -209,6 +209,13 @@ class Index:
         """
         return [SegmentRow(*row) for row in self._all(sql, [segment_id])]
 
+    def token_ids(self, segment_id: int, num_tokens: int) -> bytes:
+        """Return the first packed token ids of a segment with its ancestors."""
+        data = b""
+        for row in self.path_to(segment_id):
+            data = data[: row.start * TOKEN_NBYTES] + row.token_ids
+        return data[: num_tokens * TOKEN_NBYTES]
+
     def children(
         self, parent_id: int, fingerprint: str, token_id_by_start: Mapping[int, int]
     ) -> list[SegmentRow]:
@@ -354,20 +361,24 @@ class Index:
             sql = "UPDATE prefixes SET origin = ? WHERE key = ?"
             self._execute(sql, [json.dumps(asdict(origin)), key])
 
-    def prompts(self, *, system: str = "") -> list[PromptRow]:
-        """Return what was built or saved, the last used first.
-
-        With the hash of a system prompt, only what begins with that.
+    def configs(self, template: str) -> list[dict[str, Any]]:
+        """Return with which arguments of a template prompts were rendered."""
+        sql = """
+            SELECT DISTINCT json_extract(origin, '$.config') FROM prefixes
+            WHERE json_extract(origin, '$.template') = ?
         """
+        return [json.loads(row[0]) for row in self._all(sql, [template])]
+
+    def prompts(self) -> list[PromptRow]:
+        """Return what was built or saved, the last used first."""
         sql = """
             SELECT p.key, p.name, f.digest, p.segment_id, p.num_tokens, p.used_at,
                 p.origin
             FROM prefixes p JOIN segments s ON s.id = p.segment_id
             JOIN fingerprints f ON f.id = s.fingerprint_id
-            WHERE ? = '' OR json_extract(p.origin, '$.system') = ?
             ORDER BY p.used_at DESC, p.key
         """
-        rows = self._all(sql, [system, system])
+        rows = self._all(sql)
         return [PromptRow._make([*row[:-1], _origin(row[-1])]) for row in rows]
 
     def subtree(self, segment_id: int) -> set[int]:
@@ -477,14 +488,28 @@ class Index:
 
     # Evictions
 
-    def note_eviction(self, key: str, reason: str, *, now: float) -> None:
-        """Remember that a segment is being taken away, and why."""
+    def heads(self, segment_key: str) -> set[int]:
+        """Return where the first users' texts begin in the prompts that end there."""
+        sql = """
+            SELECT DISTINCT json_extract(origin, '$.head') FROM prefixes
+            WHERE segment_id = (SELECT id FROM segments WHERE key = ?)
+        """
+        return {_int(row[0]) for row in self._all(sql, [segment_key]) if row[0]}
+
+    def note_eviction(
+        self, segment_key: str, keys: Mapping[int, str], reason: str, *, now: float
+    ) -> None:
+        """Remember that a segment is being taken away, and why.
+
+        `keys` are those of the prefixes that it is needed for, by their ends.
+        """
         sql = """
             INSERT INTO evictions (key, fingerprint_id, end, reason, removed_at)
-            SELECT key, fingerprint_id, end, ?, ? FROM segments WHERE key = ?
+            SELECT ?, fingerprint_id, ?, ?, ? FROM segments WHERE key = ?
         """
         with self.writing():
-            self._execute(sql, [reason, now, key])
+            for end, key in keys.items():
+                self._execute(sql, [key, end, reason, now, segment_key])
             oldest = "(SELECT max(id) FROM evictions) - ?"
             self._execute(
                 f"DELETE FROM evictions WHERE id <= {oldest}", [MOST_EVICTIONS]

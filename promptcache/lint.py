@@ -1,6 +1,7 @@
 """Lint: text early in a prompt that is likely to change, and spoil its reuse."""
 
 import json
+import re
 from typing import Any, NamedTuple
 
 from promptcache import location
@@ -43,28 +44,30 @@ class VolatileText(NamedTuple):
 def find_volatile_text(tokenizer: Any, prompt: RenderedPrompt) -> list[VolatileText]:
     """Return volatile text in what comes before the first user's text.
 
-    What users say is expected to change; of a prompt without a chat template all is
+    What users say is expected to change; of a prompt without chat messages all is
     looked at.
     """
-    end = len(prompt.token_ids)
-    if prompt.chat is not None and not _is_head(prompt):
-        end = min(prompt.boundaries, default=0)
+    end = len(prompt.token_ids) if prompt.chat is None else prompt.head
     text = _decode(tokenizer, prompt.token_ids[:end])
     found = find_volatile(
         text, hostnames=location.hostnames(), directories=location.directories()
     )
-    return [_located(tokenizer, prompt, volatile) for volatile in found]
+    return [
+        _located(tokenizer, prompt, text, volatile)
+        for volatile in found
+        if not _is_given(prompt.chat, volatile.text)
+    ]
 
 
-def _is_head(prompt: RenderedPrompt) -> bool:
-    """Return whether it ends where the first user's text would begin."""
-    return prompt.is_open and not prompt.boundaries
+def _is_given(chat: ChatPrompt | None, text: str) -> bool:
+    """Return whether a text is the fixed value of an argument of the template."""
+    return chat is not None and any(text in str(v) for v in chat.config.values())
 
 
 def _located(
-    tokenizer: Any, prompt: RenderedPrompt, volatile: Volatile
+    tokenizer: Any, prompt: RenderedPrompt, text: str, volatile: Volatile
 ) -> VolatileText:
-    place, advice = _place(tokenizer, prompt.chat, volatile.text)
+    place, advice = _place(tokenizer, prompt.chat, text, volatile)
     return VolatileText(
         volatile.kind,
         volatile.text,
@@ -75,22 +78,35 @@ def _located(
     )
 
 
-def _place(tokenizer: Any, chat: ChatPrompt | None, text: str) -> tuple[str, str]:
+def _place(
+    tokenizer: Any, chat: ChatPrompt | None, text: str, volatile: Volatile
+) -> tuple[str, str]:
     """Return where volatile text comes from, and what to do about it."""
     if chat is None:
         return "in the text", "move it to the end of the prompt"
-    system = system_text(chat)
-    if text in system:
-        line = system[: system.index(text)].count("\n") + 1
+    system = system_text(chat).strip()
+    start = text.find(system)
+    if system and 0 <= start <= volatile.start < start + len(system):
+        line = text.count("\n", start, volatile.start) + 1
         return f"line {line} of the system prompt", "move it to the user's message"
-    if text in json.dumps(chat.tools, ensure_ascii=False):
+    if volatile.text in json.dumps(chat.tools, ensure_ascii=False):
         return "in the tools", "leave it out of the tools, or tell it in a message"
+    if volatile.text in system:
+        return "in the system prompt", "move it to the user's message"
     return "inserted by the chat template", _advice_for(tokenizer)
 
 
 def _advice_for(tokenizer: Any) -> str:
     template = str(getattr(tokenizer, "chat_template", "") or "")
-    argument = next((name for name in ARGUMENTS if name in template), None)
+    # As a variable, and not in what the template says.
+    argument = next(
+        (
+            name
+            for name in ARGUMENTS
+            if re.search(rf"{{[{{%][^}}]*\b{name}\b(?!['\"])", template)
+        ),
+        None,
+    )
     if argument is None:
         return "use a template that leaves it out"
     return f'fix it with --chat-template-config \'{{"{argument}": "…"}}\''

@@ -9,7 +9,6 @@ from itertools import islice
 from promptcache.chain import Chain, common_length, pack, unpack
 from promptcache.index import Index
 from promptcache.matching import longest_match, longest_rows
-from promptcache.recovery import joined
 from promptcache.types import (
     Eviction,
     Fingerprint,
@@ -79,12 +78,12 @@ class _Finder:
 
     def _with_tokens(self, rows: Iterable[PromptRow]) -> Iterator[StoredPrompt]:
         for row in islice(rows, MOST_PROMPTS):
-            path = self._index.path_to(row.segment_id)
+            token_ids = self._index.token_ids(row.segment_id, row.num_tokens)
             yield StoredPrompt(
                 row.key,
                 row.name,
                 self._fingerprints[row.fingerprint],
-                unpack(joined(path, row.num_tokens)),
+                unpack(token_ids),
                 row.origin,
                 row.used_at,
             )

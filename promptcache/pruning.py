@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from promptcache.blobs import BlobFolder
+from promptcache.chain import Chain
 from promptcache.errors import StoreError, StoreFullError
 from promptcache.eviction import plan_eviction
 from promptcache.index import ROOT_ID, Index
@@ -98,8 +99,26 @@ def execute(index: Index, blobs: BlobFolder, plan: PrunePlan) -> PruneReport:
 def _evict(index: Index, removal: Removal) -> bool:
     """Remove a segment's row, remembering why, and return whether it went."""
     with index.writing():
-        index.note_eviction(removal.key, removal.reason, now=time.time())
+        note_eviction(index, removal.key, removal.reason)
         return index.remove_leaf(removal.key)
+
+
+def note_eviction(index: Index, key: str, reason: str) -> None:
+    """Remember that a segment is being taken away.
+
+    Also for other prompts that begin like those which end there.
+    """
+    segment_id = index.segment_id(key)
+    if segment_id is None:
+        return
+    *_, last = index.path_to(segment_id)
+    keys = {last.end: key}
+    if heads := index.heads(key):
+        digest = index.fingerprint_of(segment_id).digest
+        chain = Chain(digest, index.token_ids(segment_id, max(heads)))
+        begins = (head for head in heads if last.start < head < last.end)
+        keys |= {head: chain.key_at(head) for head in begins}
+    index.note_eviction(key, keys, reason, now=time.time())
 
 
 def _sweep(index: Index, blobs: BlobFolder, garbage: Garbage) -> bool:

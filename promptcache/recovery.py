@@ -5,26 +5,17 @@ import time
 from collections.abc import Callable, Collection, Iterable
 
 from promptcache.blobs import BlobFolder
-from promptcache.chain import Chain, pack, unpack
+from promptcache.chain import Chain
 from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.index import Index
 from promptcache.types import (
     BlobHeader,
     Damage,
     ListedPrefix,
-    SegmentRow,
     VerifyReport,
 )
 
 PREFIXES_FILE = "prefixes.json"
-
-
-def joined(rows: Iterable[SegmentRow], num_tokens: int) -> bytes:
-    """Return the first packed token ids of a path of segments."""
-    token_ids: tuple[int, ...] = ()
-    for row in rows:
-        token_ids = (*token_ids[: row.start], *unpack(row.token_ids))
-    return pack(token_ids[:num_tokens])
 
 
 def verify(
@@ -129,18 +120,18 @@ def _headers(blobs: BlobFolder, keys: Iterable[str]) -> list[BlobHeader]:
 def _adopt(index: Index, blobs: BlobFolder, header: BlobHeader) -> bool:
     """Add the row of a blob whose ancestors are there and whose key is right."""
     info = header.info
-    ancestors: list[SegmentRow] = []
+    before = b""
     if info.parent_key:
         parent_id = index.segment_id(info.parent_key)
         if parent_id is None:
             return False
-        ancestors = index.path_to(parent_id)
+        before = index.token_ids(parent_id, info.start)
     try:
         token_ids = blobs.read_token_ids(header)
     except OSError:
         # It went away meanwhile.
         return False
-    chain = Chain(info.fingerprint.digest, joined(ancestors, info.start) + token_ids)
+    chain = Chain(info.fingerprint.digest, before + token_ids)
     if len(chain) != info.end or chain.tagged_key_at(info.end, info.tag) != info.key:
         return False
     index.add_segment(info, chain, nbytes=blobs.nbytes(info.key))
@@ -184,5 +175,6 @@ def _has_key(index: Index, segment_id: int, entry: ListedPrefix) -> bool:
     num_tokens = entry.num_tokens
     if not isinstance(num_tokens, int) or not rows[-1].start <= num_tokens:
         return False
-    chain = Chain(index.fingerprint_of(segment_id).digest, joined(rows, num_tokens))
+    digest = index.fingerprint_of(segment_id).digest
+    chain = Chain(digest, index.token_ids(segment_id, num_tokens))
     return len(chain) == num_tokens and chain.key_at(num_tokens) == entry.key

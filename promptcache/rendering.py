@@ -42,6 +42,8 @@ class RenderedPrompt(NamedTuple):
         boundaries: Positions at which other prompts are likely to part from it: where
             the first and the last user's text begin, each part of that and, if asked
             for, the texts of other messages and the answer.
+        head: How many tokens come before the first user's text: the system prompt and
+            tools, as the template puts them. 0 for text and token ids.
         is_open: Whether more is to come before an answer: it is the start of prompts,
             and none itself.
         chat: What was rendered, or None for text and token ids.
@@ -50,6 +52,7 @@ class RenderedPrompt(NamedTuple):
 
     token_ids: list[int]
     boundaries: tuple[int, ...] = ()
+    head: int = 0
     is_open: bool = False
     chat: ChatPrompt | None = None
     origin: Origin | None = None
@@ -184,9 +187,12 @@ def render_open(
         raise UsageError("the prompt is empty before the user's text, nothing to build")
     probed = _probed(chat, place, last_part, PROBES[0])
     whole = _rendered(tokenizer, probed, every_message=every_message)
-    boundaries = tuple(b for b in whole.boundaries if b < len(token_ids))
-    return RenderedPrompt(
-        token_ids, boundaries, is_open=True, chat=chat, origin=whole.origin
+    return whole._replace(
+        token_ids=token_ids,
+        boundaries=tuple(b for b in whole.boundaries if b < len(token_ids)),
+        head=min(whole.head, len(token_ids)),
+        is_open=True,
+        chat=chat,
     )
 
 
@@ -237,13 +243,13 @@ def _rendered(
     token_ids = _encode(tokenizer, text)
     places = set(_places(tokenizer, chat, text, every_message=every_message))
     found = _token_positions(tokenizer, text, token_ids, places)
-    found.add(_end_of_system(tokenizer, chat, token_ids))
+    head = _end_of_system(tokenizer, chat, token_ids)
+    found.add(head)
     if every_message:
         found.add(_start_of_answer(tokenizer, chat, token_ids))
     boundaries = tuple(sorted(found - {0, len(token_ids)}))
-    return RenderedPrompt(
-        token_ids, boundaries, chat=chat, origin=origin_of(tokenizer, chat)
-    )
+    origin = replace(origin_of(tokenizer, chat), head=head)
+    return RenderedPrompt(token_ids, boundaries, head, chat=chat, origin=origin)
 
 
 # Boundaries
@@ -272,13 +278,13 @@ def _stable_prefix(
 
 
 def _end_of_system(tokenizer: Any, chat: ChatPrompt, token_ids: list[int]) -> int:
-    """Return where the first user's text begins: after system prompt and tools."""
-    places = _user_places(chat)
+    """Return where the first user's text begins, or would: after system and tools."""
+    if not _user_places(chat):
+        chat = replace(chat, messages=(*chat.messages, {"role": "user"}))
     # A template may refuse a part of what it takes as a whole.
     with contextlib.suppress(UsageError):
-        if places:
-            stable = _stable_prefix(tokenizer, chat, places[0], 0)
-            return common_length(pack(token_ids), pack(stable))
+        stable = _stable_prefix(tokenizer, chat, _user_places(chat)[0], 0)
+        return common_length(pack(token_ids), pack(stable))
     return 0
 
 
@@ -515,6 +521,12 @@ def system_text(chat: ChatPrompt) -> str:
         if message["role"] in SYSTEM_ROLES
         for text in _texts(message)
     )
+
+
+def message_texts(chat: ChatPrompt) -> list[str]:
+    """Return what is said in each message, without blanks around it."""
+    texts = ("".join(_texts(message)).strip() for message in chat.messages)
+    return [text for text in texts if text]
 
 
 def tool_name(tool: Message) -> str:

@@ -202,12 +202,14 @@ class PrefixStore:
         machine, or 0 until that is known. Raises StoreError.
         """
         match = receipt.match
+        speed = self.prefill_speed(receipt.fingerprint)
+        saved_seconds = match.cached_tokens / speed if speed else 0.0
+        if self.is_read_only:
+            return match.key, saved_seconds
         with self._index.writing():
-            key = self.touch(match)
-            speed = self._index.speed(receipt.fingerprint.digest)
-            saved_seconds = match.cached_tokens / speed if speed else 0.0
-            self._index.add_receipt(receipt, key or match.key, saved_seconds)
-        return key or match.key, saved_seconds
+            key = self.touch(match) or match.key
+            self._index.add_receipt(receipt, key, saved_seconds)
+        return key, saved_seconds
 
     def add_speed(
         self, fingerprint: Fingerprint, num_tokens: int, seconds: float
@@ -319,7 +321,7 @@ class PrefixStore:
                 prefix=self._with_nbytes(prefix, segment_id, self._tree()),
                 fingerprint=self._index.fingerprint_of(segment_id),
                 segments=tuple(self._segment_report(row) for row in rows),
-                token_ids=unpack(recovery.joined(rows, prefix.num_tokens)),
+                token_ids=unpack(self._index.token_ids(segment_id, prefix.num_tokens)),
             )
 
     def _segment_report(self, row: SegmentRow) -> SegmentReport:
@@ -556,14 +558,12 @@ class PrefixStore:
             if key not in {pinned for pinned, _ in self._index.names().values()}:
                 self._index.remove_prefix(key)
 
-    def origins(self, system: str, fingerprint: Fingerprint) -> list[Origin]:
-        """Return how prompts with a system prompt of this hash were rendered.
+    def configs(self, template: str) -> list[dict[str, Any]]:
+        """Return with which arguments of a template of this hash prompts were rendered.
 
-        The last used first. Raises StoreError.
+        Raises StoreError.
         """
-        rows = self._index.prompts(system=system)
-        digest = fingerprint.digest
-        return [r.origin for r in rows if r.origin and r.fingerprint == digest]
+        return self._index.configs(template)
 
     def set_origin(self, key: str, origin: Origin) -> None:
         """Note how a listed prefix was rendered. Raises StoreError."""
@@ -668,10 +668,10 @@ class PrefixStore:
         with self._index.writing():
             prefix, segment_id = self._resolve(key_or_name)
             freed = self._tree().freed(prefix.key, segment_id)
+            for segment in freed:
+                pruning.note_eviction(self._index, segment.key, "removed")
             self._index.remove_prefix(prefix.key)
             for segment in freed:
-                now = time.time()
-                self._index.note_eviction(segment.key, "removed", now=now)
                 self._index.remove_leaf(segment.key)
             if prefix.pinned:
                 recovery.write_prefixes(self._index, self._blobs)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from promptcache.errors import PromptCacheError
+from promptcache.errors import PromptCacheError, UsageError
 from promptcache.generator import BuiltPrefix, CachedGenerator
 from promptcache.manifest import Manifest, PromptSpec
 from promptcache.rendering import PromptParts, RenderedPrompt
@@ -57,39 +57,61 @@ class Syncing:
 
         Raises:
             ModelError: A prompt's model cannot be loaded.
-            UsageError: Its template refuses a prompt.
+            UsageError: Its template refuses a prompt, or a name is taken.
             StoreError: The store cannot be read.
         """
         steps = [self._step(spec) for spec in self._manifest.prompts]
-        return [*steps, *self._unwanted()]
+        return [*steps, *self._unwanted(steps)]
 
     def _step(self, spec: PromptSpec) -> SyncStep:
-        with_name = {entry.name: entry for entry in self._store.pins()}
-        pinned = with_name.get(spec.name)
         with _told_of(self._manifest, spec):
             generator, prompt = self._rendered(spec)
             key, is_stored = generator.is_built(prompt, **spec.settings)
+            if spec.pin:
+                self._check_name_is_free(spec.name, key)
             if not is_stored:
                 explanation = generator.explain(prompt, **spec.settings)
                 divergence = explanation.divergence
                 reason = divergence.culprit if divergence else "not stored yet"
                 return SyncStep(spec.name, "build", key, reason)
-        own = str(self._manifest.path)
-        is_pinned = pinned is not None and (pinned.key, pinned.manifest) == (key, own)
-        if spec.pin and not is_pinned:
-            return SyncStep(spec.name, "pin", key, "stored, but not under this name")
-        if not spec.pin and is_pinned:
-            return SyncStep(spec.name, "unpin", key, "the manifest says pin = false")
-        return SyncStep(spec.name, "keep", key, "up to date")
+        return SyncStep(spec.name, *self._pinning(spec, key))
 
-    def _unwanted(self) -> Iterator[SyncStep]:
+    def _pinning(self, spec: PromptSpec, key: str) -> tuple[Action, str, str]:
+        """Return what to do with the pin of a prompt that is stored."""
+        pin = next((pin for pin in self._store.pins() if pin.key == key), None)
+        is_own = pin is not None and pin.manifest == str(self._manifest.path)
+        if not spec.pin:
+            if pin is not None and is_own and pin.name == spec.name:
+                return "unpin", key, "the manifest says pin = false"
+            return "keep", key, "up to date"
+        if pin is None:
+            return "pin", key, "stored, but not pinned"
+        if pin.name == spec.name:
+            return "keep", key, "up to date"
+        if is_own and pin.name not in self._names:
+            return "pin", key, f"was named {pin.name}"
+        # A prefix has one name, and another one keeps it as well.
+        return "keep", key, f"pinned as {pin.name}"
+
+    def _check_name_is_free(self, name: str, key: str) -> None:
+        """Raise UsageError if another manifest has given the name to something else."""
+        for pin in self._store.pins():
+            others = pin.manifest not in (None, str(self._manifest.path))
+            if pin.name == name and pin.key != key and others:
+                raise UsageError(f"the name is taken by {pin.manifest}")
+
+    @property
+    def _names(self) -> set[str]:
+        return {spec.name for spec in self._manifest.prompts}
+
+    def _unwanted(self, steps: Sequence[SyncStep]) -> Iterator[SyncStep]:
         """Yield the pins of this manifest that it names no longer."""
-        wanted = {spec.name for spec in self._manifest.prompts}
-        for entry in self._store.pins():
-            is_own = entry.manifest == str(self._manifest.path)
-            if is_own and entry.name is not None and entry.name not in wanted:
+        renamed = {step.key for step in steps if step.action == "pin"}
+        for pin in self._store.pins():
+            is_own = pin.manifest == str(self._manifest.path)
+            if is_own and pin.name not in self._names and pin.key not in renamed:
                 reason = "the manifest names it no longer"
-                yield SyncStep(entry.name, "unpin", entry.key, reason)
+                yield SyncStep(str(pin.name), "unpin", pin.key, reason)
 
     def _rendered(self, spec: PromptSpec) -> tuple[CachedGenerator, RenderedPrompt]:
         wanted = (spec.model, spec.adapter_path)

@@ -32,12 +32,14 @@ class Origin:
         config: Its further arguments.
         system: Hash of the system prompt's text, empty without one.
         tools: Name and hash of each tool.
+        head: How many tokens come before the first user's text.
     """
 
     template: str
     config: Mapping[str, Any] = field(default_factory=dict)
     system: str = ""
     tools: tuple[tuple[str, str], ...] = ()
+    head: int = field(default=0, compare=False)
 
 
 class SegmentSlice(NamedTuple):

@@ -266,7 +266,7 @@ def test_forgotten_template_argument_is_one_warning() -> None:
 
     assert said.startswith(STORE_TALK)
     assert said.count("\n") == 1
-    assert "and not with {}" in said
+    assert " with {}" in said
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,6 @@ def test_argument_that_does_not_change_the_system_prompt_is_silent(
     assert generate("-s", "You narrate.", config, json.dumps(asked), "Hello") == ""
 
 
-@pytest.mark.xfail(strict=True, reason="only system prompts and tools are compared")
 def test_other_template_argument_of_files_is_told(tmp_path: Path) -> None:
     path = tmp_path / "manual.txt"
     path.write_text("Press the button. " * 9)

@@ -208,7 +208,6 @@ def test_text_without_a_chat_template_is_looked_at(
 # Known defects
 
 
-@pytest.mark.xfail(strict=True, reason="every place is that of the first one")
 def test_text_that_stands_twice_is_told_with_both_lines(
     lint: Callable[..., list[VolatileText]],
 ) -> None:
@@ -220,7 +219,6 @@ def test_text_that_stands_twice_is_told_with_both_lines(
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="arguments are not looked at")
 def test_advice_that_was_followed_ends_the_warning(
     folder: Path, lint: Callable[..., list[VolatileText]]
 ) -> None:
@@ -230,7 +228,6 @@ def test_advice_that_was_followed_ends_the_warning(
     assert lint(system="You narrate.", chat_template_config=config) == []
 
 
-@pytest.mark.xfail(strict=True, reason="any 'date' in a template counts as an argument")
 def test_advice_names_no_argument_that_a_template_does_not_take(
     folder: Path, lint: Callable[..., list[VolatileText]]
 ) -> None:
@@ -241,7 +238,6 @@ def test_advice_names_no_argument_that_a_template_does_not_take(
     assert found.advice == "use a template that leaves it out"
 
 
-@pytest.mark.xfail(strict=True, reason="files count as the head of a prompt")
 def test_files_may_hold_dates_without_a_chat_template(
     folder: Path, lint: Callable[..., list[VolatileText]]
 ) -> None:

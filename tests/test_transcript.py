@@ -110,7 +110,8 @@ def test_reopened_transcript_has_the_same_messages(path: Path) -> None:
             transcript.add(user(text))
             transcript.add_text(text)
             transcript.add_text(text[::-1])
-            transcript.end("stop", key="k" + text[:1])
+            transcript.end("stop")
+            transcript.note_key("k" + text[:1])
         said = transcript.messages
 
     with opened(path) as again:
@@ -125,7 +126,8 @@ def test_transcript_in_memory_works_the_same() -> None:
     with opened(None, system="S") as transcript:
         transcript.add(user("Hello"))
         transcript.add_text("Hi")
-        transcript.end("stop", key="k")
+        transcript.end("stop")
+        transcript.note_key("k")
         transcript.add(user("Why?"))
         transcript.end("interrupted")
 
@@ -270,7 +272,8 @@ def test_file_cut_at_any_byte_loses_at_most_the_torn_line(path: Path) -> None:
             for text in ("Once", " 🎲"):
                 transcript.add_text(text)
                 note()
-            transcript.end("stop", key="k")
+            transcript.end("stop")
+            transcript.note_key("k")
             note()
         transcript.undo()
         note()

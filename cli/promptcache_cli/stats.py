@@ -52,14 +52,18 @@ def _by_model(usage: Iterable[Usage]) -> list[list[Usage]]:
 
 def _sums(usage: Sequence[Usage]) -> dict[str, Any]:
     """Return figures as JSON shows them."""
+
+    def seconds(values: Iterable[float]) -> float:
+        return sum(values, 0.0)
+
     return {
         "hits": sum(u.requests for u in usage if u.key is not None),
         "misses": sum(u.requests for u in usage if u.key is None),
         "cached_tokens": sum(u.cached_tokens for u in usage),
         "prefilled_tokens": sum(u.prefilled_tokens for u in usage),
-        "load_seconds": sum(u.load_seconds for u in usage),
-        "prefill_seconds": sum(u.prefill_seconds for u in usage),
-        "saved_seconds": sum(u.saved_seconds for u in usage),
+        "load_seconds": seconds(u.load_seconds for u in usage),
+        "prefill_seconds": seconds(u.prefill_seconds for u in usage),
+        "saved_seconds": seconds(u.saved_seconds for u in usage),
     }
 
 
