@@ -337,7 +337,7 @@ class _Table:
 
 
 def _read(path: Path, *, encoding: str = "utf-8") -> str:
-    """Return a file's text with its line endings. Raises OSError or ValueError."""
+    """Return a file's text. Raises OSError or ValueError."""
     with path.open(encoding=encoding) as file:
         return file.read()
 

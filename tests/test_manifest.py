@@ -92,7 +92,7 @@ def test_full_manifest_is_read(project: Path) -> None:
         model=str(project / "models" / "own"),
         adapter_path=str(project / "adapters"),
         system="You are Ödön.\n",
-        files=("One\r\nTwo\rThree\n", "B"),
+        files=("One\nTwo\nThree\n", "B"),
         prompt="Where am I?",
         messages=tuple(MESSAGES),
         tools=tuple(TOOLS),
@@ -109,7 +109,7 @@ def test_full_manifest_is_read(project: Path) -> None:
         },
     )
     assert manifest.prompts[1].raw
-    assert manifest.prompts[1].files == ("One\r\nTwo\rThree\n",)
+    assert manifest.prompts[1].files == ("One\nTwo\nThree\n",)
     assert manifest.prompts[1].model == "mlx-community/Llama-3.2-3B-Instruct-4bit"
 
 
