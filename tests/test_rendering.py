@@ -389,3 +389,135 @@ def tools_for(tokenizer: Any) -> list[dict[str, Any]] | None:
 @pytest.mark.skipif(not REAL_TEMPLATES.exists(), reason="templates are not here")
 def test_real_templates_are_there() -> None:
     assert len(list(REAL_TEMPLATES.glob("*.jinja"))) >= 20
+
+
+# Messages as clients send them
+
+
+TOOL_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}"
+    "{{ call.function.name }}({{ call.function.arguments | tojson }})"
+    "{% endfor %}<|end|>{% endfor %}"
+)
+
+
+def tool_call(arguments: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "roll", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ('{"sides": 6}', 'roll({"sides": 6})'),
+        ({"sides": 6}, 'roll({"sides": 6})'),
+        ("no JSON", 'roll("no JSON")'),
+        (None, "roll(null)"),
+    ],
+)
+def test_arguments_of_tool_calls_become_objects(
+    make_tokenizer: Callable[..., Any], arguments: Any, expected: str
+) -> None:
+    tokenizer = make_tokenizer(TOOL_TEMPLATE)
+    said = [{"role": "user", "content": "Hi"}, tool_call(arguments)]
+
+    token_ids = render(tokenizer, said, generation_prompt=False)
+
+    text = f"<|user|>Hi<|end|><|assistant|>{expected}<|end|>"
+    assert tokenizer.decode(token_ids) == text
+
+
+def test_messages_are_not_changed_by_rendering(tokenizer: Any) -> None:
+    said = [{"role": "user", "content": None}, tool_call('{"sides": 6}')]
+    before = repr(said)
+
+    to_token_ids(tokenizer, said, tools=TOOLS)
+
+    assert repr(said) == before
+
+
+def test_arguments_reach_the_template(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer("{{ style }}" + tiny.CHAT_TEMPLATE)
+    said = [{"role": "user", "content": "Hi"}]
+
+    rendered = render_prompt(tokenizer, said, chat_template_config={"style": "terse"})
+
+    assert tokenizer.decode(rendered.token_ids).startswith("terse<|user|>")
+    assert rendered.origin is not None
+    assert rendered.origin.config == {"style": "terse"}
+
+
+@pytest.mark.parametrize("name", ["tools", "tokenize", "add_generation_prompt"])
+def test_what_is_no_argument_of_templates_is_refused(tokenizer: Any, name: str) -> None:
+    said = [{"role": "user", "content": "Hi"}]
+
+    with pytest.raises(UsageError, match=f"{name} is no argument"):
+        render_prompt(tokenizer, said, chat_template_config={name: True})
+
+
+def test_head_ends_where_the_first_user_speaks(tokenizer: Any) -> None:
+    said = compose(system=SYSTEM, user="Hi")
+
+    whole = render_prompt(tokenizer, said, tools=TOOLS)
+    opened = render_open(tokenizer, compose(system=SYSTEM, user=""), tools=TOOLS)
+    without = render_prompt(tokenizer, compose(system=SYSTEM), tools=TOOLS)
+
+    assert whole.head == opened.head == len(opened.token_ids)
+    assert whole.origin is not None and whole.origin.head == whole.head
+    assert tokenizer.decode(whole.token_ids[: whole.head]).endswith("<|user|>")
+    # Where the user would speak after this.
+    assert tokenizer.decode(without.token_ids[: without.head]).endswith(
+        f"{SYSTEM}<|end|>"
+    )
+
+
+def test_each_part_of_the_last_message_begins_at_a_boundary(tokenizer: Any) -> None:
+    said = compose(system="S", documents=["one", "two"], user="why")
+
+    rendered = render_prompt(tokenizer, said)
+
+    texts = [tokenizer.decode(rendered.token_ids[:b]) for b in rendered.boundaries]
+    assert [text.rpartition("<|user|>")[2] for text in texts] == [
+        "",
+        "one\n\n",
+        "one\n\ntwo\n\n",
+    ]
+
+
+def test_messages_begin_at_boundaries_if_wanted(tokenizer: Any) -> None:
+    said = [
+        *compose(system="S", user="One?"),
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Two?"},
+    ]
+
+    rendered = render_prompt(tokenizer, said, every_message=True)
+
+    texts = [tokenizer.decode(rendered.token_ids[:b]) for b in rendered.boundaries]
+    assert [text[-13:] for text in texts] == [
+        "<|system|>",
+        "|end|><|user|>"[-13:],
+        "<|assistant|>",
+        "|end|><|user|>"[-13:],
+    ]
+
+
+def test_boundaries_are_nearly_the_same_without_offsets(tokenizer: Any) -> None:
+    class Slow:
+        """As much of a tokenizer as has no offsets."""
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "backend_tokenizer":
+                raise AttributeError(name)
+            return getattr(tokenizer, name)
+
+    said = compose(system=SYSTEM, documents=["one", "two"], user="why")
+
+    slow = render_prompt(Slow(), said, every_message=True)
+
+    fast = render_prompt(tokenizer, said, every_message=True)
+    assert slow.token_ids == fast.token_ids
+    # Blanks at the end of a text may merge with each other where they else would not.
+    for found, expected in zip(slow.boundaries, fast.boundaries, strict=True):
+        assert expected - 2 <= found <= expected
