@@ -360,13 +360,12 @@ class Index:
         with self.writing():
             sql = "UPDATE prefixes SET origin = ? WHERE key = ?"
             self._execute(sql, [json.dumps(asdict(origin)), key])
+            sql = "INSERT OR IGNORE INTO configs (template, config) VALUES (?, ?)"
+            self._execute(sql, [origin.template, json.dumps(dict(origin.config))])
 
     def configs(self, template: str) -> list[dict[str, Any]]:
-        """Return with which arguments of a template prompts were rendered."""
-        sql = """
-            SELECT DISTINCT json_extract(origin, '$.config') FROM prefixes
-            WHERE json_extract(origin, '$.template') = ?
-        """
+        """Return with which arguments of a template prompts have been rendered."""
+        sql = "SELECT config FROM configs WHERE template = ?"
         return [json.loads(row[0]) for row in self._all(sql, [template])]
 
     def prompts(self) -> list[PromptRow]:
@@ -695,6 +694,10 @@ def _create_tables(connection: sqlite3.Connection) -> None:
 
 def _create_history(database: Any) -> None:
     """Create the tables of what happened, which blobs cannot tell again."""
+    # Apart from the prefixes, so that asking does not take longer with more of them.
+    database["configs"].create(
+        {"template": str, "config": str}, pk=("template", "config")
+    )
     database["speeds"].create(
         {"fingerprint_id": int, "num_tokens": int, "seconds": float},
         pk="fingerprint_id",

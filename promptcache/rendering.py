@@ -507,7 +507,8 @@ def origin_of(tokenizer: Any, chat: ChatPrompt) -> Origin:
     system = system_text(chat)
     return Origin(
         template=hash_json(getattr(tokenizer, "chat_template", None) or ""),
-        config={name: chat.config[name] for name in sorted(chat.config)},
+        # From Python, templates may be given what JSON does not know.
+        config=json.loads(json.dumps(chat.config, sort_keys=True, default=str)),
         system=hash_json(system) if system else "",
         tools=tuple((tool_name(tool), hash_json(tool)) for tool in chat.tools),
     )

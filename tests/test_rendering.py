@@ -521,3 +521,12 @@ def test_boundaries_are_nearly_the_same_without_offsets(tokenizer: Any) -> None:
     # Blanks at the end of a text may merge with each other where they else would not.
     for found, expected in zip(slow.boundaries, fast.boundaries, strict=True):
         assert expected - 2 <= found <= expected
+
+
+def test_arguments_that_json_does_not_know_are_noted_as_text(tokenizer: Any) -> None:
+    said = [{"role": "user", "content": "Hi"}]
+
+    rendered = render_prompt(tokenizer, said, chat_template_config={"path": Path("x")})
+
+    assert rendered.origin is not None
+    assert rendered.origin.config == {"path": "x"}
