@@ -29,6 +29,7 @@ from promptcache.types import (
     Tensor,
     TensorSpec,
     Worth,
+    bits_of,
 )
 
 FORMAT_VERSION = 2
@@ -154,7 +155,7 @@ class BlobFolder:
         """Return the packed token ids of a blob, unchecked. Raises OSError."""
         offset = header.data_start
         for spec in header.tensors:
-            nbytes = _nbytes(spec)
+            nbytes = spec.nbytes
             if spec.name == "token_ids":
                 with open(self.path(header.info.key), "rb") as file:
                     return os.pread(file.fileno(), nbytes, offset)
@@ -283,7 +284,7 @@ def _safetensors_header(metadata: dict[str, str], specs: list[TensorSpec]) -> by
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for spec in specs:
-        end = offset + _nbytes(spec)
+        end = offset + spec.nbytes
         header[spec.name] = {
             "dtype": spec.dtype,
             "shape": spec.shape,
@@ -358,19 +359,8 @@ def _header_checksum(metadata: dict[str, str], specs: list[TensorSpec]) -> str:
     return xxhash.xxh3_128_hexdigest(canonical.encode())
 
 
-def _bits(dtype: str) -> int:
-    return int("".join(c for c in dtype if c.isdigit())) if dtype != "BOOL" else 8
-
-
 def _itemsize(tensor: Tensor) -> int:
-    return _bits(tensor.dtype) // 8
-
-
-def _nbytes(spec: TensorSpec) -> int:
-    count = 1
-    for length in spec.shape:
-        count *= length
-    return count * _bits(spec.dtype) // 8
+    return bits_of(tensor.dtype) // 8
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -9,19 +9,22 @@ without padding.
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
+from promptcache.destination import Destination
 from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.state import put_state, take_state
 from promptcache.treatment import (
     TREATMENTS,
     Treatment,
     arrays_of,
+    filled_in_place,
     filled_rows,
     filled_window,
     parts_of,
@@ -118,12 +121,31 @@ class Capture:
 
 
 class LoadedSegment(NamedTuple):
-    """A segment in memory: the range of its rows, its layout and its tensors."""
+    """A segment in memory: the range of its rows, its layout and its tensors.
+
+    Attributes:
+        start: Its first row.
+        stop: The row after the last one that is wanted.
+        layout: How each part is kept.
+        arrays: Its tensors, but for those that were read to where they are used.
+        destination: What took these.
+        taken: Their names.
+    """
 
     start: int
     stop: int
     layout: Layout
     arrays: Mapping[str, "mx.array"]
+    destination: Destination | None = None
+    taken: Collection[str] = ()
+
+    def array(self, tensor: str) -> "mx.array":
+        """Return a tensor's rows, wherever they were read to. Raises KeyError."""
+        if self.destination is None or tensor not in self.taken:
+            return self.arrays[tensor]
+        array = self.destination.array(tensor)
+        assert array is not None
+        return array[..., self.start : self.stop, :]
 
     @property
     def logits(self) -> "mx.array | None":
@@ -139,7 +161,7 @@ class LoadedSegment(NamedTuple):
         first, last = max(start, self.start), min(stop, self.stop)
         try:
             return [
-                self.arrays[_name(name, t)][
+                self.array(_name(name, t))[
                     ..., first - self.start : last - self.start, :
                 ]
                 for t in self.layout[name].tensor_names
@@ -353,7 +375,11 @@ def _kind_name(part: PartLayout) -> str:
 
 
 def load(
-    path: Path, header: BlobHeader, part: SegmentSlice, token_ids: bytes
+    path: Path,
+    header: BlobHeader,
+    part: SegmentSlice,
+    token_ids: bytes,
+    destination: Destination | None = None,
 ) -> LoadedSegment:
     """Read a segment's rows `[part.start, part.stop)`, or a checkpoint, into memory.
 
@@ -362,29 +388,67 @@ def load(
         header: Its verified header.
         part: Which rows to take.
         token_ids: What these rows must be of, packed.
+        destination: What takes rows where they are going to be used.
 
     Raises:
         DamagedBlobError: The blob does not hold what was written, or is of other
             tokens.
         StoreError: It cannot be read now, or does not fit into memory.
     """
-    import mlx.core as mx
-
+    layout = _decode_layout(header.layout)
+    taken = set() if destination is None else destination.prepare(header.tensors)
     try:
-        arrays = mx.load(str(path))
-        mx.eval(arrays)
-    except (RuntimeError, MemoryError) as error:
+        arrays = _load_arrays(path, header, taken)
+        checksum = xxhash.xxh3_128()
+        for buffers in _data(path, header, part, destination, taken, arrays):
+            for buffer in buffers:
+                checksum.update(buffer)
+    except EOFError as error:
+        raise DamagedBlobError(str(error)) from error
+    except (OSError, RuntimeError, MemoryError) as error:
         raise StoreError(f"blob cannot be read ({error})") from error
-    checksum = xxhash.xxh3_128()
-    for spec in header.tensors:
-        checksum.update(memoryview(arrays[spec.name]))
     if checksum.hexdigest() != header.data_checksum:
         raise DamagedBlobError("checksum of the data does not match")
     num_rows = part.stop - part.start
     if bytes(memoryview(arrays["token_ids"][:num_rows])) != token_ids:
         raise DamagedBlobError("blob is of other tokens")
-    layout = _decode_layout(header.layout)
-    return LoadedSegment(part.start, part.stop, layout, arrays)
+    return LoadedSegment(part.start, part.stop, layout, arrays, destination, taken)
+
+
+def _load_arrays(
+    path: Path, header: BlobHeader, taken: Collection[str]
+) -> dict[str, "mx.array"]:
+    """Return the tensors of a blob but for those that a destination takes."""
+    import mlx.core as mx
+
+    arrays: dict[str, mx.array] = mx.load(str(path))
+    arrays = {s.name: arrays[s.name] for s in header.tensors if s.name not in taken}
+    mx.eval(arrays)
+    return arrays
+
+
+def _data(
+    path: Path,
+    header: BlobHeader,
+    part: SegmentSlice,
+    destination: Destination | None,
+    taken: Collection[str],
+    arrays: Mapping[str, "mx.array"],
+) -> Iterator[Sequence[memoryview]]:
+    """Yield the bytes of a blob's tensors in their order, as they are read."""
+    found: list[Future[list[memoryview]] | Sequence[memoryview]] = []
+    with open(path, "rb", buffering=0) as file:
+        offset = header.data_start
+        for spec in header.tensors:
+            if destination is not None and spec.name in taken:
+                found.append(
+                    destination.read(file.fileno(), offset, spec, part.start, part.stop)
+                )
+            else:
+                found.append([memoryview(arrays[spec.name])])
+            offset += spec.nbytes
+        for buffers in found:
+            yield buffers.result() if isinstance(buffers, Future) else buffers
 
 
 def restore(
@@ -436,6 +500,8 @@ def _restore_rows(
     from mlx_lm.models.cache import QuantizedKVCache
 
     position = segments[-1].stop
+    if in_place := _in_place(name, part, segments):
+        return filled_in_place(part, in_place, position)
     parts = [(s.layout[name], s.rows(name, 0, position)) for s in _with_rows(segments)]
     if not all(rows for _, rows in parts):
         raise DamagedBlobError("blob lacks rows of a part")
@@ -450,6 +516,23 @@ def _restore_rows(
             for layout, found in parts
         ]
     return filled_rows(part, list(zip(*rows, strict=True)), position, room)
+
+
+def _in_place(
+    name: str, part: Any, segments: Sequence[LoadedSegment]
+) -> list["mx.array"]:
+    """Return a part's arrays if all its rows were read to where they are used."""
+    tensors = [_name(name, tensor) for tensor in tensor_names(type(part).__name__)]
+    destination = segments[0].destination
+    for segment in _with_rows(segments):
+        if segment.layout[name].class_name != type(part).__name__:
+            return []
+        if not set(tensors) <= set(segment.taken):
+            return []
+    if destination is None:
+        return []
+    arrays = (destination.array(tensor) for tensor in tensors)
+    return [array for array in arrays if array is not None]
 
 
 def _restore_window(

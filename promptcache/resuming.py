@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from promptcache import codec
 from promptcache.chain import pack
+from promptcache.destination import Destination
 from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.prefill import Cuts, KVSettings, quantize
 from promptcache.saving import warn
 from promptcache.store import PrefixStore
+from promptcache.treatment import parts_of
 from promptcache.types import Fingerprint, Match, SegmentSlice
 
 if TYPE_CHECKING:
@@ -60,28 +62,30 @@ def resume(
     Raises:
         StoreError: The index cannot be read.
     """
-    loaded: dict[SegmentSlice, codec.LoadedSegment] = {}
+    room = len(token_ids) + DECODE_ROOM
     skip: set[str] = set()
-    while True:
-        match = store.lookup(token_ids, fingerprint, generating=generating, skip=skip)
-        if not match.slices:
-            return Resumed(match)
-        part = match.slices[-1]
-        try:
-            for part in match.slices:
-                if part not in loaded:
-                    loaded[part] = _load(store, part, token_ids, cuts, kv)
-            segments = [loaded[part] for part in match.slices]
-            room = len(token_ids) + DECODE_ROOM
-            cache[:] = codec.restore(cache, segments, room)
-            break
-        except _TooEarlyError:
-            skip.add(part.key)
-        except StoreError as error:
-            _give_up(store, part, error)
-            # What does not fit into memory does not fit in part either.
-            is_damaged = isinstance(error, DamagedBlobError)
-            skip.add(part.key if is_damaged else match.slices[0].key)
+    with Destination(dict(parts_of(cache)), room) as destination:
+        loader = _Loader(store, token_ids, cuts, kv, destination)
+        while True:
+            match = store.lookup(
+                token_ids, fingerprint, generating=generating, skip=skip
+            )
+            if not match.slices:
+                return Resumed(match)
+            part = match.slices[-1]
+            try:
+                for part in match.slices:
+                    loader.load(part)
+                segments = [loader.loaded[part] for part in match.slices]
+                cache[:] = codec.restore(cache, segments, room)
+                break
+            except _TooEarlyError:
+                skip.add(part.key)
+            except StoreError as error:
+                _give_up(store, part, error)
+                # What does not fit into memory does not fit in part either.
+                is_damaged = isinstance(error, DamagedBlobError)
+                skip.add(part.key if is_damaged else match.slices[0].key)
     quantized_from = cuts.quantized_from(kv)
     if quantized_from is not None and match.cached_tokens >= quantized_from:
         quantize(cache, match.cached_tokens, kv)
@@ -92,21 +96,43 @@ class _TooEarlyError(Exception):
     """A segment is quantized where a run from nothing is not yet."""
 
 
-def _load(
-    store: PrefixStore,
-    part: SegmentSlice,
-    token_ids: Sequence[int],
-    cuts: Cuts,
-    kv: KVSettings,
-) -> codec.LoadedSegment:
-    path, header = store.open_blob(part)
-    # A run from nothing still reads these rows as they were computed.
-    if codec.is_quantized(header.layout) and part.start < (
-        cuts.quantized_from(kv) or 0
-    ):
-        raise _TooEarlyError
-    ids = pack(token_ids[part.start : part.stop])
-    return codec.load(path, header, part, ids)
+class _Loader:
+    """Reads segments, each once, also where a second try needs some of them again.
+
+    Attributes:
+        loaded: What has been read.
+    """
+
+    def __init__(
+        self,
+        store: PrefixStore,
+        token_ids: Sequence[int],
+        cuts: Cuts,
+        kv: KVSettings,
+        destination: Destination,
+    ) -> None:
+        self.loaded: dict[SegmentSlice, codec.LoadedSegment] = {}
+        self._store = store
+        self._token_ids = token_ids
+        self._quantized_from = cuts.quantized_from(kv) or 0
+        self._destination = destination
+
+    def load(self, part: SegmentSlice) -> None:
+        """Read what is wanted of a segment. Raises StoreError and _TooEarlyError."""
+        if part in self.loaded:
+            return
+        path, header = self._store.open_blob(part)
+        # A run from nothing still reads these rows as they were computed.
+        if codec.is_quantized(header.layout) and part.start < self._quantized_from:
+            raise _TooEarlyError
+        # Of another try, rows may lie where these are going to.
+        self.loaded = {
+            other: segment
+            for other, segment in self.loaded.items()
+            if other.stop <= part.start or part.stop <= other.start
+        }
+        ids = pack(self._token_ids[part.start : part.stop])
+        self.loaded[part] = codec.load(path, header, part, ids, self._destination)
 
 
 def check_blobs(store: PrefixStore, match: Match) -> bool:

@@ -234,6 +234,14 @@ def filled_rows(
     return filled
 
 
+def filled_in_place(part: Any, arrays: Sequence["mx.array"], position: int) -> Any:
+    """Return a fresh part with arrays that have room and hold its rows already."""
+    filled = copy(part)
+    filled.keys, filled.values = arrays
+    filled.offset = position
+    return filled
+
+
 def _padded(rows: Sequence["mx.array"], part: Any, room: int) -> "mx.array":
     """Join rows and pad them to a multiple of the class's step that has `room`."""
     import mlx.core as mx

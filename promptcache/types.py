@@ -1,5 +1,6 @@
 """The values that cross modules, all frozen."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -97,12 +98,22 @@ class Tensor:
     data: memoryview
 
 
+def bits_of(dtype: str) -> int:
+    """Return the size of a value of a dtype in safetensors' spelling."""
+    return int("".join(c for c in dtype if c.isdigit())) if dtype != "BOOL" else 8
+
+
 class TensorSpec(NamedTuple):
     """What a blob's header says of a tensor."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Return how many bytes its values take."""
+        return math.prod(self.shape) * bits_of(self.dtype) // 8
 
 
 class Resumption(NamedTuple):

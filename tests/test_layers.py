@@ -23,7 +23,7 @@ LAYERS = [
     ["errors"],
     ["units", "types", "chain", "state", "treatment", "length_dependence"],
     ["manifest", "transcript", "volatility"],
-    ["differences"],
+    ["destination", "differences"],
     ["location", "fingerprint", "blobs", "index", "eviction", "codec"],
     ["matching", "pruning", "recovery"],
     ["neighbourhood"],
@@ -52,6 +52,7 @@ TENSOR_MODULES = {
 LAZY_TENSOR_MODULES = {
     "codec",
     "default_model",
+    "destination",
     "gguf",
     "loading",
     "prefill",
@@ -78,8 +79,10 @@ def imports_on_import(tree: ast.Module) -> Iterator[str]:
     for node in tree.body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
-        if not isinstance(node, ast.FunctionDef):
-            yield from imports(node)
+        # A class is made on import, its methods' bodies are not run.
+        for part in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if not isinstance(part, ast.FunctionDef):
+                yield from imports(part)
 
 
 def own_imports(name: str) -> set[str]:
