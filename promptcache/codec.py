@@ -10,7 +10,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -447,8 +447,12 @@ def _data(
             else:
                 found.append([memoryview(arrays[spec.name])])
             offset += spec.nbytes
-        for buffers in found:
-            yield buffers.result() if isinstance(buffers, Future) else buffers
+        try:
+            for buffers in found:
+                yield buffers.result() if isinstance(buffers, Future) else buffers
+        finally:
+            # None may write after a failure, when rows of another try may be there.
+            wait([buffers for buffers in found if isinstance(buffers, Future)])
 
 
 def restore(
