@@ -1,11 +1,12 @@
 """One build: match, load, read the rest piece by piece, save."""
 
+import contextlib
 from collections.abc import Callable
 
 from mlx_lm.generate import generation_stream, wired_limit
 
 from promptcache.decoding import read_rest
-from promptcache.errors import UsageError
+from promptcache.errors import StoreError, UsageError
 from promptcache.loaded_model import LoadedModel
 from promptcache.prefill import check_quantizable, prefill
 from promptcache.rendering import RenderedPrompt
@@ -159,7 +160,9 @@ class Building:
                 on_piece=on_piece,
                 on_progress=lambda done, _: on_progress(done, self._num_tokens),
             )
-            self._store.add_speed(self._fingerprint, end - num_cached, seconds)
+            # A receipt is not worth waiting for, let alone failing.
+            with contextlib.suppress(StoreError):
+                self._store.add_speed(self._fingerprint, end - num_cached, seconds)
             if end < self._num_tokens:
                 logits = read_rest(reader, cache, token_ids, num_read=end)
                 saver.capture(end, self._num_tokens, logits)

@@ -438,16 +438,15 @@ def _data(
     """Yield the bytes of a blob's tensors in their order, as they are read."""
     found: list[Future[list[memoryview]] | Sequence[memoryview]] = []
     with open(path, "rb", buffering=0) as file:
-        offset = header.data_start
-        for spec in header.tensors:
-            if destination is not None and spec.name in taken:
-                found.append(
-                    destination.read(file.fileno(), offset, spec, part.start, part.stop)
-                )
-            else:
-                found.append([memoryview(arrays[spec.name])])
-            offset += spec.nbytes
         try:
+            offset = header.data_start
+            for spec in header.tensors:
+                if destination is not None and spec.name in taken:
+                    place = (file.fileno(), offset, spec, part.start, part.stop)
+                    found.append(destination.read(*place))
+                else:
+                    found.append([memoryview(arrays[spec.name])])
+                offset += spec.nbytes
             for buffers in found:
                 yield buffers.result() if isinstance(buffers, Future) else buffers
         finally:

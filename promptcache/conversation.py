@@ -175,7 +175,8 @@ class Conversation:
         with contextlib.suppress(PromptCacheError):
             assert store is not None
             # Others may have listed the same before: it is not ours to take away.
-            if store.resolve(key).created_at < started:
+            listed_at = store.listed_at(key)
+            if listed_at is None or listed_at < started:
                 return
             self._transcript.note_key(key)
             if before is not None and before != key:

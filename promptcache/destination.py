@@ -72,9 +72,9 @@ class Destination:
         return {spec.name for spec in specs if self._fits(spec)}
 
     def _is_plain(self, spec: TensorSpec) -> bool:
-        return (
-            spec.name in self._steps and spec.dtype in DTYPES and len(spec.shape) == 4
-        )
+        is_known = spec.name in self._steps and spec.dtype in DTYPES
+        # Some models have keys or values of no width.
+        return is_known and len(spec.shape) == 4 and spec.nbytes > 0
 
     def _zeros(self, specs: Sequence[TensorSpec]) -> "list[mx.array]":
         """Return zeros with room, written by two threads of MLX's."""

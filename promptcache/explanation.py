@@ -286,9 +286,17 @@ class _Inquiry:
         elif other.tools != origin.tools:
             # Beyond the head, the tools have been read and are the same.
             in_head = not is_nearest or self._agreed < self._begin
-            if in_head and is_alike(origin, other):
+            if in_head and (is_alike(origin, other) or self._has_other_text(prompt)):
                 culprit = _change_of_tools(other.tools, origin.tools)
                 yield self._part(prompt, "tools", culprit)
+
+    def _has_other_text(self, prompt: StoredPrompt) -> bool:
+        """Return whether no better cause is known than that tools are other ones."""
+        origin, other = self._rendered.origin, prompt.origin
+        if origin is None or other is None or not self._shared(prompt):
+            return False
+        names = {name for name, _ in origin.tools} & {name for name, _ in other.tools}
+        return bool(names) and self._part_of_text(prompt).kind == "text"
 
     def _says_the_same(self, prompt: StoredPrompt) -> bool:
         """Return whether all that is said in this prompt is said in a stored one."""
@@ -342,7 +350,7 @@ class _Inquiry:
             return ""
         if position >= boundaries[-1]:
             return " in the last message"
-        if position < boundaries[0]:
+        if position < self._rendered.head:
             return " before the first message"
         return " in an earlier message"
 

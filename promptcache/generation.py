@@ -17,7 +17,7 @@ from mlx_lm.generate import (
 from mlx_lm.models.cache import make_prompt_cache
 
 from promptcache.decoding import LogitsProcessor, Sampler, Step, decode, read_rest
-from promptcache.errors import StoreError, UnsupportedCacheError
+from promptcache.errors import PromptCacheError, StoreError, UnsupportedCacheError
 from promptcache.prefill import (
     Cuts,
     KVSettings,
@@ -236,20 +236,28 @@ class Generation:
 
     def _start(self) -> _Start:
         """Find and load what is cached, and decide whether to save."""
-        cache = make_prompt_cache(self._reader, self._request.max_kv_size)
-        cold = _Start(cache, Resumed(Match()), QuietSaver(None))
         if self._store is None:
-            return cold
+            return self._cold()
+        cache = self._make_cache()
         try:
             self._check_cacheable(cache)
             fingerprint = self._fingerprint()
             resumed = self._resume(self._store, fingerprint, cache)
-            self._request.on_match(resumed.match)
         except (UnsupportedCacheError, StoreError) as error:
             warn(f"going on without the store: {error}")
-            return cold
+            # With a cache of its own: the other one may have been filled.
+            return self._cold()
+        with contextlib.suppress(PromptCacheError):
+            self._request.on_match(resumed.match)
         saver = self._saver(self._store, fingerprint, cache, resumed.match)
         return _Start(cache, resumed, saver, fingerprint)
+
+    def _cold(self) -> _Start:
+        return _Start(self._make_cache(), Resumed(Match()), QuietSaver(None))
+
+    def _make_cache(self) -> list[Any]:
+        cache: list[Any] = make_prompt_cache(self._reader, self._request.max_kv_size)
+        return cache
 
     def _check_cacheable(self, cache: list[Any]) -> None:
         """Raise UnsupportedCacheError if the prompt's state cannot be kept."""

@@ -34,14 +34,18 @@ from promptcache.types import (
     Worth,
 )
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 ROOT_ID = 0
 # In place of the first token of a checkpoint, which has no tokens.
 NO_TOKEN = -1
+# A prompt is tried with so many other arguments of its template.
+MOST_CONFIGS = 4
 # So many evictions are remembered, to say later why a prompt missed.
 MOST_EVICTIONS = 10_000
 # Writers queue behind each other; a save holds the lock for milliseconds.
 TIMEOUT_SECONDS = 30
+# What an answer may be delayed by for the sake of its receipt.
+BUSY_MILLISECONDS = 100
 
 SEGMENT_COLUMNS = (
     "id, key, parent_id, start, end, nbytes, divisible, extendable, needs_checkpoint, "
@@ -142,6 +146,16 @@ class Index:
     def writing(self) -> AbstractContextManager[None]:
         """Hold the write lock for a transaction. Raises StoreError."""
         return self._transaction("BEGIN IMMEDIATE")
+
+    @contextlib.contextmanager
+    def impatient(self) -> Iterator[None]:
+        """Fail soon where another process writes, rather than wait for it."""
+        with self._lock:
+            self._execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
+            try:
+                yield
+            finally:
+                self._execute(f"PRAGMA busy_timeout={TIMEOUT_SECONDS * 1000}")
 
     def reading(self) -> AbstractContextManager[None]:
         """See one state of the store until the end, whatever others do."""
@@ -360,13 +374,34 @@ class Index:
         with self.writing():
             sql = "UPDATE prefixes SET origin = ? WHERE key = ?"
             self._execute(sql, [json.dumps(asdict(origin)), key])
-            sql = "INSERT OR IGNORE INTO configs (template, config) VALUES (?, ?)"
+            sql = "INSERT OR REPLACE INTO configs (template, config) VALUES (?, ?)"
             self._execute(sql, [origin.template, json.dumps(dict(origin.config))])
 
     def configs(self, template: str) -> list[dict[str, Any]]:
-        """Return with which arguments of a template prompts have been rendered."""
-        sql = "SELECT config FROM configs WHERE template = ?"
+        """Return with which arguments of a template prompts were rendered last."""
+        sql = f"""
+            SELECT config FROM configs WHERE template = ?
+            ORDER BY rowid DESC LIMIT {MOST_CONFIGS}
+        """
         return [json.loads(row[0]) for row in self._all(sql, [template])]
+
+    def forget_configs(self) -> None:
+        """Forget arguments of templates that no prompt is listed with any more."""
+        sql = """
+            DELETE FROM configs WHERE NOT EXISTS (
+                SELECT 1 FROM prefixes
+                WHERE json_extract(origin, '$.template') = configs.template
+                AND json_extract(origin, '$.config') = json(configs.config)
+            )
+        """
+        with self.writing():
+            self._execute(sql)
+
+    def created_at(self, key: str) -> float | None:
+        """Return when a prefix was listed, or None if it is not."""
+        sql = "SELECT created_at FROM prefixes WHERE key = ?"
+        row = self._execute(sql, [key]).fetchone()
+        return None if row is None else float(row[0])
 
     def prompts(self) -> list[PromptRow]:
         """Return what was built or saved, the last used first."""

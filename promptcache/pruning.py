@@ -152,6 +152,7 @@ def report(
     garbage: Sequence[Garbage],
 ) -> PruneReport:
     """Return what was removed, after the index gave back its room too."""
+    index.forget_configs()
     index.shrink()
     return PruneReport(
         removals=tuple(removals),

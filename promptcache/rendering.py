@@ -209,13 +209,37 @@ def make_chat(
     Raises:
         UsageError: They are no messages, or an argument is not the template's.
     """
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise UsageError("each message needs a role and content")
+    for number, message in enumerate(messages, start=1):
+        _check_message(message, number)
     if own := OWN_ARGUMENTS & (config or {}).keys():
         raise UsageError(f"{min(own)} is no argument of chat templates")
     plain = tuple(_with_parsed_calls(message) for message in messages)
     return ChatPrompt(plain, tuple(tools or ()), dict(config or {}))
+
+
+def _check_message(message: Any, number: int) -> None:
+    """Raise UsageError for what is no message, or holds something else than text."""
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise UsageError("each message needs a role and content")
+    content = message.get("content")
+    whole = [{"text": content or ""}]
+    for part in content if isinstance(content, list | tuple) else whole:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            raise UsageError(f"message {number} must have text as content")
+        _check_text(part["text"], number)
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list | tuple) or not all(
+        isinstance(call, Mapping) and isinstance(call.get("function") or {}, Mapping)
+        for call in calls
+    ):
+        raise UsageError(f"tool_calls of message {number} must be a list of objects")
+
+
+def _check_text(text: str, number: int) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"message {number} is no valid Unicode") from error
 
 
 def _with_parsed_calls(message: Message) -> Message:

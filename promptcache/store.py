@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from promptcache import location, pruning, recovery
 from promptcache.blobs import BlobFolder
-from promptcache.chain import Chain, unpack
+from promptcache.chain import BLOCK_SIZE, Chain, unpack
 from promptcache.errors import (
     DamagedBlobError,
     DamagedIndexError,
@@ -206,16 +206,21 @@ class PrefixStore:
         saved_seconds = match.cached_tokens / speed if speed else 0.0
         if self.is_read_only:
             return match.key, saved_seconds
-        with self._index.writing():
-            key = self.touch(match) or match.key
+        with self._index.impatient(), self._index.writing():
+            # Less is shared by chance: templates begin alike.
+            least = min(BLOCK_SIZE, match.cached_tokens + receipt.prefilled_tokens - 1)
+            is_hit = match.cached_tokens >= max(least, 1)
+            key = (self.touch(match) or match.key) if is_hit else None
             self._index.add_receipt(receipt, key, saved_seconds)
-        return key, saved_seconds
+        return key or match.key, saved_seconds
 
     def add_speed(
         self, fingerprint: Fingerprint, num_tokens: int, seconds: float
     ) -> None:
         """Note how long a model took to read so many tokens. Raises StoreError."""
-        if num_tokens >= LEAST_SPEED_TOKENS and seconds > 0:
+        if num_tokens < LEAST_SPEED_TOKENS or seconds <= 0 or self.is_read_only:
+            return
+        with self._index.impatient():
             self._index.add_speed(fingerprint, num_tokens, seconds)
 
     def prefill_speed(self, fingerprint: Fingerprint) -> float | None:
@@ -548,6 +553,10 @@ class PrefixStore:
         if is_new:
             self._hold_limit(segment_key)
         return True
+
+    def listed_at(self, key: str) -> float | None:
+        """Return when a prefix was listed, or None if it is not. Raises StoreError."""
+        return self._index.created_at(key)
 
     def unlist(self, key: str) -> None:
         """Stop listing a prefix that is not pinned; what it holds stays.

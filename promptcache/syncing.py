@@ -1,15 +1,16 @@
 """Syncing: make the store hold what a manifest names, planned first."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from promptcache.errors import PromptCacheError, UsageError
 from promptcache.generator import BuiltPrefix, CachedGenerator
 from promptcache.manifest import Manifest, PromptSpec
 from promptcache.rendering import PromptParts, RenderedPrompt
 from promptcache.store import PrefixStore
+from promptcache.types import ListedPrefix
 
 Action = Literal["keep", "build", "pin", "unpin"]
 Load = Callable[[str | None, str | None], CachedGenerator]
@@ -38,6 +39,13 @@ class SyncStep:
         return self.action != "keep"
 
 
+class _Found(NamedTuple):
+    """A prompt's key, and why it has to be built, if it has."""
+
+    key: str
+    missing: str | None
+
+
 class Syncing:
     """Compares a manifest with a store, and does what is missing.
 
@@ -60,38 +68,57 @@ class Syncing:
             UsageError: Its template refuses a prompt, or a name is taken.
             StoreError: The store cannot be read.
         """
-        steps = [self._step(spec) for spec in self._manifest.prompts]
-        return [*steps, *self._unwanted(steps)]
+        found = {spec.name: self._look_up(spec) for spec in self._manifest.prompts}
+        wanted = {
+            spec.name: found[spec.name].key
+            for spec in self._manifest.prompts
+            if spec.pin
+        }
+        steps = [
+            self._step(spec, found[spec.name], wanted)
+            for spec in self._manifest.prompts
+        ]
+        unpins = list(self._unwanted(wanted, steps))
+        unpinned = {step.name for step in unpins}
+        kept = [s for s in steps if s.is_stale or s.name not in unpinned]
+        return [*kept, *unpins]
 
-    def _step(self, spec: PromptSpec) -> SyncStep:
+    def _look_up(self, spec: PromptSpec) -> "_Found":
         with _told_of(self._manifest, spec):
             generator, prompt = self._rendered(spec)
             key, is_stored = generator.is_built(prompt, **spec.settings)
             if spec.pin:
                 self._check_name_is_free(spec.name, key)
-            if not is_stored:
-                explanation = generator.explain(prompt, **spec.settings)
-                divergence = explanation.divergence
-                reason = divergence.culprit if divergence else "not stored yet"
-                return SyncStep(spec.name, "build", key, reason)
-        return SyncStep(spec.name, *self._pinning(spec, key))
+            if is_stored:
+                return _Found(key, None)
+            divergence = generator.explain(prompt, **spec.settings).divergence
+            return _Found(key, divergence.culprit if divergence else "not stored yet")
 
-    def _pinning(self, spec: PromptSpec, key: str) -> tuple[Action, str, str]:
+    def _step(
+        self, spec: PromptSpec, found: "_Found", wanted: Mapping[str, str]
+    ) -> SyncStep:
+        if found.missing is not None:
+            return SyncStep(spec.name, "build", found.key, found.missing)
+        if not spec.pin:
+            return SyncStep(spec.name, "keep", found.key, "up to date")
+        return SyncStep(spec.name, *self._pinning(spec.name, found.key, wanted))
+
+    def _pinning(
+        self, name: str, key: str, wanted: Mapping[str, str]
+    ) -> tuple[Action, str, str]:
         """Return what to do with the pin of a prompt that is stored."""
         pin = next((pin for pin in self._store.pins() if pin.key == key), None)
-        is_own = pin is not None and pin.manifest == str(self._manifest.path)
-        if not spec.pin:
-            if pin is not None and is_own and pin.name == spec.name:
-                return "unpin", key, "the manifest says pin = false"
-            return "keep", key, "up to date"
         if pin is None:
             return "pin", key, "stored, but not pinned"
-        if pin.name == spec.name:
+        if pin.name == name:
             return "keep", key, "up to date"
-        if is_own and pin.name not in self._names:
+        if self._is_own(pin) and wanted.get(str(pin.name)) != key:
             return "pin", key, f"was named {pin.name}"
         # A prefix has one name, and another one keeps it as well.
         return "keep", key, f"pinned as {pin.name}"
+
+    def _is_own(self, pin: ListedPrefix) -> bool:
+        return pin.manifest == str(self._manifest.path)
 
     def _check_name_is_free(self, name: str, key: str) -> None:
         """Raise UsageError if another manifest has given the name to something else."""
@@ -100,18 +127,22 @@ class Syncing:
             if pin.name == name and pin.key != key and others:
                 raise UsageError(f"the name is taken by {pin.manifest}")
 
-    @property
-    def _names(self) -> set[str]:
-        return {spec.name for spec in self._manifest.prompts}
+    def _unwanted(
+        self, wanted: Mapping[str, str], steps: Sequence[SyncStep]
+    ) -> Iterator[SyncStep]:
+        """Yield the pins of this manifest that it does not want any more.
 
-    def _unwanted(self, steps: Sequence[SyncStep]) -> Iterator[SyncStep]:
-        """Yield the pins of this manifest that it names no longer."""
+        A name that it wants for something else moves there by itself.
+        """
+        named = {spec.name for spec in self._manifest.prompts}
         renamed = {step.key for step in steps if step.action == "pin"}
         for pin in self._store.pins():
-            is_own = pin.manifest == str(self._manifest.path)
-            if is_own and pin.name not in self._names and pin.key not in renamed:
+            name = str(pin.name)
+            if self._is_own(pin) and name not in wanted and pin.key not in renamed:
                 reason = "the manifest names it no longer"
-                yield SyncStep(str(pin.name), "unpin", pin.key, reason)
+                if name in named:
+                    reason = "the manifest says pin = false"
+                yield SyncStep(name, "unpin", pin.key, reason)
 
     def _rendered(self, spec: PromptSpec) -> tuple[CachedGenerator, RenderedPrompt]:
         wanted = (spec.model, spec.adapter_path)

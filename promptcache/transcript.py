@@ -39,21 +39,22 @@ class Transcript:
 
         Args:
             path: The file, or None to keep it in memory only.
-            head: What a new conversation starts with. None is said of what is None.
+            head: What a new conversation starts with. Nothing is said of what is None.
 
         Raises:
             UsageError: The file belongs to a conversation that started otherwise, or
                 another process has it open.
             StoreError: It cannot be read or written, or is no transcript.
         """
-        self.head = dict(head)
+        # As the file gives it back.
+        self.head = json.loads(_encoded(head))
         self.messages: list[dict[str, Any]] = []
         self.key: str | None = None
         self._is_answering = False
         self._file: _LineFile | None = None
         if path is None:
             return
-        first = _encoded({"version": VERSION, **head})
+        first = _encoded({"version": VERSION, **self.head})
         self._file = _LineFile(path)
         try:
             lines = self._file.lines()
@@ -82,7 +83,7 @@ class Transcript:
         if version > VERSION:
             raise StoreError(f"a newer promptcache wrote {path}, upgrade promptcache")
         for name, value in given.items():
-            if value != self.head[name]:
+            if (value or None) != (self.head[name] or None):
                 raise UsageError(
                     f"this conversation began with another {name}, leave it out or "
                     "begin one under another name"

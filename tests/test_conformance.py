@@ -117,14 +117,14 @@ def by_trimming(name: str, part: Any, segments: Sequence[Any], room: int) -> Any
     return filled
 
 
-FILLED_ROWS = codec.filled_rows
+FILLED_ROWS = codec.filled_in_place
 FILLED_WINDOW = codec.filled_window
 PUT_STATE = codec.put_state
 ENCODED = codec._encoded
 RESTORE_WINDOW = codec._RESTORE[codec.Treatment.WINDOW]
 
 SABOTAGE: dict[str, tuple[str, Callable[..., Any]]] = {
-    "llama": ("filled_rows", without_offset),
+    "llama": ("filled_in_place", without_offset),
     "gemma3_text": ("filled_window", with_arrays_only),
     "deepseek_v41": ("put_state", with_arrays_only_of_state),
     "qwen3": ("_encoded", in_half_precision),

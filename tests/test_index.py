@@ -1,5 +1,6 @@
 """The index: one SQLite file that many processes share."""
 
+import hashlib
 import os
 import sqlite3
 import subprocess
@@ -196,7 +197,7 @@ def test_newer_index_is_refused_and_not_touched(path: Path, journal_mode: str) -
         connection.execute(f"PRAGMA journal_mode={journal_mode}")
     before = path.read_bytes()
 
-    with pytest.raises(StoreFormatError, match=r"has format 4 .* reads up to 3, upgr"):
+    with pytest.raises(StoreFormatError, match=r"has format 5 .* reads up to 4, upgr"):
         Index(path)
 
     assert path.read_bytes() == before
@@ -221,7 +222,7 @@ def test_older_index_has_to_be_rebuilt(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION - 1}")
 
-    with pytest.raises(DamagedIndexError, match="older format 2"):
+    with pytest.raises(DamagedIndexError, match="older format 3"):
         Index(path)
 
 
@@ -609,3 +610,13 @@ def test_room_of_deleted_rows_is_given_back(index: Index, path: Path) -> None:
 
     assert path.stat().st_size < before / 2
     assert not path.with_name("index.db-wal").stat().st_size
+
+
+def test_tables_change_with_their_version_only(tmp_path: Path) -> None:
+    Index(tmp_path / "index.db").close()
+    sql = query(tmp_path, "SELECT sql FROM sqlite_master ORDER BY name")
+
+    found = hashlib.sha256(repr(sql).encode()).hexdigest()[:16]
+
+    # Raise SCHEMA_VERSION with it: an index of another version is built anew.
+    assert (SCHEMA_VERSION, found) == (4, "4559415650be35b1")

@@ -108,12 +108,12 @@ def test_what_tight_mode_stored_is_not_reused_in_exact_mode(
 def test_tokens_that_differ_are_seen(
     generator: CachedGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = codec.LoadedSegment.rows
+    filled = codec.filled_in_place
 
-    def shuffled(self: Any, *args: Any) -> list[mx.array]:
-        return [mx.roll(array, 1, axis=-2) * 3 for array in rows(self, *args)]
+    def shuffled(part: Any, arrays: list[mx.array], position: int) -> Any:
+        return filled(part, [mx.roll(a, 1, axis=-2) * 3 for a in arrays], position)
 
-    monkeypatch.setattr(codec.LoadedSegment, "rows", shuffled)
+    monkeypatch.setattr(codec, "filled_in_place", shuffled)
 
     report = parity(generator, exact=True)
 
@@ -190,9 +190,11 @@ def test_json_tells_every_cut() -> None:
 def test_exit_code_is_1_if_tokens_differ_in_exact_mode(
     mode: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = codec.LoadedSegment.rows
+    filled = codec.filled_in_place
     monkeypatch.setattr(
-        codec.LoadedSegment, "rows", lambda *args: [a * -9 for a in rows(*args)]
+        codec,
+        "filled_in_place",
+        lambda part, arrays, position: filled(part, [a * -9 for a in arrays], position),
     )
     prompt = "Shine over the sea, over the hills and over the town. " * 3
 

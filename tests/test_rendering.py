@@ -530,3 +530,29 @@ def test_arguments_that_json_does_not_know_are_noted_as_text(tokenizer: Any) -> 
 
     assert rendered.origin is not None
     assert rendered.origin.config == {"path": "x"}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": ["a", "b"]},
+        {"role": "user", "content": 5},
+        {"role": "user", "content": {"text": "a"}},
+        {"role": "user", "content": [{"type": "text", "text": None}]},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {}}]},
+        {"role": "user", "content": "\ud800"},
+        {"role": "assistant", "tool_calls": "oops"},
+        {"role": "assistant", "tool_calls": [None]},
+        {"role": "assistant", "tool_calls": [{"function": "f"}]},
+    ],
+    ids=ascii,
+)
+def test_message_that_is_none_is_refused_in_one_line(
+    tokenizer: Any, message: dict[str, Any]
+) -> None:
+    said = [{"role": "user", "content": "Hi"}, message]
+
+    with pytest.raises(UsageError, match="message 2") as raised:
+        render_prompt(tokenizer, said)
+
+    assert "\n" not in str(raised.value)

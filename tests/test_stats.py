@@ -328,3 +328,22 @@ def test_generate_json_tells_what_was_saved(
     value = stats()
     assert (value["hits"], value["misses"]) == (1, 1)
     assert value["saved_seconds"] == second["saved_seconds"]
+
+
+def test_prompts_that_share_a_templates_first_tokens_only_are_misses(
+    generator: CachedGenerator,
+) -> None:
+    def ask(system: str) -> None:
+        said = [
+            {"role": "system", "content": f"{system} " * 20},
+            {"role": "user", "content": "Hi"},
+        ]
+        list(generator.stream_generate(said, max_tokens=1, save=True))
+
+    for system in ("Alpha", "Beta", "Gamma"):
+        ask(system)
+    ask("Alpha")
+
+    rows = usage(generator)
+    assert sum(row.requests for row in rows if row.key is None) == 3
+    assert sum(row.requests for row in rows if row.key is not None) == 1

@@ -408,3 +408,54 @@ def test_volatile_text_is_warned_of_where_it_is_built(project: Path) -> None:
 
     assert first.stderr.count("promptcache: warning: date '2026-11-23'") == 1
     assert second.stderr == ""
+
+
+# What one sync settles
+
+
+def write(project: Path, **prompts: str) -> None:
+    """Write a manifest of prompts with these system prompts."""
+    tables = (
+        f'[prompts.{name}]\nmodel = "./other"\nsystem = "{system}"\n'
+        for name, system in prompts.items()
+    )
+    (project / "promptcache.toml").write_text("".join(tables))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"a": "One"}, {"a": "Two", "b": "One"}),
+        ({"a": "One", "b": "Two"}, {"a": "Two", "b": "One"}),
+        ({"a": "One"}, {"b": "Two", "a": "One"}),
+        ({"a": "One", "b": "Two"}, {"b": "One"}),
+    ],
+    ids=str,
+)
+def test_one_sync_gives_every_name_its_prompt(
+    before: dict[str, str], after: dict[str, str], project: Path
+) -> None:
+    write(project, **before)
+    ok("sync")
+    keys = {system: pins()[name] for name, system in before.items()}
+    write(project, **after)
+
+    ok("sync")
+
+    assert actions("--check") == dict.fromkeys(after, "keep")
+    assert set(pins()) == set(after)
+    for name, system in after.items():
+        assert pins()[name] == keys.get(system, pins()[name])
+
+
+def test_other_text_and_no_pin_at_once_take_the_old_pin_away(project: Path) -> None:
+    write(project, a="One")
+    ok("sync")
+    write(project, a="Two")
+    with (project / "promptcache.toml").open("a") as manifest:
+        manifest.write("pin = false\n")
+
+    ok("sync")
+
+    assert pins() == {}
+    assert invoke("sync", "--check").exit_code == 0

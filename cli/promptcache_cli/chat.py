@@ -163,6 +163,8 @@ class _Session:
         taken: list[GenerationResponse] = []
         explanation = None
         try:
+            if text is not None:
+                checked_text(text)
             explanation = self._explain(text) if self._usage else None
             with self._talk.progress("Reading", "tokens") as progress:
                 responses = self._answer(text, progress)
@@ -195,14 +197,14 @@ class _Session:
 def _lines() -> Iterator[str]:
     """Yield the lines of stdin, on a terminal with a prompt and editing."""
     if not sys.stdin.isatty():
-        yield from (checked_text(line).strip() for line in sys.stdin)
+        yield from (line.strip() for line in sys.stdin)
         return
     # Gives `input` its editing.
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
     while True:
         try:
-            yield checked_text(_ask()).strip()
+            yield _ask().strip()
         except KeyboardInterrupt:
             click.echo("\nCtrl-D or /exit leaves", err=True)
         except EOFError:
