@@ -50,6 +50,7 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(RUN) python -m benchmarks.ttft
+	$(RUN) python -m benchmarks.lookup
 
 models: $(VENV)/.installed
 	$(RUN) python -m benchmarks.conformance --write docs/models.md
