@@ -525,15 +525,15 @@ def _in_place(
     name: str, part: Any, segments: Sequence[LoadedSegment]
 ) -> list["mx.array"]:
     """Return a part's arrays if all its rows were read to where they are used."""
-    tensors = [_name(name, tensor) for tensor in tensor_names(type(part).__name__)]
     destination = segments[0].destination
+    if destination is None:
+        return []
+    tensors = [_name(name, tensor) for tensor in tensor_names(type(part).__name__)]
     for segment in _with_rows(segments):
         if segment.layout[name].class_name != type(part).__name__:
             return []
         if not set(tensors) <= set(segment.taken):
             return []
-    if destination is None:
-        return []
     arrays = (destination.array(tensor) for tensor in tensors)
     return [array for array in arrays if array is not None]
 

@@ -1,21 +1,16 @@
 """Explanations: why a prompt hits or misses."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from promptcache import location
 from promptcache.chain import common_length, pack
 from promptcache.differences import compare
 from promptcache.errors import UsageError
-from promptcache.neighbourhood import is_alike
-from promptcache.rendering import (
-    ChatPrompt,
-    RenderedPrompt,
-    message_texts,
-    render_prompt,
-)
+from promptcache.neighbourhood import is_alike, shares_tools
+from promptcache.rendering import RenderedPrompt, message_texts, render
 from promptcache.types import (
     Eviction,
     Fingerprint,
@@ -146,6 +141,7 @@ class _Inquiry:
         self._tokenizer = tokenizer
         self._rendered = rendered
         self._token_ids = rendered.token_ids
+        self._packed = pack(rendered.token_ids)
         self._fingerprint = fingerprint
         self._around = neighbourhood
         self._now = now
@@ -197,7 +193,7 @@ class _Inquiry:
         yield self._nothing_cached()
 
     def _shared(self, prompt: StoredPrompt) -> int:
-        return common_length(pack(self._token_ids), pack(prompt.token_ids))
+        return common_length(self._packed, pack(prompt.token_ids))
 
     def _is_early(self, divergence: Divergence) -> bool:
         """Return whether it lies before the last user's text."""
@@ -279,7 +275,7 @@ class _Inquiry:
             if self._says_the_same(prompt):
                 yield self._part(prompt, "template", "another chat template")
         elif other.config != origin.config and self._would_share_more(
-            prompt, config=other.config
+            prompt, other.config
         ):
             culprit = f"another template argument: {_change_of_config(other, origin)}"
             yield self._part(prompt, "template argument", culprit)
@@ -295,8 +291,7 @@ class _Inquiry:
         origin, other = self._rendered.origin, prompt.origin
         if origin is None or other is None or not self._shared(prompt):
             return False
-        names = {name for name, _ in origin.tools} & {name for name, _ in other.tools}
-        return bool(names) and self._part_of_text(prompt).kind == "text"
+        return shares_tools(origin, other) and self._part_of_text(prompt).kind == "text"
 
     def _says_the_same(self, prompt: StoredPrompt) -> bool:
         """Return whether all that is said in this prompt is said in a stored one."""
@@ -305,15 +300,23 @@ class _Inquiry:
         said = [] if chat is None else message_texts(chat)
         return any(said) and all(part in text for part in said)
 
-    def _would_share_more(self, prompt: StoredPrompt, **change: Any) -> bool:
+    def _would_share_more(
+        self, prompt: StoredPrompt, config: Mapping[str, Any]
+    ) -> bool:
+        """Return whether it would with other arguments of the chat template."""
         chat = self._rendered.chat
         if chat is None:
             return False
         try:
-            rendered = _render_again(self._tokenizer, replace(chat, **change))
+            token_ids = render(
+                self._tokenizer,
+                chat.messages,
+                tools=chat.tools,
+                chat_template_config=config,
+            )
         except UsageError:
             return False
-        shared = common_length(pack(rendered), pack(prompt.token_ids))
+        shared = common_length(pack(token_ids), pack(prompt.token_ids))
         return shared > self._shared(prompt)
 
     # Other text
@@ -406,12 +409,6 @@ class _Inquiry:
         return str(
             self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
         )
-
-
-def _render_again(tokenizer: Any, chat: ChatPrompt) -> list[int]:
-    return render_prompt(
-        tokenizer, chat.messages, tools=chat.tools, chat_template_config=chat.config
-    ).token_ids
 
 
 def _change(name: str, before: str, after: str) -> str:

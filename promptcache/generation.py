@@ -64,7 +64,6 @@ class GenerationResponse(PlainResponse):
     load_seconds: float = 0.0
     prefill_seconds: float = 0.0
     key: str | None = None
-
     saved_seconds: float = 0.0
 
     @property

@@ -590,10 +590,8 @@ class CachedGenerator:
             with contextlib.suppress(UsageError):
                 other = self.render(chat.messages, chat.tools, config)
                 found = store.lookup(other.token_ids, fingerprint, generating=True)
-                if (
-                    found.cached_tokens > match.cached_tokens
-                    and found.cached_tokens >= (_least_meant(other))
-                ):
+                least = max(match.cached_tokens + 1, _least_meant(other))
+                if found.cached_tokens >= least:
                     warn(
                         f"{found.cached_tokens} tokens of this prompt are cached with "
                         f"chat_template_config {json.dumps(config)}, and "

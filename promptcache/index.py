@@ -406,8 +406,7 @@ class Index:
     def prompts(self) -> list[PromptRow]:
         """Return what was built or saved, the last used first."""
         sql = """
-            SELECT p.key, p.name, f.digest, p.segment_id, p.num_tokens, p.used_at,
-                p.origin
+            SELECT p.key, f.digest, p.segment_id, p.num_tokens, p.origin
             FROM prefixes p JOIN segments s ON s.id = p.segment_id
             JOIN fingerprints f ON f.id = s.fingerprint_id
             ORDER BY p.used_at DESC, p.key
@@ -415,17 +414,17 @@ class Index:
         rows = self._all(sql)
         return [PromptRow._make([*row[:-1], _origin(row[-1])]) for row in rows]
 
-    def subtree(self, segment_id: int) -> set[int]:
-        """Return the ids of a segment and of all that hangs on it."""
+    def subtree(self, key: str) -> dict[int, str]:
+        """Return a segment and all that hangs on it: keys by ids."""
         sql = """
             WITH RECURSIVE tree(id) AS (
-                VALUES (?)
+                SELECT id FROM segments WHERE key = ?
                 UNION ALL
                 SELECT s.id FROM segments s JOIN tree ON s.parent_id = tree.id
             )
-            SELECT id FROM tree
+            SELECT id, key FROM segments JOIN tree USING (id)
         """
-        return {_int(row[0]) for row in self._all(sql, [segment_id])}
+        return {_int(row[0]): str(row[1]) for row in self._all(sql, [key])}
 
     def listed(self) -> list[ListedPrefix]:
         """Return the prefixes that were built or saved, by key."""
@@ -632,18 +631,10 @@ class Index:
 
     def remove_subtree(self, key: str) -> list[str]:
         """Remove a segment with all that hangs on it; return the keys."""
-        sql = """
-            WITH RECURSIVE tree(id) AS (
-                SELECT id FROM segments WHERE key = ?
-                UNION ALL
-                SELECT s.id FROM segments s JOIN tree ON s.parent_id = tree.id
-            )
-            SELECT id, key FROM segments JOIN tree USING (id)
-        """
         with self.writing():
-            rows = self._all(sql, [key])
-            self._delete([_int(row[0]) for row in rows])
-        return [str(row[1]) for row in rows]
+            tree = self.subtree(key)
+            self._delete(tree)
+        return list(tree.values())
 
     def _delete(self, segment_ids: Iterable[int]) -> None:
         for segment_id in segment_ids:

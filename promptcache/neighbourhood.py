@@ -57,9 +57,8 @@ class _Finder:
         `key` is that of the last segment that has some of its rows.
         """
         rows = self._own()
-        last = None if key is None else self._index.segment_id(key)
-        if last is not None:
-            below = self._index.subtree(last)
+        if key is not None:
+            below = self._index.subtree(key)
             # An interrupted build leaves rows that no prompt is listed with.
             rows = [row for row in rows if row.segment_id in below]
         prompts = list(self._with_tokens(rows))
@@ -79,14 +78,8 @@ class _Finder:
     def _with_tokens(self, rows: Iterable[PromptRow]) -> Iterator[StoredPrompt]:
         for row in islice(rows, MOST_PROMPTS):
             token_ids = self._index.token_ids(row.segment_id, row.num_tokens)
-            yield StoredPrompt(
-                row.key,
-                row.name,
-                self._fingerprints[row.fingerprint],
-                unpack(token_ids),
-                row.origin,
-                row.used_at,
-            )
+            fingerprint = self._fingerprints[row.fingerprint]
+            yield StoredPrompt(row.key, fingerprint, unpack(token_ids), row.origin)
 
     def _elsewhere(self) -> list[tuple[Fingerprint, int]]:
         found = []
@@ -119,4 +112,9 @@ def is_alike(left: Origin, right: Origin) -> bool:
     """Return whether two prompts are meant to begin alike."""
     if left.system or right.system:
         return left.system == right.system
+    return shares_tools(left, right)
+
+
+def shares_tools(left: Origin, right: Origin) -> bool:
+    """Return whether two prompts have a tool of the same name."""
     return bool({name for name, _ in left.tools} & {name for name, _ in right.tools})

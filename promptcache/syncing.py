@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
 from promptcache.errors import PromptCacheError, UsageError
@@ -184,15 +184,8 @@ class Syncing:
 
 
 def _parts(spec: PromptSpec) -> PromptParts:
-    return PromptParts(
-        prompt=spec.prompt,
-        system=spec.system,
-        files=spec.files,
-        messages=spec.messages,
-        tools=spec.tools,
-        chat_template_config=spec.chat_template_config,
-        raw=spec.raw,
-    )
+    names = (field.name for field in fields(PromptParts))
+    return PromptParts(**{name: getattr(spec, name) for name in names})
 
 
 @contextlib.contextmanager

@@ -308,11 +308,9 @@ class PromptRow(NamedTuple):
     """A listed prefix as the index knows it; `fingerprint` is a digest."""
 
     key: str
-    name: str | None
     fingerprint: str
     segment_id: int
     num_tokens: int
-    used_at: float
     origin: Origin | None
 
 
@@ -321,19 +319,15 @@ class StoredPrompt(NamedTuple):
 
     Attributes:
         key: The prefix's key.
-        name: Its pin, or None.
         fingerprint: What it was computed under.
         token_ids: All of it.
         origin: How it was rendered, if that is known.
-        used_at: Unix time of the last hit.
     """
 
     key: str
-    name: str | None
     fingerprint: Fingerprint
     token_ids: tuple[int, ...]
     origin: Origin | None
-    used_at: float
 
 
 class Eviction(NamedTuple):

@@ -1,6 +1,7 @@
 """Fixtures: real tiny models, a real store, a clean environment."""
 
 import sqlite3
+import subprocess
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -58,3 +59,30 @@ def store(tmp_path: Path) -> Iterator[PrefixStore]:
 @pytest.fixture
 def generator(model_dir: Path, store: PrefixStore) -> CachedGenerator:
     return CachedGenerator.load(model_dir, store=store)
+
+
+@pytest.fixture
+def mount_read_only(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
+    """Return a function that mounts a folder where nothing can be written.
+
+    Permission bits do not stop root.
+    """
+    mounted: list[Path] = []
+
+    def mount(folder: Path) -> Path:
+        target = tmp_path / f"read-only-{len(mounted)}"
+        target.mkdir()
+        for arguments in (
+            ["--bind", str(folder), str(target)],
+            ["-o", "remount,ro,bind", str(target)],
+        ):
+            try:
+                subprocess.run(["mount", *arguments], check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError):
+                pytest.skip("file systems cannot be mounted here")
+            mounted.append(target)
+        return target
+
+    yield mount
+    for target in set(mounted):
+        subprocess.run(["umount", str(target)], check=True)

@@ -9,7 +9,6 @@ import mlx.core as mx
 import pytest
 import tiny
 from test_hybrid_chat import THINKING_TEMPLATE, headers, shared_tokens
-from test_index import mount_read_only  # noqa: F401
 
 from promptcache import (
     CachedGenerator,
@@ -453,7 +452,7 @@ def test_conversation_without_a_store_is_answered_with_one_warning(
 
 def test_conversation_with_a_read_only_store_is_answered_with_one_warning(
     load: Load,
-    mount_read_only: Callable[[Path], Path],  # noqa: F811
+    mount_read_only: Callable[[Path], Path],
 ) -> None:
     with load("llama") as generator:
         Talk(generator).say("One?")

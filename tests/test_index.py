@@ -3,7 +3,6 @@
 import hashlib
 import os
 import sqlite3
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -49,33 +48,6 @@ def index(path: Path) -> Iterator[Index]:
     index = Index(path)
     yield index
     index.close()
-
-
-@pytest.fixture
-def mount_read_only(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
-    """Return a function that mounts a folder where nothing can be written.
-
-    Permission bits do not stop root.
-    """
-    mounted: list[Path] = []
-
-    def mount(folder: Path) -> Path:
-        target = tmp_path / f"read-only-{len(mounted)}"
-        target.mkdir()
-        for arguments in (
-            ["--bind", str(folder), str(target)],
-            ["-o", "remount,ro,bind", str(target)],
-        ):
-            try:
-                subprocess.run(["mount", *arguments], check=True, capture_output=True)
-            except (OSError, subprocess.CalledProcessError):
-                pytest.skip("file systems cannot be mounted here")
-            mounted.append(target)
-        return target
-
-    yield mount
-    for target in set(mounted):
-        subprocess.run(["umount", str(target)], check=True)
 
 
 def add(

@@ -277,23 +277,23 @@ def test_localhost_is_no_hostname() -> None:
 @pytest.mark.parametrize(
     ("prompt", "path"),
     [
-        ("in /work/main", "/work/main"),
-        ("in /work/main/.", "/work/main/"),
-        ("see file:///work/main/a.py.", "/work/main/a.py"),
-        ("'/work/main/a b'", "/work/main/a"),
-        ("in /work/main.", "/work/main"),
+        ("in /srv/game", "/srv/game"),
+        ("in /srv/game/.", "/srv/game/"),
+        ("see file:///srv/game/a.py.", "/srv/game/a.py"),
+        ("'/srv/game/a b'", "/srv/game/a"),
+        ("in /srv/game.", "/srv/game"),
         ("in /my work/x", "/my work/x"),
     ],
 )
 def test_directory_is_found_with_what_it_begins(prompt: str, path: str) -> None:
-    [found] = find_volatile(prompt, directories=["/work/main/", "/my work", "/", ""])
+    [found] = find_volatile(prompt, directories=["/srv/game/", "/my work", "/", ""])
 
     assert (found.kind, found.text) == ("working directory", path)
 
 
-@pytest.mark.parametrize("path", ["/work/mainframe", "/work/main-2", "/a/work/main"])
+@pytest.mark.parametrize("path", ["/srv/gameframe", "/srv/game-2", "/a/srv/game"])
 def test_other_path_is_not_found(path: str) -> None:
-    assert find_volatile(path, directories=["/work/main"]) == []
+    assert find_volatile(path, directories=["/srv/game"]) == []
 
 
 VOLATILE_TEXTS = st.sampled_from([text for _, text in VOLATILES])
