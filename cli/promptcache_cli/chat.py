@@ -84,8 +84,6 @@ def chat(
         promptcache chat -s @narrator.txt --name dungeon
         promptcache chat --name dungeon
     """
-    if options["max_tokens"] == 0:
-        raise UsageError("--max-tokens must not be 0, use -1 for no limit")
     from promptcache.conversation import Conversation
     from promptcache.generator import CachedGenerator
     from promptcache.settings import Settings

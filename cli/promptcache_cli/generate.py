@@ -33,10 +33,18 @@ SETTINGS = (
     "exact",
 )
 
+
+def _not_zero(ctx: click.Context, param: click.Parameter, value: int) -> int:
+    if value == 0:
+        raise UsageError("--max-tokens must not be 0, use -1 for no limit")
+    return value
+
+
 sampling_options = stacked(
     click.option(
         "--max-tokens",
         type=click.IntRange(-1),
+        callback=_not_zero,
         default=256,
         show_default=True,
         help="Most tokens to generate, -1 for no limit",
@@ -126,8 +134,6 @@ def generate(
     """
     asked = PromptOptions.take(options)
     asked.check()
-    if options["max_tokens"] == 0:
-        raise UsageError("--max-tokens must not be 0, use -1 for no limit")
     if no_cache and save:
         raise UsageError("use just one of --no-cache and --save")
     from promptcache.generator import CachedGenerator
