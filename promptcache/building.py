@@ -14,6 +14,7 @@ from promptcache.resuming import check_blobs, resume
 from promptcache.saving import Saver, warn
 from promptcache.settings import Settings
 from promptcache.store import PrefixStore
+from promptcache.writer import Writer
 
 
 class Building:
@@ -28,6 +29,7 @@ class Building:
         self,
         model: LoadedModel,
         store: PrefixStore,
+        writer: Writer,
         rendered: RenderedPrompt,
         settings: Settings,
     ) -> None:
@@ -39,6 +41,7 @@ class Building:
         model.check_supported(settings)
         self._model = model
         self._store = store
+        self._writer = writer
         self._settings = settings
         self._cuts = model.cuts(settings, rendered.boundaries)
         self._fingerprint = model.fingerprint(settings)
@@ -116,6 +119,7 @@ class Building:
         cache = self._model.make_cache(self._settings)
         saver = Saver(
             self._store,
+            self._writer,
             self._fingerprint,
             token_ids,
             cache,

@@ -31,10 +31,15 @@ from promptcache.speculation import DraftedModel, speculate
 from promptcache.store import PrefixStore
 from promptcache.treatment import check_supported
 from promptcache.types import Fingerprint, Match, Origin, Receipt
+from promptcache.writer import Writer
 
 # Below this, prefilling again costs less than it is worth to keep: a second on
 # the slow machines, and 24 MB of SmolLM2's cache.
 AUTO_SAVE_TOKENS = 512
+
+# What an interrupted generation may lose of the time it read. Where reading is fast,
+# encoding what was read would delay the first token.
+SAVE_SECONDS = 5.0
 
 # As in mlx-lm's speculative_generate_step.
 DEFAULT_DRAFT_TOKENS = 2
@@ -142,6 +147,7 @@ class Generation:
         model: Any,
         tokenizer: Any,
         store: PrefixStore | None,
+        writer: Writer,
         fingerprint: Callable[[], Fingerprint],
         request: Request,
     ) -> None:
@@ -159,9 +165,12 @@ class Generation:
             self._drafted.check_trimmable(sys.maxsize if unlimited else most)
         self._tokenizer = tokenizer
         self._store = store if request.reuse or request.save else None
+        self._writer = writer
         self._fingerprint = fingerprint
         self._request = request
         self._answer: list[int] = []
+        # Up to where the prompt has been read in steps that can be saved.
+        self._num_pieced = 0
         # Tokens read in whole pieces, and the seconds that took.
         self._prefilled = (0, 0.0)
         # How many tokens of the answer the cache is known to hold.
@@ -189,6 +198,10 @@ class Generation:
                         response.key = key or reused
                     last = response
                     yield response
+                    if response.generation_tokens == 1:
+                        is_listed = not self._request.save_answer
+                        start.saver.begin(self._num_saved, is_listed=is_listed)
+                    start.saver.advance()
         except GeneratorExit:
             # The cache holds whole tokens only here, not when a step is interrupted.
             self._save(start.saver)
@@ -196,8 +209,8 @@ class Generation:
                 self._record(start, last)
             raise
         finally:
-            if prefill_seconds:
-                start.saver.finish(self._num_saved)
+            # Nothing is left to save unless something was raised.
+            start.saver.finish(self._num_saved if prefill_seconds else self._num_pieced)
 
     def _save(self, saver: QuietSaver) -> str | None:
         """Save what is due, and return the key if that was done."""
@@ -302,6 +315,7 @@ class Generation:
         return QuietSaver(
             Saver(
                 store,
+                self._writer,
                 fingerprint,
                 token_ids,
                 cache,
@@ -392,12 +406,17 @@ class Generation:
     def _prefill(self, start: _Start, end: int) -> None:
         """Read the prompt up to `end`, and save full pieces on the way."""
         request, cache = self._request, start.cache
+        saved_at = time.perf_counter()
 
         def on_piece(first: int, stop: int) -> None:
+            nonlocal saved_at
             start.saver.capture(first, stop)
-            # The rest is saved after the answer, where it delays nothing.
-            if stop % request.cuts.step_size == 0 and stop <= self._num_saved:
-                start.saver.save(stop)
+            if stop % request.cuts.step_size or stop > self._num_saved:
+                return
+            self._num_pieced = stop
+            if time.perf_counter() - saved_at >= SAVE_SECONDS:
+                start.saver.begin(stop)
+                saved_at = time.perf_counter()
 
         seconds = prefill(
             self._reader,

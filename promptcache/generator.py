@@ -32,6 +32,7 @@ from promptcache.saving import warn
 from promptcache.settings import DEFAULT_SETTINGS, Settings
 from promptcache.store import PrefixStore, check_name
 from promptcache.types import Fingerprint, Match, Prefix
+from promptcache.writer import Writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ class CachedGenerator:
         self._reuse = reuse
         self._chat_template_config = chat_template_config
         self._loaded = LoadedModel(model, identity=identity, namespace=namespace)
+        self._writer = Writer()
         self._store_error: StoreError | None = None
         self._owns_store = not isinstance(store, PrefixStore)
         if isinstance(store, PrefixStore):
@@ -168,7 +170,8 @@ class CachedGenerator:
         )
 
     def close(self) -> None:
-        """Close the store, unless it was handed in."""
+        """Finish what is being saved, and close the store unless it was handed in."""
+        self._writer.close()
         if self.store is not None and self._owns_store:
             self.store.close()
             self.store = None
@@ -392,7 +395,7 @@ class CachedGenerator:
         rendered = self._prompt_to_build(prompt, system, tools, chat_template_config)
         store = self._usable_store()
         started = time.perf_counter()
-        building = Building(self._loaded, store, rendered, settings)
+        building = Building(self._loaded, store, self._writer, rendered, settings)
         cached_tokens = building.run(
             prompt_progress_callback or (lambda done, total: None), on_wait
         )
@@ -437,7 +440,8 @@ class CachedGenerator:
             StoreError: The store cannot be read.
         """
         store = self._usable_store()
-        building = Building(self._loaded, store, prompt, Settings.of(**settings))
+        wanted = Settings.of(**settings)
+        building = Building(self._loaded, store, self._writer, prompt, wanted)
         return building.key, building.is_stored()
 
     def lint(self, prompt: rendering.RenderedPrompt) -> list[VolatileText]:
@@ -571,6 +575,7 @@ class CachedGenerator:
             self.model,
             self.tokenizer,
             self.store,
+            self._writer,
             lambda: self.fingerprint(settings),
             request,
         ).stream()

@@ -1,23 +1,36 @@
 """Saving: hand the state of a prompt that is being read to the store."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from promptcache import codec
-from promptcache.errors import PromptCacheWarning
+from promptcache.errors import PromptCacheWarning, StoreError
 from promptcache.prefill import Cuts, KVSettings
 from promptcache.store import PrefixStore
 from promptcache.treatment import least_window
 from promptcache.types import EncodedSegment, Fingerprint, Origin, Resumption, Worth
+from promptcache.writer import Writer
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
+Result = TypeVar("Result")
+
+# How often a save starts again because others changed what it hangs on meanwhile.
+SAVE_ATTEMPTS = 3
+
+
+class _OvertakenError(StoreError):
+    """What a segment hangs on has changed since it was encoded."""
+
 
 class Saver:
     """Saves one prompt, in pieces or as a whole.
+
+    It encodes on the calling thread, and a writer stores.
 
     Invariants:
         Only rows and states of the prompt are saved, unless an answer is asked for.
@@ -26,6 +39,7 @@ class Saver:
     def __init__(
         self,
         store: PrefixStore,
+        writer: Writer,
         fingerprint: Fingerprint,
         token_ids: Sequence[int],
         cache: Sequence[Any],
@@ -40,6 +54,7 @@ class Saver:
 
         Args:
             store: Where to save.
+            writer: What writes to it.
             fingerprint: What KV values depend on.
             token_ids: The whole prompt.
             cache: The cache; its parts may be replaced by quantized ones.
@@ -51,6 +66,7 @@ class Saver:
             origin: How the prompt was rendered.
         """
         self._store = store
+        self._writer = writer
         self._fingerprint = fingerprint
         self._token_ids = token_ids
         self._cache = cache
@@ -64,7 +80,14 @@ class Saver:
         self._window = least_window(cache)
         self._num_prompt = len(token_ids)
         self._logits: mx.array | None = None
+        # Up to where captures have been looked through, and rows handed over.
         self._saved_to = 0
+        self._submitted_to = 0
+        self._jobs: list[Future[None]] = []
+        self._error: Exception | None = None
+        # What `begin` began, and what is left of it.
+        self._begun = (0, False)
+        self._rest: Iterator[None] = iter(())
 
     def capture(self, start: int, end: int, logits: "mx.array | None" = None) -> None:
         """Note the piece `[start, end)`, which the cache has read this moment.
@@ -131,39 +154,131 @@ class Saver:
             return self._answer_captures[-1].end
         return len(self._token_ids)
 
-    def save(self, end: int, *, is_listed: bool = True) -> str:
-        """Save `[0, end)`, of which everything new was captured; return its key.
+    def begin(self, end: int, *, is_listed: bool = True) -> None:
+        """Begin to save `[0, end)`, of which everything new was captured.
 
         The end is listed as a prefix if it is the prompt's, unless more of it is about
-        to be saved. Raises StoreError.
+        to be saved.
         """
+        self._begun = (end, is_listed)
+        self._rest = self._submissions(end, is_listed=is_listed)
+
+    def advance(self) -> None:
+        """Hand over one more part, if the writer has room. Raises StoreError."""
+        if not self._writer.is_full():
+            next(self._rest, None)
+
+    def save(self, end: int, *, is_listed: bool = True) -> str:
+        """Save `[0, end)`, wait until that is done, and return its key.
+
+        See `begin`. Raises StoreError.
+        """
+        if self._begun != (end, is_listed):
+            self.begin(end, is_listed=is_listed)
+        for attempt in range(SAVE_ATTEMPTS):
+            try:
+                for _ in self._rest:
+                    pass
+                self._finish()
+                break
+            except _OvertakenError:
+                if attempt == SAVE_ATTEMPTS - 1:
+                    raise
+                self._submitted_to = 0
+                self.begin(end, is_listed=is_listed)
+        self._begun = (0, False)
+        return self._store.key_of(self._token_ids[:end], self._fingerprint)
+
+    def _submissions(self, end: int, *, is_listed: bool) -> Iterator[None]:
+        """Hand over what is new of `[0, end)`, and yield after each part of it."""
+        token_ids, cut_at = self._token_ids, self._cuts.segment_ends(end, self._kv)
         taken = [capture for capture in self._captures if capture.end <= end]
         unsaved = [capture for capture in taken if capture.end > self._saved_to]
         checkpoints = [c for c in unsaved if self._wants_checkpoint(c)]
-        is_prefix = is_listed and end == len(self._token_ids)
-        ends_in_checkpoint = bool(checkpoints) and checkpoints[-1].end == end
-        key = self._store.save(
-            self._token_ids[:end],
+        is_prefix = is_listed and end == len(token_ids)
+        is_state_last = bool(checkpoints) and checkpoints[-1].end == end
+        missing = self._store.missing(
+            token_ids[:end],
             self._fingerprint,
-            self._encode,
-            is_prefix=is_prefix and not ends_in_checkpoint,
             is_tail=self._is_tail(end),
-            cut_at=self._cuts.segment_ends(end, self._kv),
+            cut_at=cut_at,
+            after=min(self._submitted_to, end),
         )
+        for start, stop in missing or [(end, end)]:
+            segment = self._encode(start, stop) if start < stop else None
+            is_listed_here = is_prefix and stop == end and not is_state_last
+            self._submit_rows(start, stop, segment, is_prefix=is_listed_here)
+            self._submitted_to = stop
+            yield
         for capture in checkpoints:
-            key = self._store.save_checkpoint(
-                self._token_ids[: capture.end],
-                self._fingerprint,
-                self._checkpoint(capture),
-                is_prefix=is_prefix and capture.end == end,
-                worth=self._worth(capture.end),
-            )
+            is_last = is_prefix and capture.end == end
+            self._submit_state(capture.end, self._checkpoint(capture), is_last)
+            yield
         if is_prefix and self._origin is not None:
-            self._store.set_origin(key, self._origin)
+            key, origin = self._store.key_of(token_ids, self._fingerprint), self._origin
+            self._submit(lambda: self._store.set_origin(key, origin), 0)
         # The last one stays: it tells the layout, should rows have to be saved again.
         del self._captures[: max(len(taken) - 1, 0)]
         self._saved_to = end
-        return key
+
+    def _submit_rows(
+        self, start: int, stop: int, segment: EncodedSegment | None, *, is_prefix: bool
+    ) -> None:
+        """Have the rows `[start, stop)` stored, or only the end listed."""
+
+        def encode(first: int, last: int) -> EncodedSegment:
+            if segment is None or (first, last) != (start, stop):
+                raise _OvertakenError("what it hangs on has changed meanwhile")
+            return segment
+
+        token_ids = self._token_ids[:stop]
+        is_tail = self._is_tail(stop)
+        cut_at = self._cuts.segment_ends(stop, self._kv)
+
+        def job() -> None:
+            self._store.save(
+                token_ids,
+                self._fingerprint,
+                encode,
+                is_prefix=is_prefix,
+                is_tail=is_tail,
+                cut_at=cut_at,
+            )
+
+        self._submit(job, segment.nbytes if segment else 0)
+
+    def _submit_state(self, end: int, segment: EncodedSegment, is_prefix: bool) -> None:
+        token_ids, worth = self._token_ids[:end], self._worth(end)
+
+        def job() -> None:
+            self._store.save_checkpoint(
+                token_ids, self._fingerprint, segment, is_prefix=is_prefix, worth=worth
+            )
+
+        self._submit(job, segment.nbytes)
+
+    def _submit(self, job: Callable[[], object], nbytes: int) -> None:
+        """Hand a job to the writer. Raises what an earlier one raised."""
+        if self._error is not None:
+            self._finish()
+
+        def quietly() -> None:
+            # What comes after a failure hangs on what is not there.
+            if self._error is None:
+                try:
+                    job()
+                except Exception as error:
+                    self._error = error
+
+        self._jobs.append(self._writer.submit(quietly, nbytes))
+
+    def _finish(self) -> None:
+        """Wait until all that was handed over is stored. Raises StoreError."""
+        wait(self._jobs)
+        self._jobs.clear()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def _encode(self, start: int, end: int) -> EncodedSegment:
         segment = codec.encode_rows(
@@ -236,11 +351,16 @@ class QuietSaver:
             except Exception as error:
                 self._stop(error)
 
-    def save(self, end: int) -> str | None:
-        """Save `[0, end)` and return its key, or None if it was not saved."""
-        return self._try(lambda saver: saver.save(end))
+    def begin(self, end: int, *, is_listed: bool = True) -> None:
+        """Begin to save `[0, end)`, and list its end if that is the prompt's."""
+        self._try(lambda saver: saver.begin(end, is_listed=is_listed))
+        self.advance()
 
-    def _try(self, save: Callable[[Saver], str]) -> str | None:
+    def advance(self) -> None:
+        """Save some more of it, if that needs no wait."""
+        self._try(lambda saver: saver.advance())
+
+    def _try(self, save: Callable[[Saver], Result]) -> Result | None:
         if self._saver is None:
             return None
         try:
@@ -257,7 +377,9 @@ class QuietSaver:
     def finish(self, end: int, answer: Sequence[int] = ()) -> str | None:
         """Save for the last time, and return the key of what was saved."""
 
-        def save(saver: Saver) -> str:
+        def save(saver: Saver) -> str | None:
+            if not end:
+                return None
             is_kept = saver.can_keep(len(answer))
             key = saver.save(end, is_listed=not is_kept)
             return saver.save_answer(answer) if is_kept else key

@@ -344,6 +344,31 @@ class PrefixStore:
 
     # Saving
 
+    def missing(
+        self,
+        token_ids: Sequence[int],
+        fingerprint: Fingerprint,
+        *,
+        is_tail: bool = False,
+        cut_at: Collection[int] = (),
+        after: int = 0,
+    ) -> list[tuple[int, int]]:
+        """Return the ranges of a prefix that `save` would ask for, as things are now.
+
+        Args:
+            token_ids: See `save`.
+            fingerprint: See `save`.
+            is_tail: See `save`.
+            cut_at: See `save`.
+            after: Up to where it is as good as stored.
+
+        Raises:
+            StoreError: The index cannot be read.
+        """
+        chain = Chain(fingerprint.digest, token_ids)
+        rows = longest_rows(self._index, chain, limit=len(chain), is_tail=is_tail)
+        return [*_cuts(max(rows.cached_tokens, after), len(chain), cut_at)]
+
     def save(
         self,
         token_ids: Sequence[int],
@@ -506,8 +531,7 @@ class PrefixStore:
 
         Return False if another process changed what it hangs on meanwhile.
         """
-        needed = sum(tensor.data.nbytes for tensor in segment.tensors)
-        self._make_room(needed + ROWS_NBYTES, protect=info.parent_key)
+        self._make_room(segment.nbytes + ROWS_NBYTES, protect=info.parent_key)
         with self._blobs.staged(info, segment) as staged, self._index.writing():
             if self._index.segment_id(info.key) is not None:
                 return True

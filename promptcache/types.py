@@ -201,6 +201,11 @@ class EncodedSegment(NamedTuple):
     tensors: list[Tensor]
     resumption: Resumption = AT_ANY_TOKEN
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of its tensors."""
+        return sum(tensor.data.nbytes for tensor in self.tensors)
+
 
 @dataclass(frozen=True, slots=True)
 class BlobHeader:

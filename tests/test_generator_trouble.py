@@ -20,6 +20,7 @@ from promptcache import (
     PrefixStore,
     PromptCacheWarning,
     StoreError,
+    generation,
 )
 
 PROMPT: list[int] = mx.random.randint(0, 256, (100,), key=mx.random.key(3)).tolist()
@@ -348,8 +349,9 @@ def test_full_disk_is_one_warning_and_a_warm_run(
 
 
 def test_disk_that_fills_while_a_long_prompt_is_saved_is_one_warning(
-    model_dir: Path, small_disk: Path
+    model_dir: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(generation, "SAVE_SECONDS", 0.0)
     long = PROMPT * 30
     with CachedGenerator.load(model_dir, store=small_disk / "store") as generator:
         with pytest.warns(PromptCacheWarning) as record:

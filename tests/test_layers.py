@@ -21,7 +21,7 @@ TREES = {
 # From the bottom up; a module imports from lower lines only.
 LAYERS = [
     ["errors"],
-    ["units", "types", "chain", "state", "treatment", "length_dependence"],
+    ["units", "types", "writer", "chain", "state", "treatment", "length_dependence"],
     ["manifest", "transcript", "volatility"],
     ["destination", "differences"],
     ["location", "fingerprint", "blobs", "index", "eviction", "codec"],

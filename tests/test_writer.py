@@ -1,0 +1,135 @@
+"""The writer: order, bounds, and that nothing waits for the disk but the end."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning
+from promptcache.writer import Writer
+
+PROMPT = [(7 * i) % 256 for i in range(2500)]
+
+
+def test_jobs_run_in_their_order_and_close_finishes_them() -> None:
+    writer = Writer()
+    done: list[int] = []
+
+    for number in range(20):
+        writer.submit(lambda number=number: done.append(number), 1)
+    writer.close()
+
+    assert done == list(range(20))
+    assert writer.queued_nbytes == 0
+
+
+def test_submitting_waits_while_too_many_bytes_are_queued() -> None:
+    writer = Writer(max_nbytes=100)
+    go_on = threading.Event()
+    most = []
+
+    def job() -> None:
+        go_on.wait(10)
+        most.append(writer.queued_nbytes)
+
+    def fill() -> None:
+        for _ in range(8):
+            writer.submit(job, 40)
+
+    filling = threading.Thread(target=fill)
+    filling.start()
+    filling.join(0.2)
+    assert filling.is_alive()
+    assert writer.queued_nbytes == 80
+    assert writer.is_full()
+    go_on.set()
+    filling.join(10)
+    writer.close()
+
+    assert len(most) == 8
+    assert max(most) <= 80
+
+
+def test_job_larger_than_the_bound_runs_alone() -> None:
+    writer = Writer(max_nbytes=100)
+    seen: list[int] = []
+
+    writer.submit(lambda: seen.append(writer.queued_nbytes), 60)
+    writer.submit(lambda: seen.append(writer.queued_nbytes), 500)
+    writer.submit(lambda: seen.append(writer.queued_nbytes), 60)
+    writer.close()
+
+    assert seen[1] == 500
+
+
+class _SlowStore(PrefixStore):
+    """A store whose disk takes a second for every save."""
+
+    saved_at: list[float]
+
+    def save(self, *args: Any, **options: Any) -> str:
+        time.sleep(1)
+        key = super().save(*args, **options)
+        self.saved_at = [*getattr(self, "saved_at", []), time.perf_counter()]
+        return key
+
+
+def test_first_token_does_not_wait_for_the_disk_and_the_last_one_does(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    with _SlowStore(tmp_path / "store") as store:
+        with CachedGenerator.load(model_dir, store=store) as generator:
+            stream = generator.stream_generate(PROMPT, 4, save=True)
+            next(stream)
+            first_at = time.perf_counter()
+            last = list(stream)[-1]
+            last_at = time.perf_counter()
+
+        assert len(store.saved_at) == 2
+        assert first_at < store.saved_at[0] - 0.9
+        assert last_at > store.saved_at[-1]
+        assert last.key is not None
+        assert store.verify().is_sound
+        assert [p.num_tokens for p in store.prefixes()] == [len(PROMPT)]
+
+
+def test_failure_of_the_writer_is_one_warning_and_no_key(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with CachedGenerator.load(model_dir, store=tmp_path / "store") as generator:
+        assert generator.store is not None
+
+        def fail(*args: Any, **options: Any) -> str:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(generator.store._blobs, "staged", fail)
+        with pytest.warns(PromptCacheWarning, match="not saved") as record:
+            responses = list(generator.stream_generate(PROMPT, 8, save=True))
+
+        assert len(record) == 1
+        assert responses[-1].key is None
+        assert len(responses) == 8
+
+
+def test_save_that_others_overtook_is_encoded_anew(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    """Between encoding and storing, another generator stores a part of it."""
+    path = tmp_path / "store"
+    with (
+        CachedGenerator.load(model_dir, store=path) as generator,
+        CachedGenerator.load(model_dir, store=path) as other,
+    ):
+        stream = generator.stream_generate(PROMPT[:600], 4, save=True)
+        next(stream)
+        other.build(PROMPT[:300])
+        last = list(stream)[-1]
+
+        assert last.key is not None
+        assert generator.store is not None
+        assert generator.store.verify().is_sound
+        found = {p.num_tokens for p in generator.store.prefixes()}
+        assert found == {300, 600}
+        assert generator.match([*PROMPT[:600], 1]).cached_tokens == 600
