@@ -18,6 +18,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from promptcache.decoding import LogitsProcessor, Sampler, Step, decode, read_rest
 from promptcache.errors import PromptCacheError, StoreError, UnsupportedCacheError
+from promptcache.hot_tier import HotTier
 from promptcache.prefill import (
     Cuts,
     KVSettings,
@@ -138,6 +139,10 @@ class _Start(NamedTuple):
     def match(self) -> Match:
         return self.resumed.match
 
+    @property
+    def cached_tokens(self) -> int:
+        return self.resumed.cached_tokens
+
 
 class Generation:
     """Runs one request; trouble with the store is a warning and a prefill."""
@@ -148,6 +153,7 @@ class Generation:
         tokenizer: Any,
         store: PrefixStore | None,
         writer: Writer,
+        hot: HotTier,
         fingerprint: Callable[[], Fingerprint],
         request: Request,
     ) -> None:
@@ -166,6 +172,7 @@ class Generation:
         self._tokenizer = tokenizer
         self._store = store if request.reuse or request.save else None
         self._writer = writer
+        self._hot = hot
         self._fingerprint = fingerprint
         self._request = request
         self._answer: list[int] = []
@@ -182,13 +189,13 @@ class Generation:
         started = time.perf_counter()
         start = self._start()
         loaded = time.perf_counter()
-        num_new = request.num_tokens - start.match.cached_tokens
+        num_new = request.num_tokens - start.cached_tokens
         prefill_seconds = 0.0
         try:
             with wired_limit(self._model, [generation_stream]):
                 for response in self._responses(self._steps(start), start.saver):
                     prefill_seconds = prefill_seconds or time.perf_counter() - loaded
-                    response.cached_tokens = start.match.cached_tokens
+                    response.cached_tokens = start.cached_tokens
                     response.load_seconds = loaded - started
                     response.prefill_seconds = prefill_seconds
                     response.prompt_tps = num_new / prefill_seconds
@@ -196,6 +203,7 @@ class Generation:
                         key = self._save(start.saver)
                         reused, response.saved_seconds = self._record(start, response)
                         response.key = key or reused
+                        self._keep(start)
                     last = response
                     yield response
                     if response.generation_tokens == 1:
@@ -207,6 +215,7 @@ class Generation:
             self._save(start.saver)
             if not last.finish_reason:
                 self._record(start, last)
+                self._keep(start)
             raise
         finally:
             # Nothing is left to save unless something was raised.
@@ -254,7 +263,7 @@ class Generation:
         try:
             self._check_cacheable(cache)
             fingerprint = self._fingerprint()
-            resumed = self._resume(self._store, fingerprint, cache)
+            cache, resumed = self._resume(self._store, fingerprint, cache)
         except (UnsupportedCacheError, StoreError) as error:
             warn(f"going on without the store: {error}")
             # With a cache of its own: the other one may have been filled.
@@ -281,13 +290,16 @@ class Generation:
 
     def _resume(
         self, store: PrefixStore, fingerprint: Fingerprint, cache: list[Any]
-    ) -> Resumed:
+    ) -> tuple[list[Any], Resumed]:
+        """Return a cache with the longest prefix there is, in memory or on disk."""
         request = self._request
         if not request.reuse:
-            return Resumed(Match())
+            return cache, Resumed(Match())
+        if hot := self._resume_hot(store, fingerprint):
+            return hot
         # Speculation reads the last token itself.
         is_drafted = self._drafted is not None
-        return resume(
+        resumed = resume(
             store,
             fingerprint,
             cache,
@@ -296,6 +308,58 @@ class Generation:
             kv=request.kv,
             generating=not is_drafted,
         )
+        return cache, resumed
+
+    @property
+    def _uses_hot(self) -> bool:
+        """Return whether the run's cache holds what a run from nothing would hold.
+
+        It may not where keys and values are quantized from some length on.
+        """
+        request = self._request
+        return request.reuse and request.kv.bits is None and self._drafted is None
+
+    def _resume_hot(
+        self, store: PrefixStore, fingerprint: Fingerprint
+    ) -> tuple[list[Any], Resumed] | None:
+        """Take a cache from memory, if no longer prefix is on disk."""
+        request, digest = self._request, fingerprint.digest
+        if not self._uses_hot:
+            return None
+        found = self._hot.find(digest, request.token_ids, request.cuts.last_resumable)
+        if found is None:
+            return None
+        match = store.lookup(request.token_ids, fingerprint, generating=True)
+        is_shorter = found.num_tokens < min(match.cached_tokens, request.num_tokens - 1)
+        # What is saved has to be captured, piece by piece, from where the store ends.
+        is_lost = not found.is_divisible and self._is_due(match)
+        if is_shorter or is_lost:
+            return None
+        try:
+            return self._hot.take(found), Resumed(match, num_hot=found.num_tokens)
+        except (RuntimeError, MemoryError):
+            # It does not fit twice; on disk it is safe.
+            self._hot.clear()
+            return None
+
+    def _keep(self, start: _Start) -> None:
+        """Keep the cache in memory, with as much of the answer as it has read."""
+        request = self._request
+        if not self._uses_hot or start.fingerprint is None:
+            return
+        end = request.num_tokens + self._num_read
+        if not request.cuts.is_divisible(end):
+            end = request.cuts.last_resumable(request.num_tokens - 1)
+        token_ids = [*request.token_ids, *self._answer][:end]
+        if token_ids:
+            self._hot.put(start.fingerprint.digest, token_ids, start.cache)
+
+    def _is_due(self, match: Match) -> bool:
+        """Return whether what the store lacks of the prompt is to be saved."""
+        if self._request.save == "auto":
+            num_new = self._request.num_tokens - match.cached_tokens
+            return num_new >= AUTO_SAVE_TOKENS
+        return bool(self._request.save)
 
     def _saver(
         self,
@@ -305,12 +369,8 @@ class Generation:
         match: Match,
     ) -> QuietSaver:
         request = self._request
-        num_new = request.num_tokens - match.cached_tokens
-        wanted = request.save
-        if wanted == "auto":
-            wanted = num_new >= AUTO_SAVE_TOKENS
         token_ids = request.token_ids[: self._num_saved]
-        if not wanted or not token_ids:
+        if not self._is_due(match) or not token_ids:
             return QuietSaver(None)
         return QuietSaver(
             Saver(
@@ -338,7 +398,8 @@ class Generation:
         receipt = Receipt(
             start.fingerprint,
             start.match,
-            self._request.num_tokens - start.match.cached_tokens,
+            start.cached_tokens,
+            self._request.num_tokens - start.cached_tokens,
             last.load_seconds,
             last.prefill_seconds,
         )
@@ -354,7 +415,7 @@ class Generation:
         request = self._request
         if request.input_embeddings is not None:
             return self._embedded_steps(request.input_embeddings)
-        if request.kv.starts_within(start.match.cached_tokens, request.num_tokens):
+        if request.kv.starts_within(start.cached_tokens, request.num_tokens):
             for model in filter(None, (self._model, request.draft_model)):
                 check_quantizable(model, request.kv, request.max_kv_size)
         if self._drafted is not None:
@@ -389,7 +450,7 @@ class Generation:
             return start.resumed.logits
         request = self._request
         num_read = request.cuts.end_of_prefill(
-            request.num_tokens, start.match.cached_tokens, request.kv
+            request.num_tokens, start.cached_tokens, request.kv
         )
         self._prefill(start, num_read)
         logits = read_rest(
@@ -422,14 +483,14 @@ class Generation:
             self._reader,
             cache,
             request.token_ids,
-            start=start.match.cached_tokens,
+            start=start.cached_tokens,
             end=end,
             cuts=request.cuts,
             kv=request.kv,
             on_piece=on_piece,
             on_progress=lambda done, _: request.on_progress(done, request.num_tokens),
         )
-        self._prefilled = (end - start.match.cached_tokens, seconds)
+        self._prefilled = (end - start.cached_tokens, seconds)
         if end == request.num_tokens - 1:
             # As mlx-lm does before the last token, also where nothing was left to do.
             quantize(cache, end, request.kv)

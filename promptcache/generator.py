@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from promptcache import explanation, loading, rendering
+from promptcache import explanation, hot_tier, loading, location, rendering
 from promptcache.building import Building
 from promptcache.decoding import LogitsProcessor, Sampler
 from promptcache.errors import StoreError, UsageError
@@ -25,6 +25,7 @@ from promptcache.generation import (
     Request,
     SavePolicy,
 )
+from promptcache.hot_tier import HotTier
 from promptcache.lint import VolatileText, find_volatile_text
 from promptcache.loaded_model import LoadedModel
 from promptcache.prefill import DEFAULT_STEP_SIZE
@@ -68,6 +69,7 @@ class CachedGenerator:
         *,
         store: PrefixStore | str | Path | None = None,
         max_nbytes: int | None = None,
+        memory_limit: int | None = None,
         save: SavePolicy = "auto",
         reuse: bool = True,
         namespace: str = "",
@@ -82,6 +84,9 @@ class CachedGenerator:
             store: A store to share, or the folder of one to open; the default
                 folder if None.
             max_nbytes: Size limit of a store opened here; see `PrefixStore`.
+            memory_limit: How many bytes of recent prompts' caches to keep in memory,
+                else `PROMPTCACHE_MEMORY_LIMIT`, else an eighth of the memory; 0 for
+                none.
             save: Whether to save the prompts that are read: True for all, "auto" for
                 those with at least 512 new tokens.
             reuse: Whether to look for cached prefixes.
@@ -101,6 +106,7 @@ class CachedGenerator:
         self._chat_template_config = chat_template_config
         self._loaded = LoadedModel(model, identity=identity, namespace=namespace)
         self._writer = Writer()
+        self._hot = HotTier(_memory_limit(memory_limit))
         self._store_error: StoreError | None = None
         self._owns_store = not isinstance(store, PrefixStore)
         if isinstance(store, PrefixStore):
@@ -129,6 +135,7 @@ class CachedGenerator:
         adapter_path: str | Path | None = None,
         store: PrefixStore | str | Path | None = None,
         max_nbytes: int | None = None,
+        memory_limit: int | None = None,
         save: SavePolicy = "auto",
         reuse: bool = True,
         namespace: str = "",
@@ -144,6 +151,7 @@ class CachedGenerator:
             adapter_path: The folder of a LoRA adapter.
             store: See `CachedGenerator`.
             max_nbytes: See `CachedGenerator`.
+            memory_limit: See `CachedGenerator`.
             save: See `CachedGenerator`.
             reuse: See `CachedGenerator`.
             namespace: See `CachedGenerator`.
@@ -162,6 +170,7 @@ class CachedGenerator:
             tokenizer,
             store=store,
             max_nbytes=max_nbytes,
+            memory_limit=memory_limit,
             save=save,
             reuse=reuse,
             namespace=namespace,
@@ -172,6 +181,7 @@ class CachedGenerator:
     def close(self) -> None:
         """Finish what is being saved, and close the store unless it was handed in."""
         self._writer.close()
+        self._hot.clear()
         if self.store is not None and self._owns_store:
             self.store.close()
             self.store = None
@@ -576,6 +586,7 @@ class CachedGenerator:
             self.tokenizer,
             self.store,
             self._writer,
+            self._hot,
             lambda: self.fingerprint(settings),
             request,
         ).stream()
@@ -604,6 +615,13 @@ class CachedGenerator:
                         f"{json.dumps(rendered.origin.config)}"
                     )
                     return
+
+
+def _memory_limit(nbytes: int | None) -> int:
+    """Return the limit that is given, set in the environment, or the default."""
+    if nbytes is None:
+        nbytes = location.memory_limit()
+    return hot_tier.default_nbytes() if nbytes is None else nbytes
 
 
 def _least_meant(rendered: rendering.RenderedPrompt) -> int:

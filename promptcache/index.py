@@ -498,7 +498,7 @@ class Index:
             ON CONFLICT (fingerprint_id, key) DO UPDATE SET {sums}
         """
         figures = [
-            receipt.match.cached_tokens,
+            receipt.cached_tokens,
             receipt.prefilled_tokens,
             receipt.load_seconds,
             receipt.prefill_seconds,

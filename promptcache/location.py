@@ -44,6 +44,15 @@ def max_nbytes() -> int:
     return DEFAULT_MAX_NBYTES
 
 
+def memory_limit() -> int | None:
+    """Return how many bytes of memory caches may take: `PROMPTCACHE_MEMORY_LIMIT`.
+
+    None if it is not set. Raises UsageError if it is not a size.
+    """
+    size = os.environ.get("PROMPTCACHE_MEMORY_LIMIT")
+    return parse_size(size) if size else None
+
+
 def model_name() -> str | None:
     """Return the model named by `PROMPTCACHE_MODEL`, or None."""
     return os.environ.get("PROMPTCACHE_MODEL") or None

@@ -25,13 +25,20 @@ class Resumed(NamedTuple):
     """What a cache was filled with.
 
     Attributes:
-        match: The prefix it holds now.
+        match: The longest prefix that the store has.
         logits: The logits of the next token, shape `(1, vocabulary)`, if the match is
             the whole prompt and they were stored.
+        num_hot: How many tokens were in memory, and nothing was loaded; else 0.
     """
 
     match: Match
     logits: "mx.array | None" = None
+    num_hot: int = 0
+
+    @property
+    def cached_tokens(self) -> int:
+        """Return how many tokens the cache holds."""
+        return self.num_hot or self.match.cached_tokens
 
 
 def resume(

@@ -66,6 +66,9 @@ ROWS_NBYTES = 32 * 1024
 # Shorter reads tell more of a model's fixed costs than of its speed.
 LEAST_SPEED_TOKENS = 64
 
+# In place of a key: what was reused is in memory and nowhere on disk.
+MEMORY_KEY = "memory"
+
 Encode = Callable[[int, int], EncodedSegment]
 
 
@@ -201,17 +204,18 @@ class PrefixStore:
         reading the reused tokens would have taken at this model's speed on this
         machine, or 0 until that is known. Raises StoreError.
         """
-        match = receipt.match
+        match, cached_tokens = receipt.match, receipt.cached_tokens
         speed = self.prefill_speed(receipt.fingerprint)
-        saved_seconds = match.cached_tokens / speed if speed else 0.0
+        saved_seconds = cached_tokens / speed if speed else 0.0
         if self.is_read_only:
             return match.key, saved_seconds
         with self._index.impatient(), self._index.writing():
             # Less is shared by chance: templates begin alike.
-            least = min(BLOCK_SIZE, match.cached_tokens + receipt.prefilled_tokens - 1)
-            is_hit = match.cached_tokens >= max(least, 1)
+            least = min(BLOCK_SIZE, cached_tokens + receipt.prefilled_tokens - 1)
+            is_hit = cached_tokens >= max(least, 1)
             key = (self.touch(match) or match.key) if is_hit else None
-            self._index.add_receipt(receipt, key, saved_seconds)
+            counts_for = (key or MEMORY_KEY) if is_hit else None
+            self._index.add_receipt(receipt, counts_for, saved_seconds)
         return key or match.key, saved_seconds
 
     def add_speed(

@@ -381,7 +381,8 @@ class Receipt:
 
     Attributes:
         fingerprint: What its KV values depend on.
-        match: What it reused.
+        match: What the store has of it.
+        cached_tokens: How many tokens of its prompt were reused, in memory perhaps.
         prefilled_tokens: How many tokens of its prompt were processed.
         load_seconds: Time to match the prompt and to load what is cached.
         prefill_seconds: From then to the first token.
@@ -389,6 +390,7 @@ class Receipt:
 
     fingerprint: Fingerprint
     match: Match
+    cached_tokens: int
     prefilled_tokens: int
     load_seconds: float
     prefill_seconds: float

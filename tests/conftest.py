@@ -24,6 +24,8 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROMPTCACHE_DIR", str(tmp_path / "store"))
     monkeypatch.delenv("PROMPTCACHE_MAX_SIZE", raising=False)
     monkeypatch.delenv("PROMPTCACHE_MODEL", raising=False)
+    # What is to be read from disk would be in memory still.
+    monkeypatch.setenv("PROMPTCACHE_MEMORY_LIMIT", "0")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 

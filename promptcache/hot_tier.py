@@ -1,0 +1,348 @@
+"""The hot tier: what this process has read lately, in memory.
+
+Prefixes form a tree here, too. Its trunks are whole caches: a generation takes one,
+writes on behind the rows that it shares, and puts it back longer. Where prompts part,
+the smaller side is copied: rows that would be overwritten become a branch, or the
+shared ones a cache of their own. So a prompt that goes on where another one stopped
+costs no copy, and one that shares a long system prompt costs that of the few rows
+after it.
+
+Rows of `KVCache` are shared at any token. A cache with parts of other classes is taken
+as a whole, by prompts that continue all it has read.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from promptcache.chain import TOKEN_NBYTES, common_length, pack
+from promptcache.treatment import (
+    Treatment,
+    filled_rows,
+    parts_of,
+    rows_of,
+    treatment_of,
+    with_parts,
+)
+
+# So much of the memory that models and others share is a safe part for caches.
+MEMORY_SHARE = 8
+
+Rows = dict[str, list[Any]]
+
+
+@dataclass(eq=False, slots=True)
+class _Trunk:
+    """A whole cache.
+
+    Attributes:
+        fingerprint: What its values depend on.
+        data: The packed token ids that it has read.
+        cache: One mlx-lm cache object a layer.
+        nbytes: The size of its arrays.
+    """
+
+    fingerprint: str
+    data: bytes
+    cache: list[Any]
+    nbytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.data) // TOKEN_NBYTES
+
+    @property
+    def is_divisible(self) -> bool:
+        """Return whether a run can take over at any token of it."""
+        return _has_only_rows(self.cache)
+
+
+@dataclass(eq=False, slots=True)
+class _Branch:
+    """Rows that hang on a prefix which lies in some trunk and other branches.
+
+    Attributes:
+        fingerprint: What its values depend on.
+        data: The packed token ids, from the first token on.
+        start: The first of its rows.
+        rows: For each part of the cache its keys and values, shape
+            `(1, kv_heads, tokens, head_dim)`.
+        nbytes: The size of these.
+    """
+
+    fingerprint: str
+    data: bytes
+    start: int
+    rows: Rows
+    nbytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.data) // TOKEN_NBYTES
+
+
+class _Piece(NamedTuple):
+    """The rows up to `stop` of an entry, which others come before."""
+
+    entry: _Trunk | _Branch
+    stop: int
+
+
+class HotPrefix(NamedTuple):
+    """What the tier has of a prompt.
+
+    Attributes:
+        num_tokens: How many tokens of it.
+        is_divisible: Whether its rows can be read one by one.
+    """
+
+    num_tokens: int
+    is_divisible: bool
+    pieces: tuple[_Piece, ...] = ()
+
+
+class HotTier:
+    """Caches of recent prompts, the least recently used of which go first.
+
+    Invariants:
+        All arrays that it holds fit into `max_nbytes`.
+        Nobody else writes to an array that it holds.
+    """
+
+    def __init__(self, max_nbytes: int) -> None:
+        """Take how many bytes to hold, 0 to hold nothing."""
+        self.max_nbytes = max_nbytes
+        self._entries: list[_Trunk | _Branch] = []
+        self._lock = threading.RLock()
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of what it holds."""
+        return sum(entry.nbytes for entry in self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+
+    # Finding and taking
+
+    def find(
+        self,
+        fingerprint: str,
+        token_ids: Sequence[int],
+        last_resumable: Callable[[int], int],
+    ) -> HotPrefix | None:
+        """Return the longest prefix of a prompt that a run can take over from.
+
+        It leaves at least one token to read.
+
+        Args:
+            fingerprint: What its values depend on.
+            token_ids: The prompt.
+            last_resumable: Returns the last position up to a given one at which
+                prompts may take over.
+        """
+        data = pack(token_ids)
+        with self._lock:
+            found = (
+                self._prefix(trunk, data, last_resumable)
+                for trunk in self._entries
+                if isinstance(trunk, _Trunk) and trunk.fingerprint == fingerprint
+            )
+            best = max(found, key=lambda prefix: prefix.num_tokens, default=None)
+        return best if best and best.num_tokens else None
+
+    def _prefix(
+        self, trunk: _Trunk, data: bytes, last_resumable: Callable[[int], int]
+    ) -> HotPrefix:
+        """Return what a trunk has of a prompt, with the branches that go on from it."""
+        last = len(data) // TOKEN_NBYTES - 1
+        covered = min(common_length(trunk.data, data), last)
+        if not trunk.is_divisible:
+            is_whole = covered == trunk.num_tokens == last_resumable(covered)
+            return HotPrefix(
+                covered if is_whole else 0, False, (_Piece(trunk, covered),)
+            )
+        pieces = [_Piece(trunk, covered)]
+        while longer := self._longest_branch(trunk.fingerprint, data, covered, last):
+            pieces.append(longer)
+            covered = longer.stop
+        return HotPrefix(last_resumable(covered), True, tuple(pieces))
+
+    def _longest_branch(
+        self, fingerprint: str, data: bytes, covered: int, last: int
+    ) -> _Piece | None:
+        """Return the branch that reaches furthest beyond what is covered, if any."""
+        pieces = (
+            _Piece(entry, min(common_length(entry.data, data), last))
+            for entry in self._entries
+            if isinstance(entry, _Branch)
+            and entry.fingerprint == fingerprint
+            and entry.start <= covered
+        )
+        best = max(pieces, key=lambda piece: piece.stop, default=None)
+        return best if best and best.stop > covered else None
+
+    def take(self, found: HotPrefix) -> list[Any]:
+        """Return a cache that holds a prefix which was just found; it is the caller's.
+
+        A generation that is done with it puts it back.
+        """
+        with self._lock:
+            (trunk, stop), *branches = found.pieces
+            assert isinstance(trunk, _Trunk)
+            covered = min(stop, found.num_tokens)
+            cache = self._taken(trunk, covered)
+            for branch, stop in branches:
+                assert isinstance(branch, _Branch)
+                stop = min(stop, found.num_tokens)
+                if stop > covered:
+                    _append(cache, branch, covered, stop)
+                    self._use(branch)
+                    covered = stop
+                if covered == branch.num_tokens:
+                    self._entries.remove(branch)
+            self._hold_limit()
+            return cache
+
+    def _taken(self, trunk: _Trunk, num_tokens: int) -> list[Any]:
+        """Return a cache with the first tokens of a trunk; the rest of it stays."""
+        num_left = trunk.num_tokens - num_tokens
+        if num_left > num_tokens:
+            self._use(trunk)
+            return _copied(trunk.cache, num_tokens)
+        self._entries.remove(trunk)
+        if num_left:
+            rows = _copied_rows(trunk.cache, num_tokens, trunk.num_tokens)
+            nbytes = sum(array.nbytes for arrays in rows.values() for array in arrays)
+            self._entries.append(
+                _Branch(trunk.fingerprint, trunk.data, num_tokens, rows, nbytes)
+            )
+            _trim(trunk.cache, num_tokens)
+        return trunk.cache
+
+    def _use(self, entry: _Trunk | _Branch) -> None:
+        """Make an entry the last to go."""
+        self._entries.remove(entry)
+        self._entries.append(entry)
+
+    # Putting back
+
+    def put(self, fingerprint: str, token_ids: Sequence[int], cache: list[Any]) -> None:
+        """Keep a cache, of which the caller keeps nothing.
+
+        Args:
+            fingerprint: What its values depend on.
+            token_ids: What it has read, or less if its rows can be cut at any token.
+            cache: One mlx-lm cache object a layer.
+        """
+        if _has_only_rows(cache):
+            _trim(cache, len(token_ids))
+        if any(part.offset != len(token_ids) for part in _row_parts(cache)):
+            return
+        try:
+            nbytes = sum(layer.nbytes for layer in cache)
+        except (AttributeError, NotImplementedError):
+            # A class of the model's own, whose size nobody knows.
+            return
+        new = _Trunk(fingerprint, pack(token_ids), cache, nbytes)
+        with self._lock:
+            known = [*self._alike(new)]
+            for entry in known:
+                if entry.num_tokens > new.num_tokens:
+                    self._use(entry)
+                    return
+            for entry in known:
+                self._entries.remove(entry)
+            self._entries.append(new)
+            self._hold_limit()
+
+    def _alike(self, new: _Trunk) -> Iterator[_Trunk]:
+        """Yield the trunks that are good for all that a new one is, or the reverse."""
+        for entry in self._entries:
+            if isinstance(entry, _Trunk) and entry.fingerprint == new.fingerprint:
+                shared = common_length(entry.data, new.data)
+                lengths = (entry.num_tokens, new.num_tokens)
+                longer = entry if entry.num_tokens > new.num_tokens else new
+                if shared == min(lengths) and (
+                    longer.is_divisible or len({*lengths}) == 1
+                ):
+                    yield entry
+
+    def _hold_limit(self) -> None:
+        while self._entries and self.nbytes > self.max_nbytes:
+            self._entries.pop(0)
+
+
+def _row_parts(cache: Sequence[Any]) -> Iterator[Any]:
+    """Yield the parts that keep plain rows and have some."""
+    for _, part in parts_of(cache):
+        if type(part).__name__ == "KVCache" and not part.empty():
+            yield part
+
+
+def _has_only_rows(cache: Sequence[Any]) -> bool:
+    """Return whether a cache is nothing but plain rows of the same tokens."""
+    parts = [part for _, part in parts_of(cache)]
+    position = max((part.offset for part in _row_parts(cache)), default=0)
+    return position > 0 and all(
+        type(part).__name__ == "KVCache"
+        and treatment_of(part, position) in (Treatment.ROWS, Treatment.EMPTY)
+        for part in parts
+    )
+
+
+def _trim(cache: Sequence[Any], num_tokens: int) -> None:
+    for part in _row_parts(cache):
+        part.trim(part.offset - num_tokens)
+
+
+def _copied_rows(cache: Sequence[Any], start: int, stop: int) -> Rows:
+    import mlx.core as mx
+
+    rows = {
+        name: [mx.contiguous(array) for array in rows_of(part, start, stop)]
+        for name, part in parts_of(cache)
+        if not part.empty()
+    }
+    mx.eval(rows)
+    return rows
+
+
+def _copied(cache: Sequence[Any], num_tokens: int) -> list[Any]:
+    """Return a cache of its own with the first tokens of another one."""
+    import mlx.core as mx
+
+    def copied(part: Any) -> Any:
+        if part.empty():
+            return copy(part)
+        columns = [[array] for array in rows_of(part, 0, num_tokens)]
+        return filled_rows(type(part)(), columns, num_tokens, num_tokens)
+
+    parts = [copied(part) for _, part in parts_of(cache)]
+    mx.eval([part.state for part in parts if not part.empty()])
+    return with_parts(cache, iter(parts))
+
+
+def _append(cache: Sequence[Any], branch: _Branch, start: int, stop: int) -> None:
+    """Add the rows `[start, stop)` of a branch to a cache that holds those before."""
+    for name, part in parts_of(cache):
+        if not part.empty():
+            span = slice(start - branch.start, stop - branch.start)
+            part.update_and_fetch(*(array[..., span, :] for array in branch.rows[name]))
+
+
+def default_nbytes() -> int:
+    """Return an eighth of the memory that this machine's device has."""
+    import mlx.core as mx
+
+    memory = mx.device_info().get("memory_size")
+    memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(memory) // MEMORY_SHARE
