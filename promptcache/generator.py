@@ -618,7 +618,7 @@ class CachedGenerator:
 
 
 def _memory_limit(nbytes: int | None) -> int:
-    """Return the limit that is given, set in the environment, or the default."""
+    """Return the limit that is given, else the user's, else the default."""
     if nbytes is None:
         nbytes = location.memory_limit()
     return hot_tier.default_nbytes() if nbytes is None else nbytes

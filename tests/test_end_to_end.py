@@ -20,7 +20,7 @@ SYSTEM = "\n".join(NARRATOR.read_text().splitlines()[:20])
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> CachedGenerator:
     ensure_default_model()
     store = tmp_path_factory.mktemp("smollm2")
-    return CachedGenerator.load(store=store, save=False)
+    return CachedGenerator.load(store=store, save=False, memory_limit=0)
 
 
 def answer(generator: CachedGenerator, text: str, **options: Any) -> list[Any]:
