@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from promptcache import location
@@ -14,6 +14,7 @@ from promptcache.rendering import RenderedPrompt, message_texts, render
 from promptcache.types import (
     Eviction,
     Fingerprint,
+    LoadEstimate,
     Neighbourhood,
     Origin,
     StoredPrompt,
@@ -76,6 +77,7 @@ class Explanation:
             of it is reused.
         is_miss: Whether more could have been expected: nothing is reused, or the
             prompt parts from the cached one before the last user's text.
+        declined: Why a run would read cached tokens again all the same, if it would.
         verdict: All of this in one sentence.
     """
 
@@ -84,6 +86,7 @@ class Explanation:
     key: str | None
     divergence: Divergence | None
     is_miss: bool
+    declined: LoadEstimate | None = None
 
     @property
     def is_full(self) -> bool:
@@ -93,6 +96,12 @@ class Explanation:
     @property
     def verdict(self) -> str:
         """Return what happens, in one sentence."""
+        if self.declined is not None:
+            return f"{self._found}; they are prefilled all the same: {self.declined}"
+        return self._found
+
+    @property
+    def _found(self) -> str:
         told = f"{self.cached_tokens} of {self.prompt_tokens} tokens are cached"
         if self.is_full:
             return f"a full hit: {told}"
@@ -112,6 +121,7 @@ def explain(
     fingerprint: Fingerprint,
     neighbourhood: Neighbourhood,
     *,
+    declined: LoadEstimate | None = None,
     now: float | None = None,
 ) -> Explanation:
     """Say why a prompt hits or misses.
@@ -121,10 +131,12 @@ def explain(
         rendered: The prompt.
         fingerprint: What its KV values depend on.
         neighbourhood: What the store has that is close to it.
+        declined: Why a run would not load what is cached of it, if it would not.
         now: Unix time.
     """
     now = time.time() if now is None else now
-    return _Inquiry(tokenizer, rendered, fingerprint, neighbourhood, now).explain()
+    inquiry = _Inquiry(tokenizer, rendered, fingerprint, neighbourhood, now)
+    return replace(inquiry.explain(), declined=declined)
 
 
 class _Inquiry:

@@ -31,7 +31,7 @@ from promptcache.saving import QuietSaver, Saver, warn
 from promptcache.speculation import DraftedModel, speculate
 from promptcache.store import PrefixStore
 from promptcache.treatment import check_supported
-from promptcache.types import Fingerprint, Match, Origin, Receipt
+from promptcache.types import Fingerprint, LoadEstimate, Match, Origin, Receipt
 from promptcache.writer import Writer
 
 # Below this, prefilling again costs less than it is worth to keep: a second on
@@ -64,6 +64,8 @@ class GenerationResponse(PlainResponse):
             prompt, or None.
         saved_seconds: With the last response, how long it would have taken to process
             the cached tokens, at this model's speed on this machine; 0 if unknown.
+        declined: Why cached tokens were processed again all the same: that is faster
+            here. None if they were not.
     """
 
     cached_tokens: int = 0
@@ -71,6 +73,7 @@ class GenerationResponse(PlainResponse):
     prefill_seconds: float = 0.0
     key: str | None = None
     saved_seconds: float = 0.0
+    declined: LoadEstimate | None = None
 
     @property
     def ttft_seconds(self) -> float:
@@ -180,6 +183,7 @@ class Generation:
         self._num_pieced = 0
         # Tokens read in whole pieces, and the seconds that took.
         self._prefilled = (0, 0.0)
+        self._loaded_tokens = 0
         # How many tokens of the answer the cache is known to hold.
         self._num_read = 0
 
@@ -196,6 +200,7 @@ class Generation:
                 for response in self._responses(self._steps(start), start.saver):
                     prefill_seconds = prefill_seconds or time.perf_counter() - loaded
                     response.cached_tokens = start.cached_tokens
+                    response.declined = start.resumed.declined
                     response.load_seconds = loaded - started
                     response.prefill_seconds = prefill_seconds
                     response.prompt_tps = num_new / prefill_seconds
@@ -274,7 +279,7 @@ class Generation:
         return _Start(cache, resumed, saver, fingerprint)
 
     def _cold(self) -> _Start:
-        return _Start(self._make_cache(), Resumed(Match()), QuietSaver(None))
+        return _Start(self._make_cache(), Resumed(), QuietSaver(None))
 
     def _make_cache(self) -> list[Any]:
         cache: list[Any] = make_prompt_cache(self._reader, self._request.max_kv_size)
@@ -294,7 +299,7 @@ class Generation:
         """Return a cache with the longest prefix there is, in memory or on disk."""
         request = self._request
         if not request.reuse:
-            return cache, Resumed(Match())
+            return cache, Resumed()
         if hot := self._resume_hot(store, fingerprint):
             return hot
         # Speculation reads the last token itself.
@@ -307,7 +312,9 @@ class Generation:
             cuts=request.cuts,
             kv=request.kv,
             generating=not is_drafted,
+            may_decline=True,
         )
+        self._loaded_tokens = resumed.cached_tokens
         return cache, resumed
 
     @property
@@ -336,7 +343,7 @@ class Generation:
         if is_shorter or is_lost:
             return None
         try:
-            return self._hot.take(found), Resumed(match, num_hot=found.num_tokens)
+            return self._hot.take(found), Resumed(match, found.num_tokens)
         except (RuntimeError, MemoryError):
             # It does not fit twice; on disk it is safe.
             self._hot.clear()
@@ -405,6 +412,8 @@ class Generation:
         )
         with contextlib.suppress(StoreError):
             self._store.add_speed(start.fingerprint, *self._prefilled)
+            loaded = (self._loaded_tokens, last.load_seconds)
+            self._store.add_load(start.fingerprint, *loaded)
             return self._store.record(receipt)
         return nothing
 

@@ -333,10 +333,17 @@ class CachedGenerator:
         """
         rendered = self.render(prompt, tools, chat_template_config)
         fingerprint = self.fingerprint(Settings.of(**settings))
-        around = self._usable_store().neighbourhood(
-            rendered.token_ids, fingerprint, rendered.origin
+        store = self._usable_store()
+        around = store.neighbourhood(rendered.token_ids, fingerprint, rendered.origin)
+        estimate = store.estimate(fingerprint, around.match.cached_tokens)
+        declines = estimate is not None and estimate.favours_prefill
+        return explanation.explain(
+            self.tokenizer,
+            rendered,
+            fingerprint,
+            around,
+            declined=estimate if declines else None,
         )
-        return explanation.explain(self.tokenizer, rendered, fingerprint, around)
 
     def _usable_store(self) -> PrefixStore:
         if self.store is None:

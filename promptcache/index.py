@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from promptcache.chain import TOKEN_NBYTES, Chain
 from promptcache.errors import DamagedIndexError, StoreError, StoreFormatError
@@ -34,7 +34,7 @@ from promptcache.types import (
     Worth,
 )
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 ROOT_ID = 0
 # In place of the first token of a checkpoint, which has no tokens.
 NO_TOKEN = -1
@@ -44,8 +44,12 @@ MOST_CONFIGS = 4
 MOST_EVICTIONS = 10_000
 # Writers queue behind each other; a save holds the lock for milliseconds.
 TIMEOUT_SECONDS = 30
+# What a measured speed still counts for after the next one.
+SPEED_DECAY = 0.5
 # What an answer may be delayed by for the sake of its receipt.
 BUSY_MILLISECONDS = 100
+
+Deed = Literal["prefill", "load"]
 
 SEGMENT_COLUMNS = (
     "id, key, parent_id, start, end, nbytes, divisible, extendable, needs_checkpoint, "
@@ -461,26 +465,46 @@ class Index:
     # Usage
 
     def add_speed(
-        self, fingerprint: Fingerprint, num_tokens: int, seconds: float
+        self,
+        fingerprint: Fingerprint,
+        deed: Deed,
+        num_tokens: int,
+        seconds: float,
+        *,
+        now: float,
     ) -> None:
-        """Note how long it took to read so many tokens at once."""
-        sql = """
-            INSERT INTO speeds (fingerprint_id, num_tokens, seconds) VALUES (?, ?, ?)
-            ON CONFLICT (fingerprint_id) DO UPDATE SET
-                num_tokens = num_tokens + excluded.num_tokens,
-                seconds = seconds + excluded.seconds
+        """Note how long it took to do something to so many tokens at once.
+
+        What was noted before counts half as much each time.
+        """
+        sql = f"""
+            INSERT INTO speeds (fingerprint_id, deed, num_tokens, seconds, measured_at)
+            VALUES (?, ?, ?, ?, ?)
+            ON CONFLICT (fingerprint_id, deed) DO UPDATE SET
+                num_tokens = num_tokens * {SPEED_DECAY} + excluded.num_tokens,
+                seconds = seconds * {SPEED_DECAY} + excluded.seconds,
+                measured_at = excluded.measured_at
         """
         with self.writing():
             fingerprint_id = self._fingerprint_id(fingerprint)
-            self._execute(sql, [fingerprint_id, num_tokens, seconds])
+            self._execute(sql, [fingerprint_id, deed, num_tokens, seconds, now])
 
-    def speed(self, fingerprint: str) -> float | None:
-        """Return how many tokens a second are read, or None if that is not known."""
+    def speed(
+        self, fingerprint: str, deed: Deed, *, since: float = 0.0
+    ) -> float | None:
+        """Return how many tokens a second it takes, or None if that is not known.
+
+        Args:
+            fingerprint: What the tokens' KV values depend on.
+            deed: What is done to them.
+            since: Measured before, it counts as not known.
+        """
         sql = """
             SELECT num_tokens / seconds FROM speeds
-            JOIN fingerprints f ON f.id = fingerprint_id WHERE digest = ?
+            JOIN fingerprints f ON f.id = fingerprint_id
+            WHERE digest = ? AND deed = ? AND measured_at >= ?
         """
-        row = self._execute(sql, [fingerprint]).fetchone()
+        row = self._execute(sql, [fingerprint, deed, since]).fetchone()
         return None if row is None else float(row[0])
 
     def add_receipt(
@@ -725,8 +749,14 @@ def _create_history(database: Any) -> None:
         {"template": str, "config": str}, pk=("template", "config")
     )
     database["speeds"].create(
-        {"fingerprint_id": int, "num_tokens": int, "seconds": float},
-        pk="fingerprint_id",
+        {
+            "fingerprint_id": int,
+            "deed": str,
+            "num_tokens": float,
+            "seconds": float,
+            "measured_at": float,
+        },
+        pk=("fingerprint_id", "deed"),
     )
     database["usage"].create(
         {

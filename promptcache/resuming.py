@@ -12,7 +12,7 @@ from promptcache.prefill import Cuts, KVSettings, quantize
 from promptcache.saving import warn
 from promptcache.store import PrefixStore
 from promptcache.treatment import parts_of
-from promptcache.types import Fingerprint, Match, SegmentSlice
+from promptcache.types import Fingerprint, LoadEstimate, Match, SegmentSlice
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -26,19 +26,16 @@ class Resumed(NamedTuple):
 
     Attributes:
         match: The longest prefix that the store has.
+        cached_tokens: How many tokens the cache holds, from the store or from memory.
         logits: The logits of the next token, shape `(1, vocabulary)`, if the match is
             the whole prompt and they were stored.
-        num_hot: How many tokens were in memory, and nothing was loaded; else 0.
+        declined: Why the match was not loaded, if it was not.
     """
 
-    match: Match
+    match: Match = Match()
+    cached_tokens: int = 0
     logits: "mx.array | None" = None
-    num_hot: int = 0
-
-    @property
-    def cached_tokens(self) -> int:
-        """Return how many tokens the cache holds."""
-        return self.num_hot or self.match.cached_tokens
+    declined: LoadEstimate | None = None
 
 
 def resume(
@@ -50,6 +47,7 @@ def resume(
     cuts: Cuts,
     kv: KVSettings,
     generating: bool,
+    may_decline: bool = False,
 ) -> Resumed:
     """Fill a fresh cache with the longest cached prefix of a prompt.
 
@@ -65,6 +63,7 @@ def resume(
         cuts: Where the pieces of its prefill end.
         kv: When keys and values are quantized.
         generating: Leave something to read, unless the next token's logits are stored.
+        may_decline: Load nothing where the model reads the same tokens sooner.
 
     Raises:
         StoreError: The index cannot be read.
@@ -79,6 +78,9 @@ def resume(
             )
             if not match.slices:
                 return Resumed(match)
+            estimate = store.estimate(fingerprint, match.cached_tokens)
+            if may_decline and estimate is not None and estimate.favours_prefill:
+                return Resumed(match, declined=estimate)
             part = match.slices[-1]
             try:
                 for part in match.slices:
@@ -96,7 +98,8 @@ def resume(
     quantized_from = cuts.quantized_from(kv)
     if quantized_from is not None and match.cached_tokens >= quantized_from:
         quantize(cache, match.cached_tokens, kv)
-    return Resumed(match, segments[-1].logits if match.has_logits else None)
+    logits = segments[-1].logits if match.has_logits else None
+    return Resumed(match, match.cached_tokens, logits)
 
 
 class _TooEarlyError(Exception):

@@ -25,7 +25,7 @@ from promptcache.errors import (
     UsageError,
 )
 from promptcache.eviction import surplus_checkpoints
-from promptcache.index import Index
+from promptcache.index import Deed, Index
 from promptcache.matching import checkpoints_on, longest_match, longest_rows
 from promptcache.neighbourhood import find_neighbourhood
 from promptcache.types import (
@@ -33,6 +33,7 @@ from promptcache.types import (
     EncodedSegment,
     Fingerprint,
     ListedPrefix,
+    LoadEstimate,
     Match,
     Neighbourhood,
     Origin,
@@ -65,6 +66,9 @@ ROWS_NBYTES = 32 * 1024
 
 # Shorter reads tell more of a model's fixed costs than of its speed.
 LEAST_SPEED_TOKENS = 64
+LEAST_LOADED_TOKENS = 1000
+# Other work, or a page cache that was cold, may have slowed a load down.
+LOAD_BELIEVED_SECONDS = 3600
 
 # In place of a key: what was reused is in memory and nowhere on disk.
 MEMORY_KEY = "memory"
@@ -222,17 +226,46 @@ class PrefixStore:
         self, fingerprint: Fingerprint, num_tokens: int, seconds: float
     ) -> None:
         """Note how long a model took to read so many tokens. Raises StoreError."""
-        if num_tokens < LEAST_SPEED_TOKENS or seconds <= 0 or self.is_read_only:
+        if num_tokens >= LEAST_SPEED_TOKENS:
+            self._add_speed(fingerprint, "prefill", num_tokens, seconds)
+
+    def add_load(
+        self, fingerprint: Fingerprint, num_tokens: int, seconds: float
+    ) -> None:
+        """Note how long it took to load so many cached tokens. Raises StoreError."""
+        if num_tokens >= LEAST_LOADED_TOKENS:
+            self._add_speed(fingerprint, "load", num_tokens, seconds)
+
+    def _add_speed(
+        self, fingerprint: Fingerprint, deed: Deed, num_tokens: int, seconds: float
+    ) -> None:
+        if seconds <= 0 or self.is_read_only:
             return
         with self._index.impatient():
-            self._index.add_speed(fingerprint, num_tokens, seconds)
+            now = time.time()
+            self._index.add_speed(fingerprint, deed, num_tokens, seconds, now=now)
 
     def prefill_speed(self, fingerprint: Fingerprint) -> float | None:
         """Return how many tokens a second a model reads here, or None if unknown.
 
         Raises StoreError.
         """
-        return self._index.speed(fingerprint.digest)
+        return self._index.speed(fingerprint.digest, "prefill")
+
+    def estimate(
+        self, fingerprint: Fingerprint, num_tokens: int
+    ) -> LoadEstimate | None:
+        """Return what it takes to load so many cached tokens, and to read them again.
+
+        None until both were measured on this machine. A load that is an hour old is
+        not believed, so that it is tried again from time to time. Raises StoreError.
+        """
+        since = time.time() - LOAD_BELIEVED_SECONDS
+        load = self._index.speed(fingerprint.digest, "load", since=since)
+        prefill = self.prefill_speed(fingerprint)
+        if load is None or prefill is None:
+            return None
+        return LoadEstimate(num_tokens / load, num_tokens / prefill)
 
     def usage(self) -> list[Usage]:
         """Return what requests got from the store, by model and prefix.

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,6 +394,33 @@ class Receipt:
     prefilled_tokens: int
     load_seconds: float
     prefill_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadEstimate:
+    """What it takes here to load cached tokens, and to read them again with the model.
+
+    Attributes:
+        load_seconds: From disk, as the last loads of this model's prefixes went.
+        prefill_seconds: By the model, as its last prefills went.
+    """
+
+    load_seconds: float
+    prefill_seconds: float
+
+    # Less is not worth a decision, and not known that well.
+    LEAST_GAIN_SECONDS: ClassVar[float] = 0.02
+
+    @property
+    def favours_prefill(self) -> bool:
+        """Return whether to read the tokens again."""
+        return self.load_seconds - self.prefill_seconds > self.LEAST_GAIN_SECONDS
+
+    def __str__(self) -> str:
+        return (
+            f"loading them takes {self.load_seconds:.2f} s here, "
+            f"reading them {self.prefill_seconds:.2f} s"
+        )
 
 
 @dataclass(frozen=True, slots=True)

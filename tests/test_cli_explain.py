@@ -20,6 +20,7 @@ FIELDS = {
     "key": (str, type(None)),
     "divergence": (dict, type(None)),
     "is_miss": bool,
+    "declined": (dict, type(None)),
     "verdict": str,
 }
 DIVERGENCE_FIELDS = {

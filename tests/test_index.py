@@ -169,7 +169,7 @@ def test_newer_index_is_refused_and_not_touched(path: Path, journal_mode: str) -
         connection.execute(f"PRAGMA journal_mode={journal_mode}")
     before = path.read_bytes()
 
-    with pytest.raises(StoreFormatError, match=r"has format 5 .* reads up to 4, upgr"):
+    with pytest.raises(StoreFormatError, match=r"has format 6 .* reads up to 5, upgr"):
         Index(path)
 
     assert path.read_bytes() == before
@@ -194,7 +194,7 @@ def test_older_index_has_to_be_rebuilt(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION - 1}")
 
-    with pytest.raises(DamagedIndexError, match="older format 3"):
+    with pytest.raises(DamagedIndexError, match="older format 4"):
         Index(path)
 
 
@@ -591,4 +591,4 @@ def test_tables_change_with_their_version_only(tmp_path: Path) -> None:
     found = hashlib.sha256(repr(sql).encode()).hexdigest()[:16]
 
     # Raise SCHEMA_VERSION with it: an index of another version is built anew.
-    assert (SCHEMA_VERSION, found) == (4, "4559415650be35b1")
+    assert (SCHEMA_VERSION, found) == (5, "b38ecfe9eb971c55")

@@ -79,6 +79,7 @@ def _as_json(explanation: "Explanation") -> dict[str, Any]:
         "key": explanation.key,
         "divergence": explanation.divergence and asdict(explanation.divergence),
         "is_miss": explanation.is_miss,
+        "declined": explanation.declined and asdict(explanation.declined),
         "verdict": explanation.verdict,
     }
 

@@ -220,6 +220,8 @@ def usage_line(
         f"{last.generation_tokens} generated, "
         f"{last.ttft_seconds:.3f} s to the first token"
     )
+    if last.declined is not None:
+        return f"{line}; cached tokens were prefilled again: {last.declined}"
     if explanation is None or not explanation.is_miss:
         return line
     divergence = explanation.divergence
