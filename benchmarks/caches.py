@@ -38,6 +38,19 @@ def evaluate(cache: Sequence[Any]) -> None:
     mx.eval([[part.keys, part.values] for part in cache])
 
 
+def shrink(cache: Sequence[Any], num_tokens: int) -> None:
+    """Leave a cache the rows that it has after reading these tokens and no others.
+
+    mlx-lm saves all rows, also those that it has only made room for.
+    """
+    for part in cache:
+        part.trim(part.offset - num_tokens)
+        capacity = -(-num_tokens // part.step) * part.step
+        part.keys = mx.contiguous(part.keys[..., :capacity, :])
+        part.values = mx.contiguous(part.values[..., :capacity, :])
+    evaluate(cache)
+
+
 def checksum(cache: Sequence[Any], num_tokens: int) -> str:
     """Return a hash over the first rows of a cache, layer by layer."""
     hash_ = xxhash.xxh3_128()

@@ -15,6 +15,10 @@ from typing import Any, Literal
 
 NARRATOR = Path(__file__).parents[1] / "docs" / "examples" / "narrator.txt"
 
+# What the sums of a long and a short read differ by, in float32, and far less than
+# what another token's keys and values change.
+LOGPROB_TOLERANCE = 1e-2
+
 Unit = Literal["s", "B", "B/s", "tokens/s", "×"]
 
 
@@ -149,6 +153,14 @@ def check_equal(what: str, value: object, expected: object) -> None:
     """
     if value != expected:
         raise AssertionError(f"{what}: {value!r} is not {expected!r}")
+
+
+def check_close(what: str, values: Sequence[float], expected: Sequence[float]) -> None:
+    """Raise AssertionError if log-probabilities differ by more than rounding."""
+    worst = max(abs(a - b) for a, b in zip(values, expected, strict=True))
+    # Not the other way around: it may be no number.
+    if not worst <= LOGPROB_TOLERANCE:
+        raise AssertionError(f"{what} differ by {worst}")
 
 
 def narrate(text: str) -> None:

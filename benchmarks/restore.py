@@ -52,6 +52,8 @@ class Case:
         files: Where they are.
         checksum: Of what is to come out.
         token_ids: The prompt, for a store.
+        store: The folder of the store.
+        fingerprint: Under which it is there.
     """
 
     labels: dict[str, str | int]
@@ -61,6 +63,7 @@ class Case:
     checksum: str
     token_ids: Sequence[int] = ()
     store: Path = Path()
+    fingerprint: Fingerprint = FINGERPRINT
 
     @property
     def name(self) -> str:
@@ -83,7 +86,7 @@ class Case:
             "files": [str(file) for file in self.files],
             "num_tokens": self.num_tokens,
             "store": str(self.store),
-            "digest": FINGERPRINT.digest,
+            "digest": self.fingerprint.digest,
             "token_ids": list(self.token_ids),
         }
 

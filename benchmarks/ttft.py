@@ -12,7 +12,7 @@ import math
 import random
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from benchmarks import page_cache
 from benchmarks.harness import (
     NARRATOR,
     Measurement,
+    check_close,
     check_equal,
     median_ratio,
     narrate,
@@ -33,9 +34,6 @@ from promptcache.default_model import ensure_default_model
 from promptcache.loading import load_tokenizer
 
 SUFFIX_TOKENS = 4
-# What the sums of a long and a short read differ by, in float32, and far less than
-# what another token's keys and values change.
-LOGPROB_TOLERANCE = 1e-2
 # How much bigger mlx-lm's file may be: it has up to 255 rows of padding.
 MOST_PADDING = 256
 
@@ -176,13 +174,6 @@ class Prompt:
         for other in BASELINES.get(name, ()):
             ratios[other] = median_ratio(seconds, self.seconds[other])
         return ratios
-
-
-def check_close(what: str, values: Sequence[float], expected: Sequence[float]) -> None:
-    """Raise AssertionError if log-probabilities differ by more than rounding."""
-    worst = max(abs(a - b) for a, b in zip(values, expected, strict=True))
-    if not worst <= LOGPROB_TOLERANCE:
-        raise AssertionError(f"{what} differ by {worst}")
 
 
 def random_words(folder: Path, num_tokens: int) -> list[int]:

@@ -175,13 +175,7 @@ class Trial:
 
     def _keep(self, cache: list[Any]) -> None:
         """Save the prefix's part of a cache in mlx-lm's way and in the store's."""
-        for part in cache:
-            part.trim(part.offset - self.num_prefix)
-            # As many rows as a cache has that has read the prefix only.
-            capacity = -(-self.num_prefix // part.step) * part.step
-            part.keys = mx.contiguous(part.keys[..., :capacity, :])
-            part.values = mx.contiguous(part.values[..., :capacity, :])
-        caches.evaluate(cache)
+        caches.shrink(cache, self.num_prefix)
         save_prompt_cache(str(self.files["mlx-lm"]), cache)
         store, fingerprint = self.generator.store, self.generator.fingerprint()
         assert store is not None
