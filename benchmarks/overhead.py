@@ -43,7 +43,7 @@ class Run:
     Attributes:
         first: From the call to the first token.
         total: To the end of the answer, what is saved after it included.
-        tokens_per_second: After the first token, up to the last.
+        tokens_per_second: After the second token, up to the one before the last.
         token_ids: The answer.
         logprobs: The log-probability of each token.
     """
@@ -68,8 +68,9 @@ def timed(answer: Callable[[], Iterable[Any]]) -> Run:
     return Run(
         times[0] - started,
         ended - started,
-        # The last response waits for the save, so the one before counts.
-        (len(times) - 2) / (times[-2] - times[0]),
+        # From the second token on, when mlx-lm and promptcache have both begun the next
+        # one, to the one before the last, which waits for the save.
+        (len(times) - 3) / (times[-2] - times[1]),
         [response.token for response in responses],
         [response.logprobs[response.token].item() for response in responses],
     )
