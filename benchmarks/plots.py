@@ -98,7 +98,8 @@ def _line_with_spread(
         label=label,
         capsize=3,
     )
-    if medians:
+    # Dashed lines run close to another one, whose number would be hidden.
+    if medians and "--" not in style:
         axes.annotate(
             f"{medians[-1]:,.0f}",
             (places[-1], medians[-1]),
