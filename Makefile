@@ -24,7 +24,7 @@ help:
 	@echo "make lint    check style, types and generated docs"
 	@echo "make format  mend style and generated docs"
 	@echo "make bench   measure, side by side with mlx-lm"
-	@echo "make bench-plots  draw what was measured"
+	@echo "make bench-plots  draw what it measured"
 	@echo "make models  try every architecture of mlx-lm, and write docs/models.md"
 	@echo "make clean   remove the virtual environment"
 

@@ -59,7 +59,7 @@ class Chat:
 
     def __init__(self, folder: Path) -> None:
         """Make a model and a store in a folder."""
-        model = make_random_llama(folder / "model", NARROW, "float32")
+        model = make_random_llama(folder / "model", NARROW)
         self._folder = folder
         self._generator = CachedGenerator.load(model, store=self.path, save=True)
         self.fingerprint = self._generator.fingerprint()
@@ -189,7 +189,8 @@ def run(options: argparse.Namespace) -> tuple[list[Measurement], list[Measuremen
         folder = Path(place)
         chat, turns = Chat(folder), []
         for number in range(options.turns):
-            narrate(f"chat: turn {number + 1} of {options.turns}")
+            if number % CHECKED_TURNS == 0:
+                narrate(f"chat: turn {number + 1} of {options.turns}")
             turns.append(chat.take_turn())
         cases = restore_cases(chat, folder)
         chat.close()

@@ -6,10 +6,9 @@ They read at the speed of real ones of their shape, and answer nonsense.
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 from mlx_lm.models.llama import Model, ModelArgs
 
 from promptcache.default_model import ensure_default_model
@@ -45,15 +44,12 @@ SHARED = {
 }
 
 
-def make_random_llama(folder: Path, shape: dict[str, int], dtype: str) -> Path:
-    """Save a model of this shape with SmolLM2's tokenizer; return the folder."""
+def make_random_llama(folder: Path, shape: dict[str, int]) -> Path:
+    """Save a float32 model with SmolLM2's tokenizer; return the folder."""
     config = SHARED | shape
     folder.mkdir(parents=True)
     mx.random.seed(0)
     model = Model(ModelArgs.from_dict(config))
-    model.update(
-        tree_map(lambda array: array.astype(_dtype(dtype)), model.parameters())
-    )
     embedding = model.model.embed_tokens
     # The tokenizer has no words for tokens beyond, so they get no likely logits.
     rows = mx.arange(shape["vocab_size"])[:, None] < SMOLLM2_VOCABULARY
@@ -66,7 +62,3 @@ def make_random_llama(folder: Path, shape: dict[str, int], dtype: str) -> Path:
     for name in TOKENIZER_FILES:
         shutil.copy(ensure_default_model() / name, folder)
     return folder
-
-
-def _dtype(name: str) -> Any:
-    return getattr(mx, name)

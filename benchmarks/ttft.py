@@ -200,12 +200,12 @@ def measure(prompt: Prompt, trials: int, cold_trials: int) -> None:
     prompt.check_nbytes()
 
 
-def model_folder(name: str, folder: Path, dtype: str) -> Path:
+def model_folder(name: str, folder: Path) -> Path:
     """Return the folder of a model, which is made if it is the random one."""
     if name == "smollm2":
         return ensure_default_model()
     made = folder / name
-    return made if made.exists() else make_random_llama(made, LLAMA_1B, dtype)
+    return made if made.exists() else make_random_llama(made, LLAMA_1B)
 
 
 def run(options: argparse.Namespace) -> list[Measurement]:
@@ -216,7 +216,7 @@ def run(options: argparse.Namespace) -> list[Measurement]:
     )
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         for name in options.models:
-            folder = model_folder(name, Path(options.folder or place), options.dtype)
+            folder = model_folder(name, Path(options.folder or place))
             for length in options.lengths:
                 narrate(f"ttft: {name}, {length} tokens")
                 token_ids = random_words(folder, length + SUFFIX_TOKENS)
@@ -239,7 +239,6 @@ def main() -> None:
         "--models", nargs="+", choices=["smollm2", "llama-1b"], default=["smollm2"]
     )
     parser.add_argument("--cold-trials", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", help="of the random model")
     parser.add_argument("--folder", type=Path, help="for files, and to keep the model")
     parser.add_argument("--memory-limit", type=int, metavar="BYTES")
     options = parser.parse_args()
