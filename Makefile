@@ -13,7 +13,10 @@ EXTRAS := dev$(if $(BACKEND),$(comma)$(BACKEND))
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
 RUN := PATH="$(BIN):$$PATH" $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 
-.PHONY: help demo test lint format bench models clean
+# Where the benchmarks write what they measured, and the plots of it.
+MEASURED ?= docs/benchmarks
+
+.PHONY: help demo test lint format bench bench-plots models clean
 
 help:
 	@echo "make demo    run the main job with the embedded default model"
@@ -21,6 +24,7 @@ help:
 	@echo "make lint    check style, types and generated docs"
 	@echo "make format  mend style and generated docs"
 	@echo "make bench   measure, side by side with mlx-lm"
+	@echo "make bench-plots  draw what it measured"
 	@echo "make models  try every architecture of mlx-lm, and write docs/models.md"
 	@echo "make clean   remove the virtual environment"
 
@@ -49,8 +53,15 @@ format: $(VENV)/.installed
 	$(RUN) cog -r docs/cli-reference.md
 
 bench: $(VENV)/.installed
-	$(RUN) python -m benchmarks.ttft
-	$(RUN) python -m benchmarks.lookup
+	$(RUN) python -m benchmarks.restore --json $(MEASURED)/restore.json
+	$(RUN) python -m benchmarks.lookup --json $(MEASURED)/lookup.json
+	$(RUN) python -m benchmarks.chat --json $(MEASURED)/chat.json
+	$(RUN) python -m benchmarks.overhead --json $(MEASURED)/overhead.json
+	$(RUN) python -m benchmarks.ttft --json $(MEASURED)/ttft.json
+
+bench-plots: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[plots]'
+	$(RUN) python -m benchmarks.plots $(MEASURED) $(MEASURED)
 
 models: $(VENV)/.installed
 	$(RUN) python -m benchmarks.conformance --write docs/models.md

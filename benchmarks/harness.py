@@ -1,12 +1,176 @@
-"""What the benchmarks share: machine, medians, tables."""
+"""What the benchmarks share: options, trials in processes, tables and JSON files."""
 
+import argparse
+import json
+import os
 import platform
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Literal
 
 NARRATOR = Path(__file__).parents[1] / "docs" / "examples" / "narrator.txt"
+
+# In float32, as on the CPU, the sums of a long and a short read differ by 1e-5, and
+# with one row of one layer in the place of another by 6e-4 (SmolLM2, 500 tokens).
+CPU_TOLERANCE = 1e-4
+# In half precision, as on a GPU, rounding hides such a row.
+GPU_TOLERANCE = 1e-1
+
+Unit = Literal["s", "B", "B/s", "tokens/s", "×"]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What was measured of one thing.
+
+    Attributes:
+        labels: What it is, a cell for each column; the same columns for all of a
+            benchmark.
+        unit: What the values count.
+        values: One for each trial, none where it cannot be measured here.
+        ratios: How often it is another measurement of the same rounds, by its name.
+    """
+
+    labels: Mapping[str, str | int]
+    unit: Unit
+    values: Sequence[float]
+    ratios: Mapping[str, float] = field(default_factory=dict)
+
+    def row(self) -> list[object]:
+        """Return the cells of its line."""
+        if not self.values:
+            return [*self.labels.values(), 0, "not measured", "", ""]
+        values = (statistics.median(self.values), min(self.values), max(self.values))
+        median, low, high = (in_unit(value, self.unit) for value in values)
+        ratios = ", ".join(f"{r:.3g} × {name}" for name, r in self.ratios.items())
+        spread = f"{low} to {high}"
+        return [*self.labels.values(), len(self.values), median, spread, ratios]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for a JSON file, values in the unit itself."""
+        spread = {}
+        if self.values:
+            spread = {
+                "median": statistics.median(self.values),
+                "min": min(self.values),
+                "max": max(self.values),
+            }
+        return {
+            "labels": dict(self.labels),
+            "unit": self.unit,
+            "num_trials": len(self.values),
+            **spread,
+            "values": list(self.values),
+            "ratios": dict(self.ratios),
+        }
+
+
+def in_unit(value: float, unit: Unit) -> str:
+    """Return a value for people."""
+    if unit == "s":
+        return f"{value:.3f} s" if value >= 1 else f"{value * 1e3:.2f} ms"
+    if unit == "B":
+        return f"{value / 1e6:.1f} MB"
+    if unit == "B/s":
+        return f"{value / 1e9:.2f} GB/s"
+    return f"{value:.3g} ×" if unit == "×" else f"{value:.1f} {unit}"
+
+
+def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """Return the median of the rounds' ratios.
+
+    Trials of one round ran one after the other, so what else the machine did hit both.
+    """
+    return statistics.median(a / b for a, b in zip(values, others, strict=False))
+
+
+def options_parser(doc: str | None, *, trials: int) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks have."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trials", type=int, default=trials)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write them there")
+    return parser
+
+
+def report(
+    benchmark: str,
+    measurements: Sequence[Measurement],
+    *,
+    file: Path | None,
+) -> None:
+    """Print measurements as a table, and write them to a file if there is one.
+
+    Args:
+        benchmark: Its name.
+        measurements: A line each.
+        file: Where to write them as JSON.
+    """
+    print(f"{machine()}\n")
+    headers = [*measurements[0].labels, "trials", "median", "min to max", "against"]
+    print_table(headers, [measurement.row() for measurement in measurements])
+    if file is not None:
+        write_json(benchmark, measurements, file)
+
+
+def write_json(benchmark: str, measurements: Sequence[Measurement], file: Path) -> None:
+    """Write measurements with the machine and the versions they are of."""
+    content = {
+        "benchmark": benchmark,
+        "machine": machine(),
+        "measurements": [measurement.to_json() for measurement in measurements],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def run_worker(module: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Run one trial in a process of its own; it reads JSON and writes JSON.
+
+    Raises:
+        RuntimeError: It failed; the message has what it wrote to stderr.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"a trial of {module} failed\n{done.stderr}")
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def check_equal(what: str, value: object, expected: object) -> None:
+    """Raise AssertionError if a trial came to another result than another one.
+
+    It is no `assert`, so that `python -O` checks, too.
+    """
+    if value != expected:
+        raise AssertionError(f"{what}: {value!r} is not {expected!r}")
+
+
+def check_close(what: str, values: Sequence[float], expected: Sequence[float]) -> None:
+    """Raise AssertionError if log-probabilities differ by more than rounding."""
+    import mlx.core as mx
+
+    is_cpu = mx.default_device() == mx.Device(mx.cpu)
+    worst = max(abs(a - b) for a, b in zip(values, expected, strict=True))
+    # Not the other way around: it may be no number.
+    if not worst <= (CPU_TOLERANCE if is_cpu else GPU_TOLERANCE):
+        raise AssertionError(f"{what} differ by {worst}")
+
+
+def narrate(text: str) -> None:
+    """Say on stderr what is being measured."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def machine() -> str:
@@ -15,13 +179,9 @@ def machine() -> str:
 
     names = ("promptcache", "mlx", "mlx-lm")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
-    return f"{platform.platform()}, {mx.default_device()}, {versions}"
-
-
-def median_and_spread(seconds: Sequence[float]) -> str:
-    """Return the median with the smallest and the largest value."""
-    low, high = min(seconds), max(seconds)
-    return f"{statistics.median(seconds):.3f} s ({low:.3f} to {high:.3f})"
+    blas = " with OpenBLAS" if "openblas" in os.environ.get("LD_PRELOAD", "") else ""
+    cores = f"{os.cpu_count()} cores"
+    return f"{platform.platform()}, {cores}, {mx.default_device()}{blas}, {versions}"
 
 
 def table(headers: Sequence[str], rows: Iterable[Iterable[object]]) -> Iterator[str]:

@@ -1,73 +1,248 @@
-"""Time to first token: cold, warm, and with mlx-lm's own prompt-cache file.
+"""Time to first token: cold, and with what promptcache or mlx-lm kept of a prefix.
 
-Every trial is a process of its own; the page cache is warm for both files. Run with
-`make bench`, or `python -m benchmarks.ttft --trials 5`.
+    python -m benchmarks.ttft --models smollm2 --lengths 1000 4000 --trials 5
+
+The prompt is a prefix of random words and a suffix of four tokens. Every trial is a
+process of its own, its model loaded and run once; the pages of the file it reads are in
+memory or have been dropped. All answers, 16 tokens each, have to equal the cold one.
 """
 
 import argparse
-import json
+import math
+import random
 import statistics
-import subprocess
-import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from benchmarks.harness import NARRATOR, machine, median_and_spread, print_table
+from benchmarks import page_cache
+from benchmarks.harness import (
+    NARRATOR,
+    Measurement,
+    check_close,
+    check_equal,
+    median_ratio,
+    narrate,
+    options_parser,
+    report,
+    run_worker,
+)
+from benchmarks.random_llama import LLAMA_1B, make_random_llama
+from promptcache.default_model import ensure_default_model
+from promptcache.loading import load_tokenizer
 
-QUESTION = "I open the door"
+SUFFIX_TOKENS = 4
+# How much bigger mlx-lm's file may be: it has up to 255 rows of padding.
+MOST_PADDING = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to the first token.
+
+    Attributes:
+        way: What `ttft_worker` calls it.
+        store: Which store it reads.
+        is_cold: Whether the file's pages are dropped before.
+        missing: How many tokens of the prompt are not cached.
+    """
+
+    way: str
+    store: str = "store"
+    is_cold: bool = False
+    missing: int = SUFFIX_TOKENS
+
+
+COLD, HOT, SUFFIX = "cold", "promptcache, hot", "the suffix alone, hot"
+PROMPTCACHE, MLX_LM = "promptcache", "mlx-lm's file"
+WHOLE = "promptcache, whole prompt stored"
+BARE = "mlx-lm's file, the model alone"
+VARIANTS = {
+    COLD: Variant("cold"),
+    PROMPTCACHE: Variant("promptcache"),
+    MLX_LM: Variant("mlx-lm"),
+    BARE: Variant("bare"),
+    # The model has to read one token to have logits.
+    WHOLE: Variant("promptcache", "whole", missing=1),
+    HOT: Variant("hot"),
+    f"{PROMPTCACHE}, cold pages": Variant("promptcache", is_cold=True),
+    f"{MLX_LM}, cold pages": Variant("mlx-lm", is_cold=True),
+    f"{BARE}, cold pages": Variant("bare", is_cold=True),
+}
+BASELINES = {
+    PROMPTCACHE: (MLX_LM, BARE),
+    WHOLE: (MLX_LM, BARE),
+    HOT: (SUFFIX,),
+    f"{PROMPTCACHE}, cold pages": (f"{MLX_LM}, cold pages", f"{BARE}, cold pages"),
+}
+
+
+@dataclass(slots=True)
+class Prompt:
+    """A prompt to measure with one model, and what was measured.
+
+    Attributes:
+        model: The model's name.
+        folder: The model's folder.
+        token_ids: All of its tokens.
+        files: Where things are saved.
+        memory: Further arguments of the generator.
+        seconds: Times to the first token, by variant.
+        cold: The cold answer, which all others have to equal.
+        nbytes: Sizes of what was read, by variant.
+    """
+
+    model: str
+    folder: Path
+    token_ids: list[int]
+    files: dict[str, str]
+    memory: Mapping[str, int]
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    cold: dict[str, Any] = field(default_factory=dict)
+    nbytes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_prefix(self) -> int:
+        """Return how many tokens the prefix has."""
+        return len(self.token_ids) - SUFFIX_TOKENS
+
+    def run(self, name: str) -> None:
+        """Run one trial of a variant. Raises AssertionError if its answer is wrong."""
+        variant = VARIANTS[name]
+        request = {
+            "way": variant.way,
+            "model": str(self.folder),
+            "token_ids": self.token_ids,
+            "num_prefix": self.num_prefix,
+            "files": self.files | {"store": self.files[variant.store]},
+            "is_cold": variant.is_cold,
+            "memory": self.memory if variant.way == "hot" else {},
+        }
+        answer = run_worker("benchmarks.ttft_worker", request)
+        if variant.way == "hot":
+            for each in answer["hot"]:
+                self._take(HOT, each, variant.missing)
+            for each in answer["suffix"]:
+                self._take(SUFFIX, each, variant.missing)
+            return
+        if "nbytes" in answer:
+            self._check_pages(name, answer)
+            self.nbytes[name] = answer["nbytes"]
+        missing = len(self.token_ids) if name == COLD else variant.missing
+        self._take(name, answer, missing)
+
+    def _check_pages(self, name: str, answer: dict[str, Any]) -> None:
+        if answer["resident"] is not None:
+            wanted = 0.0 if VARIANTS[name].is_cold else 1.0
+            check_equal(f"{name}: share in memory", answer["resident"], wanted)
+
+    def _take(self, name: str, answer: dict[str, Any], missing: int) -> None:
+        """Compare an answer with the cold one, and note how long it took."""
+        self.cold = self.cold or answer
+        cached_tokens = len(self.token_ids) - missing
+        check_equal(f"{name}: cached tokens", answer["cached_tokens"], cached_tokens)
+        check_equal(f"{name}: answer", answer["token_ids"], self.cold["token_ids"])
+        check_close(f"{name}: logprobs", answer["logprobs"], self.cold["logprobs"])
+        self.seconds.setdefault(name, []).append(answer["seconds"])
+
+    def check_nbytes(self) -> None:
+        """Raise AssertionError if promptcache reads other rows than mlx-lm does."""
+        own, others = self.nbytes[PROMPTCACHE], self.nbytes[MLX_LM]
+        padded = math.ceil(self.num_prefix / MOST_PADDING) * MOST_PADDING
+        ratio = others / own / (padded / self.num_prefix)
+        check_equal("same bytes in both files", round(ratio, 2), 1.0)
+
+    def measurements(self) -> Iterator[Measurement]:
+        """Yield a line for each variant."""
+        names = [*VARIANTS]
+        names.insert(names.index(HOT) + 1, SUFFIX)
+        for name in names:
+            seconds = self.seconds.get(name, [])
+            yield Measurement(
+                {"model": self.model, "prefix": self.num_prefix, "run": name},
+                "s",
+                seconds,
+                self._ratios(name) if seconds else {},
+            )
+
+    def _ratios(self, name: str) -> dict[str, float]:
+        seconds, cold = self.seconds[name], self.seconds[COLD]
+        speedup = statistics.median(cold) / statistics.median(seconds)
+        ratios = {} if name == COLD else {"faster than cold": speedup}
+        for other in BASELINES.get(name, ()):
+            ratios[other] = median_ratio(seconds, self.seconds[other])
+        return ratios
+
+
+def random_words(folder: Path, num_tokens: int) -> list[int]:
+    """Return token ids of random words."""
+    random_ = random.Random(num_tokens)
+    words = NARRATOR.read_text().split()
+    text = " ".join(random_.choices(words, k=num_tokens))
+    token_ids: list[int] = load_tokenizer(str(folder)).encode(text)[:num_tokens]
+    check_equal("length of the prompt", len(token_ids), num_tokens)
+    return token_ids
+
+
+def measure(prompt: Prompt, trials: int, cold_trials: int) -> None:
+    """Run rounds of all variants, each round in another order."""
+    prompt.run(COLD)
+    names = [name for name in VARIANTS if name != COLD]
+    if not page_cache.can_drop():
+        names = [name for name in names if not VARIANTS[name].is_cold]
+    for trial in range(trials):
+        if 0 < trial < cold_trials:
+            prompt.run(COLD)
+        for name in names[trial % len(names) :] + names[: trial % len(names)]:
+            prompt.run(name)
+    prompt.check_nbytes()
+
+
+def model_folder(name: str, folder: Path) -> Path:
+    """Return the folder of a model, which is made if it is the random one."""
+    if name == "smollm2":
+        return ensure_default_model()
+    made = folder / name
+    return made if made.exists() else make_random_llama(made, LLAMA_1B)
+
+
+def run(options: argparse.Namespace) -> list[Measurement]:
+    """Measure every model with every length."""
+    found: list[Measurement] = []
+    memory = (
+        {} if options.memory_limit is None else {"memory_limit": options.memory_limit}
+    )
+    with tempfile.TemporaryDirectory(dir=options.folder) as place:
+        for name in options.models:
+            folder = model_folder(name, Path(options.folder or place))
+            for length in options.lengths:
+                narrate(f"ttft: {name}, {length} tokens")
+                token_ids = random_words(folder, length + SUFFIX_TOKENS)
+                files = {
+                    kind: f"{place}/{name}-{length}.{kind}"
+                    for kind in ("store", "whole")
+                }
+                files["mlx-lm"] = f"{place}/{name}-{length}.safetensors"
+                prompt = Prompt(name, folder, token_ids, files, memory)
+                measure(prompt, options.trials, options.cold_trials)
+                found += prompt.measurements()
+    return found
 
 
 def main() -> None:
     """Measure, check that all answers are equal, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=3)
-    trials = parser.parse_args().trials
-    with tempfile.TemporaryDirectory() as folder:
-        store, file = Path(folder, "store"), Path(folder, "mlx-lm.safetensors")
-        promptcache("build", store, "-s", f"@{NARRATOR}")
-        mlx_lm_file("save", file)
-        # In turn, so that whatever else the machine does hits all of them.
-        runs = [
-            (
-                promptcache("generate", store, *ask(), "--no-cache"),
-                promptcache("generate", store, *ask()),
-                mlx_lm_file("load", file),
-            )
-            for _ in range(trials)
-        ]
-    assert len({tuple(run["token_ids"]) for turn in runs for run in turn}) == 1
-    print(
-        f"{machine()}, {trials} trials, prefix of {runs[0][1]['cached_tokens']} tokens"
+    parser = options_parser(__doc__, trials=3)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1_000, 4_000])
+    parser.add_argument(
+        "--models", nargs="+", choices=["smollm2", "llama-1b"], default=["smollm2"]
     )
-    names = ["cold", "promptcache, warm", "mlx-lm's file"]
-    seconds = [
-        [run["ttft_seconds"] for run in column] for column in zip(*runs, strict=True)
-    ]
-    cold = statistics.median(seconds[0])
-    print_table(
-        ["run", "time to first token", "against cold"],
-        [
-            [name, median_and_spread(s), f"{cold / statistics.median(s):.1f} ×"]
-            for name, s in zip(names, seconds, strict=True)
-        ],
-    )
-
-
-def ask() -> list[str]:
-    """Return the arguments of the question."""
-    return ["-s", f"@{NARRATOR}", QUESTION, "--max-tokens", "16"]
-
-
-def promptcache(command: str, store: Path, *arguments: str) -> dict:
-    """Run a command of promptcache and return its JSON."""
-    call = ["promptcache", command, "--store", str(store), "--json", *arguments]
-    return json.loads(subprocess.run(call, check=True, capture_output=True).stdout)
-
-
-def mlx_lm_file(action: str, file: Path) -> dict:
-    """Save or use mlx-lm's own file in a process of its own."""
-    call = [sys.executable, "-m", "benchmarks.mlx_lm_file", action, str(file), QUESTION]
-    return json.loads(subprocess.run(call, check=True, capture_output=True).stdout)
+    parser.add_argument("--cold-trials", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="for files, and to keep the model")
+    parser.add_argument("--memory-limit", type=int, metavar="BYTES")
+    options = parser.parse_args()
+    report("ttft", run(options), file=options.json)
 
 
 if __name__ == "__main__":
