@@ -43,6 +43,7 @@ from promptcache.types import (
     Resumption,
     SegmentSlice,
     Tensor,
+    TensorSpec,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ DTYPE_NAMES = {
     "float64": "F64",
 }
 LOGITS = "logits"
+# Smaller tensors are read together.
+READ_NBYTES = 4 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,24 +398,112 @@ def load(
             tokens.
         StoreError: It cannot be read now, or does not fit into memory.
     """
-    layout = _decode_layout(header.layout)
-    taken = set() if destination is None else destination.prepare(header.tensors)
-    try:
-        arrays = _load_arrays(path, header, taken)
+    return Reading(path, header, part, token_ids, destination).finish()
+
+
+class Reading:
+    """A segment that is being read into memory; see `load`.
+
+    Others can be begun before it is finished. Where one fails, the others have to be
+    given up before their destination is used for something else.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        header: BlobHeader,
+        part: SegmentSlice,
+        token_ids: bytes,
+        destination: Destination | None = None,
+    ) -> None:
+        """Begin to read. Raises what `load` raises."""
+        self._header = header
+        self._part = part
+        self._token_ids = token_ids
+        self._destination = destination
+        self._layout = _decode_layout(header.layout)
+        specs = header.tensors
+        self._taken = set() if destination is None else destination.prepare(specs)
+        self._arrays: Mapping[str, mx.array] = {}
+        self._found: list[Future[list[memoryview]]] = []
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise StoreError(f"blob cannot be read ({error})") from error
+        try:
+            self._arrays = _load_arrays(path, header, self._taken)
+            self._found = [*self._reads()]
+        except (OSError, RuntimeError, MemoryError) as error:
+            self.give_up()
+            raise StoreError(f"blob cannot be read ({error})") from error
+
+    def _reads(self) -> Iterator["Future[list[memoryview]]"]:
+        """Begin to read all tensors, some of them that follow each other at once."""
+        offset = self._header.data_start
+        for group in _groups(self._header.tensors, self._taken):
+            yield self._read(offset, group)
+            offset += sum(spec.nbytes for spec in group)
+
+    def _read(
+        self, offset: int, specs: Sequence[TensorSpec]
+    ) -> "Future[list[memoryview]]":
+        if self._destination is not None and specs[0].name in self._taken:
+            start, stop = self._part.start, self._part.stop
+            return self._destination.read(
+                self._file.fileno(), offset, specs, start, stop
+            )
+        found: Future[list[memoryview]] = Future()
+        found.set_result([memoryview(self._arrays[spec.name]) for spec in specs])
+        return found
+
+    def finish(self) -> LoadedSegment:
+        """Wait until it is read, and check it. Raises what `load` raises."""
         checksum = xxhash.xxh3_128()
-        for buffers in _data(path, header, part, destination, taken, arrays):
-            for buffer in buffers:
-                checksum.update(buffer)
-    except EOFError as error:
-        raise DamagedBlobError(str(error)) from error
-    except (OSError, RuntimeError, MemoryError) as error:
-        raise StoreError(f"blob cannot be read ({error})") from error
-    if checksum.hexdigest() != header.data_checksum:
-        raise DamagedBlobError("checksum of the data does not match")
-    num_rows = part.stop - part.start
-    if bytes(memoryview(arrays["token_ids"][:num_rows])) != token_ids:
-        raise DamagedBlobError("blob is of other tokens")
-    return LoadedSegment(part.start, part.stop, layout, arrays, destination, taken)
+        try:
+            for found in self._found:
+                for buffer in found.result():
+                    checksum.update(buffer)
+        except EOFError as error:
+            raise DamagedBlobError(str(error)) from error
+        except (OSError, RuntimeError, MemoryError) as error:
+            raise StoreError(f"blob cannot be read ({error})") from error
+        finally:
+            self.give_up()
+        if checksum.hexdigest() != self._header.data_checksum:
+            raise DamagedBlobError("checksum of the data does not match")
+        part = self._part
+        token_ids = memoryview(self._arrays["token_ids"][: part.stop - part.start])
+        if bytes(token_ids) != self._token_ids:
+            raise DamagedBlobError("blob is of other tokens")
+        return LoadedSegment(
+            part.start,
+            part.stop,
+            self._layout,
+            self._arrays,
+            self._destination,
+            self._taken,
+        )
+
+    def give_up(self) -> None:
+        """Wait until nothing of it is written to memory any more."""
+        wait(self._found)
+        self._file.close()
+
+
+def _groups(
+    specs: Sequence[TensorSpec], taken: Collection[str]
+) -> Iterator[list[TensorSpec]]:
+    """Yield tensors that follow each other and are to be read at once."""
+    group: list[TensorSpec] = []
+    for spec in specs:
+        nbytes = sum(other.nbytes for other in group)
+        is_alike = bool(group) and (group[0].name in taken) == (spec.name in taken)
+        if group and not (is_alike and nbytes < READ_NBYTES):
+            yield group
+            group = []
+        group.append(spec)
+    if group:
+        yield group
 
 
 def _load_arrays(
@@ -425,33 +516,6 @@ def _load_arrays(
     arrays = {s.name: arrays[s.name] for s in header.tensors if s.name not in taken}
     mx.eval(arrays)
     return arrays
-
-
-def _data(
-    path: Path,
-    header: BlobHeader,
-    part: SegmentSlice,
-    destination: Destination | None,
-    taken: Collection[str],
-    arrays: Mapping[str, "mx.array"],
-) -> Iterator[Sequence[memoryview]]:
-    """Yield the bytes of a blob's tensors in their order, as they are read."""
-    found: list[Future[list[memoryview]] | Sequence[memoryview]] = []
-    with open(path, "rb", buffering=0) as file:
-        try:
-            offset = header.data_start
-            for spec in header.tensors:
-                if destination is not None and spec.name in taken:
-                    place = (file.fileno(), offset, spec, part.start, part.stop)
-                    found.append(destination.read(*place))
-                else:
-                    found.append([memoryview(arrays[spec.name])])
-                offset += spec.nbytes
-            for buffers in found:
-                yield buffers.result() if isinstance(buffers, Future) else buffers
-        finally:
-            # None may write after a failure, when rows of another try may be there.
-            wait([buffers for buffers in found if isinstance(buffers, Future)])
 
 
 def restore(

@@ -5,8 +5,9 @@ That takes half of the time of reading them and joining them after: the pages of
 memory cost more than the bytes (Linux, 4 KB pages).
 """
 
-import math
+import itertools
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self
@@ -16,10 +17,13 @@ from promptcache.types import TensorSpec
 if TYPE_CHECKING:
     import mlx.core as mx
 
-# Reads of one blob at a time; more do not help from two cores on.
+# Reads at a time; more do not help from two cores on.
 NUM_READERS = 2
 # How many buffers a read takes at once; POSIX promises 16, Linux and macOS take 1024.
 MOST_BUFFERS = 512
+# How many arrays to zero ahead of the reads: enough to keep two threads busy, and few
+# enough to be in the processor's cache still when they are read to.
+ZEROED_AHEAD = 4
 # Dtypes of keys and values, in safetensors' spelling and in mlx's.
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
@@ -43,15 +47,18 @@ class Destination:
         import mlx.core as mx
 
         self._room = room
-        self._steps: dict[str, int] = {}
+        self._tensors: set[str] = set()
         if mx.default_device() == mx.Device(mx.cpu):
-            self._steps = {
-                f"layers.{name}.{tensor}": part.step
+            self._tensors = {
+                f"layers.{name}.{tensor}"
                 for name, part in cache_parts.items()
                 if type(part).__name__ == "KVCache"
                 for tensor in ("keys", "values")
             }
         self._arrays: dict[str, mx.array] = {}
+        self._memory: dict[str, memoryview] = {}
+        # Arrays in the order in which they are going to be read to.
+        self._ahead: deque[mx.array] = deque()
         self._pool = ThreadPoolExecutor(NUM_READERS)
 
     def __enter__(self) -> Self:
@@ -60,36 +67,36 @@ class Destination:
     def __exit__(self, *exc_info: object) -> None:
         self._pool.shutdown()
         self._arrays.clear()
+        self._memory.clear()
 
     def array(self, name: str) -> "mx.array | None":
-        """Return the array of a tensor, shape `(1, kv_heads, capacity, head_dim)`."""
+        """Return the array of a tensor, shape `(1, kv_heads, room, head_dim)`."""
         return self._arrays.get(name)
 
     def prepare(self, specs: Sequence[TensorSpec]) -> set[str]:
-        """Allocate what is missing; return the names of the tensors that it takes."""
+        """Make the arrays that are missing; return the names of what goes into them."""
         new = [s for s in specs if s.name not in self._arrays and self._is_plain(s)]
-        self._arrays |= dict(zip((s.name for s in new), self._zeros(new), strict=True))
+        zeros = self._zeros(new)
+        self._arrays |= dict(zip((spec.name for spec in new), zeros, strict=True))
+        self._ahead.extend(zeros)
         return {spec.name for spec in specs if self._fits(spec)}
 
     def _is_plain(self, spec: TensorSpec) -> bool:
-        is_known = spec.name in self._steps and spec.dtype in DTYPES
+        is_known = spec.name in self._tensors and spec.dtype in DTYPES
         # Some models have keys or values of no width.
         return is_known and len(spec.shape) == 4 and spec.nbytes > 0
 
     def _zeros(self, specs: Sequence[TensorSpec]) -> "list[mx.array]":
-        """Return zeros with room, written by two threads of MLX's."""
+        """Return zeros with room, to be computed by two threads of MLX's."""
         import mlx.core as mx
         from mlx_lm.generate import generation_stream
 
         streams = (mx.default_stream(mx.cpu), generation_stream)
         arrays = []
         for i, spec in enumerate(specs):
-            step = self._steps[spec.name]
-            shape = list(spec.shape)
-            shape[-2] = math.ceil(self._room / step) * step
+            shape = [*spec.shape[:2], max(self._room, spec.shape[2]), spec.shape[3]]
             dtype = getattr(mx, DTYPES[spec.dtype])
             arrays.append(mx.zeros(shape, dtype, stream=streams[i % 2]))
-        mx.eval(arrays)
         return arrays
 
     def _fits(self, spec: TensorSpec) -> bool:
@@ -102,40 +109,52 @@ class Destination:
         return same_shape and str(array.dtype) == f"mlx.core.{DTYPES[spec.dtype]}"
 
     def read(
-        self, descriptor: int, offset: int, spec: TensorSpec, start: int, stop: int
+        self,
+        descriptor: int,
+        offset: int,
+        specs: Sequence[TensorSpec],
+        start: int,
+        stop: int,
     ) -> "Future[Buffers]":
-        """Read a tensor of the rows from `start` on, of which those to `stop` are kept.
+        """Read tensors of the rows from `start` on, of which those to `stop` are kept.
 
         Args:
             descriptor: The blob's file.
-            offset: Where the tensor begins in it.
-            spec: The tensor.
-            start: Its first row.
+            offset: Where the first tensor begins in it.
+            specs: The tensors, which follow each other there.
+            start: Their first row.
             stop: The row after the last one to keep.
 
         Returns:
-            All of its bytes in their order, once they are read. Raises OSError.
+            All of their bytes in their order, once they are read. Raises OSError.
         """
-        buffers = list(self._buffers(spec, start, stop))
+        buffers = [b for spec in specs for b in self._buffers(spec, start, stop)]
         return self._pool.submit(_read, descriptor, offset, buffers)
 
     def _buffers(self, spec: TensorSpec, start: int, stop: int) -> Iterator[memoryview]:
-        array = self._arrays[spec.name]
         _, heads, num_rows, _ = spec.shape
-        capacity = array.shape[-2]
-        memory = memoryview(array).cast("B")
-        row_nbytes = len(memory) // (heads * capacity)
-        for head in range(heads):
-            first = head * capacity + start
-            yield memory[first * row_nbytes : (first + stop - start) * row_nbytes]
-            if rest := (num_rows - (stop - start)) * row_nbytes:
+        memory = self._memory_of(spec.name)
+        head_nbytes = len(memory) // heads
+        row_nbytes = spec.nbytes // (heads * num_rows)
+        first, last = start * row_nbytes, stop * row_nbytes
+        rest = (num_rows - (stop - start)) * row_nbytes
+        for begin in range(0, len(memory), head_nbytes):
+            yield memory[begin + first : begin + last]
+            if rest:
                 # Not wanted, but needed to check what is.
                 yield memoryview(bytearray(rest))
 
+    def _memory_of(self, name: str) -> memoryview:
+        """Return the memory of an array, which is allocated if it is not yet."""
+        import mlx.core as mx
 
-def read_bytes(descriptor: int, offset: int, nbytes: int) -> Buffers:
-    """Read bytes of a file into new memory. Raises OSError."""
-    return _read(descriptor, offset, [memoryview(bytearray(nbytes))])
+        if name not in self._memory:
+            array = self._arrays[name]
+            mx.async_eval(*itertools.islice(self._ahead, ZEROED_AHEAD))
+            self._ahead.popleft()
+            mx.eval(array)
+            self._memory[name] = memoryview(array).cast("B")
+        return self._memory[name]
 
 
 def _read(descriptor: int, offset: int, buffers: Buffers) -> Buffers:

@@ -17,8 +17,10 @@ from promptcache.types import Fingerprint, LoadEstimate, Match, SegmentSlice
 if TYPE_CHECKING:
     import mlx.core as mx
 
-# One step of mlx-lm's cache: an answer's first tokens need no new allocation.
-DECODE_ROOM = 256
+# An answer's first tokens need no new allocation; more would only take time here.
+DECODE_ROOM = 64
+# How many segments to read ahead of the one that is waited for.
+READ_AHEAD = 8
 
 
 class Resumed(NamedTuple):
@@ -81,20 +83,17 @@ def resume(
             estimate = store.estimate(fingerprint, match.cached_tokens)
             if may_decline and estimate is not None and estimate.favours_prefill:
                 return Resumed(match, declined=estimate)
-            part = match.slices[-1]
             try:
-                for part in match.slices:
-                    loader.load(part)
-                segments = [loader.loaded[part] for part in match.slices]
+                segments = loader.load(match.slices)
                 cache[:] = codec.restore(cache, segments, room)
                 break
             except _TooEarlyError:
-                skip.add(part.key)
+                skip.add(loader.at.key)
             except StoreError as error:
-                _give_up(store, part, error)
+                _give_up(store, loader.at, error)
                 # What does not fit into memory does not fit in part either.
                 is_damaged = isinstance(error, DamagedBlobError)
-                skip.add(part.key if is_damaged else match.slices[0].key)
+                skip.add(loader.at.key if is_damaged else match.slices[0].key)
     quantized_from = cuts.quantized_from(kv)
     if quantized_from is not None and match.cached_tokens >= quantized_from:
         quantize(cache, match.cached_tokens, kv)
@@ -110,8 +109,10 @@ class _Loader:
     """Reads segments, each once, also where a second try needs some of them again.
 
     Attributes:
-        loaded: What has been read.
+        at: The segment that is being read, or was the last one.
     """
+
+    at: SegmentSlice
 
     def __init__(
         self,
@@ -121,28 +122,48 @@ class _Loader:
         kv: KVSettings,
         destination: Destination,
     ) -> None:
-        self.loaded: dict[SegmentSlice, codec.LoadedSegment] = {}
+        self._loaded: dict[SegmentSlice, codec.LoadedSegment] = {}
+        self._begun: dict[SegmentSlice, codec.Reading] = {}
         self._store = store
         self._token_ids = token_ids
         self._quantized_from = cuts.quantized_from(kv) or 0
         self._destination = destination
 
-    def load(self, part: SegmentSlice) -> None:
-        """Read what is wanted of a segment. Raises StoreError and _TooEarlyError."""
-        if part in self.loaded:
+    def load(self, parts: Sequence[SegmentSlice]) -> list[codec.LoadedSegment]:
+        """Read what is wanted of segments. Raises StoreError and _TooEarlyError."""
+        try:
+            for i, part in enumerate(parts):
+                for other in parts[i : i + READ_AHEAD]:
+                    self._begin(other)
+                self._finish(part)
+        finally:
+            for reading in self._begun.values():
+                reading.give_up()
+            self._begun.clear()
+        return [self._loaded[part] for part in parts]
+
+    def _begin(self, part: SegmentSlice) -> None:
+        if part in self._loaded or part in self._begun:
             return
+        self.at = part
         path, header = self._store.open_blob(part)
         # A run from nothing still reads these rows as they were computed.
         if codec.is_quantized(header.layout) and part.start < self._quantized_from:
             raise _TooEarlyError
         # Of another try, rows may lie where these are going to.
-        self.loaded = {
+        self._loaded = {
             other: segment
-            for other, segment in self.loaded.items()
+            for other, segment in self._loaded.items()
             if other.stop <= part.start or part.stop <= other.start
         }
         ids = pack(self._token_ids[part.start : part.stop])
-        self.loaded[part] = codec.load(path, header, part, ids, self._destination)
+        reading = codec.Reading(path, header, part, ids, self._destination)
+        self._begun[part] = reading
+
+    def _finish(self, part: SegmentSlice) -> None:
+        self.at = part
+        if part not in self._loaded:
+            self._loaded[part] = self._begun.pop(part).finish()
 
 
 def check_blobs(store: PrefixStore, match: Match) -> bool:

@@ -74,7 +74,7 @@ def test_rows_of_segments_come_back_to_the_bit(
 
     for layer, other in zip(live, restored, strict=True):
         assert other.offset == last
-        assert other.keys.shape == (1, 2, 512, 8)
+        assert other.keys.shape == (1, 2, ROOM, 8)
         for name in ("keys", "values"):
             rows, found = (
                 getattr(each, name)[..., :last, :] for each in (layer, other)
