@@ -95,6 +95,7 @@ class Request:
         on_saved: Called with the key of what was saved.
         input_embeddings: What to read in place of the tokens' own embeddings, shape
             `(tokens, hidden)`; nothing is cached then.
+        store_bits: In how many bits keys and values are stored, None for their own.
     """
 
     token_ids: list[int]
@@ -114,6 +115,7 @@ class Request:
     save_answer: bool = False
     on_saved: Callable[[str], None] = lambda key: None
     input_embeddings: mx.array | None = None
+    store_bits: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -248,7 +250,7 @@ class Generation:
             return self._cold()
         with contextlib.suppress(PromptCacheError):
             self._request.on_match(resumed.match)
-        saver = self._saver(self._store, fingerprint, cache, resumed.match)
+        saver = self._saver(self._store, fingerprint, cache, resumed)
         return _Start(cache, resumed, saver, fingerprint)
 
     def _cold(self) -> _Start:
@@ -289,28 +291,29 @@ class Generation:
         store: PrefixStore,
         fingerprint: Fingerprint,
         cache: list[Any],
-        match: Match,
+        resumed: Resumed,
     ) -> QuietSaver:
         request = self._request
-        num_new = request.num_tokens - match.cached_tokens
+        num_new = request.num_tokens - resumed.match.cached_tokens
         wanted = request.save
         if wanted == "auto":
             wanted = num_new >= AUTO_SAVE_TOKENS
         token_ids = request.token_ids[: self._num_saved]
         if not wanted or not token_ids:
             return QuietSaver(None)
-        return QuietSaver(
-            Saver(
-                store,
-                fingerprint,
-                token_ids,
-                cache,
-                request.cuts,
-                request.kv,
-                is_prompt=len(token_ids) == request.num_tokens,
-                origin=request.origin,
-            )
+        saver = Saver(
+            store,
+            fingerprint,
+            token_ids,
+            cache,
+            request.cuts,
+            request.kv,
+            is_prompt=len(token_ids) == request.num_tokens,
+            origin=request.origin,
+            store_bits=request.store_bits,
         )
+        saver.take_over(resumed.taken, resumed.logits)
+        return QuietSaver(saver)
 
     def _record(
         self, start: _Start, last: GenerationResponse

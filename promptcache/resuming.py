@@ -28,10 +28,12 @@ class Resumed(NamedTuple):
         match: The prefix it holds now.
         logits: The logits of the next token, shape `(1, vocabulary)`, if the match is
             the whole prompt and they were stored.
+        taken: All of it, if it is stored under another fingerprint only.
     """
 
     match: Match
     logits: "mx.array | None" = None
+    taken: codec.Capture | None = None
 
 
 def resume(
@@ -89,7 +91,11 @@ def resume(
     quantized_from = cuts.quantized_from(kv)
     if quantized_from is not None and match.cached_tokens >= quantized_from:
         quantize(cache, match.cached_tokens, kv)
-    return Resumed(match, segments[-1].logits if match.has_logits else None)
+    taken = None
+    if loader.digests[match.slices[-1].key] != fingerprint.digest:
+        taken = codec.capture_restored(cache, segments, match.cached_tokens)
+    logits = segments[-1].logits if match.has_logits else None
+    return Resumed(match, logits, taken)
 
 
 class _TooEarlyError(Exception):
@@ -101,6 +107,7 @@ class _Loader:
 
     Attributes:
         loaded: What has been read.
+        digests: By key, the digest of the fingerprint that a segment is stored under.
     """
 
     def __init__(
@@ -112,6 +119,7 @@ class _Loader:
         destination: Destination,
     ) -> None:
         self.loaded: dict[SegmentSlice, codec.LoadedSegment] = {}
+        self.digests: dict[str, str] = {}
         self._store = store
         self._token_ids = token_ids
         self._quantized_from = cuts.quantized_from(kv) or 0
@@ -122,6 +130,7 @@ class _Loader:
         if part in self.loaded:
             return
         path, header = self._store.open_blob(part)
+        self.digests[part.key] = header.info.fingerprint.digest
         # A run from nothing still reads these rows as they were computed.
         if codec.is_quantized(header.layout) and part.start < self._quantized_from:
             raise _TooEarlyError

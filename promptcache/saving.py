@@ -35,6 +35,7 @@ class Saver:
         is_prompt: bool,
         is_build: bool = False,
         origin: Origin | None = None,
+        store_bits: int | None = None,
     ) -> None:
         """Take the whole prompt, and the cache that reads it.
 
@@ -49,6 +50,7 @@ class Saver:
                 matters; else it is the start of prompts.
             is_build: Whether its end is to stay until it is evicted or removed.
             origin: How the prompt was rendered.
+            store_bits: In how many bits to keep rows; see `encode_rows`.
         """
         self._store = store
         self._fingerprint = fingerprint
@@ -59,6 +61,7 @@ class Saver:
         self._is_prompt = is_prompt
         self._is_build = is_build
         self._origin = origin
+        self._store_bits = store_bits
         self._captures: list[codec.Capture] = []
         self._answer_captures: list[codec.Capture] = []
         self._window = least_window(cache)
@@ -83,6 +86,14 @@ class Saver:
         )
         if logits is not None:
             # Logits processors may change the array in place.
+            self._logits = copy(logits)
+
+    def take_over(
+        self, taken: codec.Capture | None, logits: "mx.array | None" = None
+    ) -> None:
+        """Note what the cache was filled with, if it is to be saved here, too."""
+        if taken is not None:
+            self._captures.append(taken)
             self._logits = copy(logits)
 
     def capture_answer(self, num_tokens: int) -> None:
@@ -167,7 +178,12 @@ class Saver:
 
     def _encode(self, start: int, end: int) -> EncodedSegment:
         segment = codec.encode_rows(
-            self._cache, self._captures, self._token_ids, start, end
+            self._cache,
+            self._captures,
+            self._token_ids,
+            start,
+            end,
+            store_bits=self._store_bits,
         )
         is_tail = self._is_tail(end)
         return segment._replace(

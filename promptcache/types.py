@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -16,12 +16,21 @@ class Fingerprint:
         model: The model's name for people; not part of the digest.
         source: The folder or hub repository it was loaded from, or None.
         parts: What the digest covers, by name, so that two can be compared.
+        exact: Where rows are stored in fewer bits, the fingerprint of the same rows
+            without loss, which are reused as well.
     """
 
     digest: str
     model: str
     source: str | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
+    exact: "Fingerprint | None" = field(default=None, compare=False)
+
+    @property
+    def reusable(self) -> "tuple[Fingerprint, ...]":
+        """Return the fingerprints whose rows are reused, the best ones first."""
+        alone = self if self.exact is None else replace(self, exact=None)
+        return (alone,) if self.exact is None else (self.exact, alone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,11 +204,15 @@ class SegmentInfo:
 
 
 class EncodedSegment(NamedTuple):
-    """The state of a token range as the codec hands it over: layout and tensors."""
+    """The state of a token range as the codec hands it over: layout and tensors.
+
+    `format_version` is the oldest format of blobs that can tell it.
+    """
 
     layout: str
     tensors: list[Tensor]
     resumption: Resumption = AT_ANY_TOKEN
+    format_version: int = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ TREES = {
 # From the bottom up; a module imports from lower lines only.
 LAYERS = [
     ["errors"],
-    ["units", "types", "chain", "state", "treatment", "length_dependence"],
+    ["units", "types", "chain", "state", "treatment", "length_dependence", "at_rest"],
     ["manifest", "transcript", "volatility"],
     ["destination", "differences"],
     ["location", "fingerprint", "blobs", "index", "eviction", "codec"],
@@ -50,6 +50,7 @@ TENSOR_MODULES = {
     "speculation",
 }
 LAZY_TENSOR_MODULES = {
+    "at_rest",
     "codec",
     "default_model",
     "destination",
