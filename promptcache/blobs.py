@@ -32,7 +32,9 @@ from promptcache.types import (
     bits_of,
 )
 
-FORMAT_VERSION = 2
+# Blobs are written in the oldest format that can tell what they hold.
+OLDEST_FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 READ_NBYTES = 1 << 22
 CACHEDIR_TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
@@ -104,7 +106,7 @@ class BlobFolder:
     ) -> Iterator["StagedBlob"]:
         """Write a blob to `tmp/`, to publish it or to drop it. Raises OSError."""
         tensors = sorted(segment.tensors, key=lambda t: -_itemsize(t))
-        header = _encode_header(info, segment.layout, tensors)
+        header = _encode_header(info, segment, tensors)
         path = self.path(info.key)
         self._create_folder(path.parent)
         with self._staged(path, [header, *(t.data for t in tensors)]) as staged:
@@ -248,7 +250,9 @@ class BlobFolder:
         return sum(_size(path) for path in _files(self.root))
 
 
-def _encode_header(info: SegmentInfo, layout: str, tensors: list[Tensor]) -> bytes:
+def _encode_header(
+    info: SegmentInfo, segment: EncodedSegment, tensors: list[Tensor]
+) -> bytes:
     # Imported here because it takes 20 ms, which `ls` can do without.
     from importlib.metadata import version
 
@@ -257,7 +261,7 @@ def _encode_header(info: SegmentInfo, layout: str, tensors: list[Tensor]) -> byt
         checksum.update(tensor.data)
     specs = [TensorSpec(t.name, t.dtype, t.shape) for t in tensors]
     metadata = {
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(segment.format_version),
         "key": info.key,
         "parent_key": info.parent_key or "",
         "fingerprint": info.fingerprint.digest,
@@ -270,7 +274,7 @@ def _encode_header(info: SegmentInfo, layout: str, tensors: list[Tensor]) -> byt
         "created_at": repr(info.created_at),
         "resumption": json.dumps(info.resumption._asdict()),
         "worth": str(int(info.worth)),
-        "layout": layout,
+        "layout": segment.layout,
         "mlx_version": version("mlx"),
         "mlx_lm_version": version("mlx-lm"),
         "data_checksum": checksum.hexdigest(),
@@ -327,7 +331,7 @@ def _check_format(metadata: dict[str, str]) -> None:
             f"blob has format {written} and this promptcache reads up to "
             f"{FORMAT_VERSION}, upgrade promptcache"
         )
-    if written < FORMAT_VERSION:
+    if written < OLDEST_FORMAT_VERSION:
         raise StoreFormatError(
             f"blob has the older format {written}, `promptcache prune` removes it"
         )

@@ -128,6 +128,7 @@ class Building:
             is_prompt=self._needs_logits,
             is_build=True,
             origin=self._origin,
+            store_bits=self._settings.store_bits,
         )
         if self.is_stored():
             # Lists the prefix also where nothing was missing.
@@ -142,6 +143,7 @@ class Building:
             kv=kv,
             generating=self._needs_logits,
         )
+        saver.take_over(resumed.taken, resumed.logits)
         num_cached = resumed.match.cached_tokens
         if kv.starts_within(num_cached, self._num_tokens):
             for model in filter(None, (self._model.model, self._settings.draft_model)):
@@ -176,8 +178,10 @@ class Building:
 
     def is_stored(self) -> bool:
         """Return whether all of it is there, in the index and on disk."""
+        # In its own tree: exact rows of the same are no reason to store nothing.
+        fingerprint = self._fingerprint.reusable[-1]
         match = self._store.lookup(
-            self._token_ids, self._fingerprint, generating=self._needs_logits
+            self._token_ids, fingerprint, generating=self._needs_logits
         )
         is_whole = match.cached_tokens == self._num_tokens
         return is_whole and check_blobs(self._store, match)

@@ -6,17 +6,27 @@ cache class is kept is said in `treatment`. Values are kept as they lie in memor
 without padding.
 """
 
+import functools
 import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
+from promptcache.at_rest import (
+    PIECES,
+    RowFormat,
+    can_be_restored,
+    packed_rows,
+    row_format,
+    unpacked_rows,
+)
 from promptcache.destination import Destination
 from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.state import put_state, take_state
@@ -64,9 +74,12 @@ DTYPE_NAMES = {
     "float32": "F32",
     "float64": "F64",
 }
+TOKEN_IDS = "token_ids"
 LOGITS = "logits"
 # Smaller tensors are read together.
 READ_NBYTES = 4 * 1024**2
+# The first format whose layouts tell of rows in fewer bits.
+AT_REST_FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +93,7 @@ class PartLayout:
         bits: Of a quantized part, else None.
         state: In a checkpoint, the part's state as JSON, or by how many rows a window
             is out of temporal order.
+        at_rest: How those of its tensors are kept that are stored in fewer bits.
     """
 
     class_name: str
@@ -87,6 +101,7 @@ class PartLayout:
     group_size: int | None = None
     bits: int | None = None
     state: Any = None
+    at_rest: Mapping[str, RowFormat] = field(default_factory=dict)
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -162,15 +177,23 @@ class LoadedSegment(NamedTuple):
             DamagedBlobError: It has none of this part.
         """
         first, last = max(start, self.start), min(stop, self.stop)
+        wanted = slice(first - self.start, last - self.start)
+        part = self.layout[name]
         try:
             return [
-                self.array(_name(name, t))[
-                    ..., first - self.start : last - self.start, :
-                ]
-                for t in self.layout[name].tensor_names
+                self._rows_of(_name(name, tensor), part.at_rest.get(tensor), wanted)
+                for tensor in part.tensor_names
             ]
         except KeyError as error:
             raise DamagedBlobError(f"blob has no {error}") from error
+
+    def _rows_of(
+        self, tensor: str, at_rest: RowFormat | None, wanted: slice
+    ) -> "mx.array":
+        if at_rest is None:
+            return self.array(tensor)[..., wanted, :]
+        pieces = {p: self.arrays[f"{tensor}.{p}"][..., wanted, :] for p in PIECES}
+        return unpacked_rows(pieces, at_rest)
 
 
 def capture(
@@ -209,6 +232,26 @@ def capture(
     return Capture(start, end, layout, rows, states)
 
 
+def capture_restored(
+    cache: Sequence[Any], segments: Sequence[LoadedSegment], end: int
+) -> Capture:
+    """Note all of a cache that was filled with segments, to save it elsewhere.
+
+    Windows do not hold all of their rows any more, but the segments do.
+    """
+    import mlx.core as mx
+
+    taken = capture(cache, end, end)
+    rows: dict[str, mx.array] = {}
+    for name, part in taken.layout.items():
+        if part.treatment is Treatment.WINDOW:
+            found = [s.rows(name, 0, end) for s in _with_rows(segments)]
+            names = [_name(name, tensor) for tensor in part.tensor_names]
+            columns = [mx.concatenate(c, axis=-2) for c in zip(*found, strict=True)]
+            rows |= dict(zip(names, columns, strict=True))
+    return replace(taken, start=0, rows=rows)
+
+
 def detached(taken: Capture) -> Capture:
     """Return a capture with copies of its rows and without states.
 
@@ -241,6 +284,8 @@ def encode_rows(
     token_ids: Sequence[int],
     start: int,
     end: int,
+    *,
+    store_bits: int | None = None,
 ) -> EncodedSegment:
     """Return the rows `[start, end)` of every part that has rows, as plain bytes.
 
@@ -255,6 +300,7 @@ def encode_rows(
         token_ids: The tokens the cache has read, from the first.
         start: First row to take.
         end: The row after the last.
+        store_bits: In how many bits to keep rows of floats, None for as they are.
 
     Raises:
         StoreError: Rows that the cache has lost were not captured.
@@ -265,7 +311,7 @@ def encode_rows(
     if last is None:
         raise _evicted_meanwhile()
     layout: dict[str, PartLayout] = {}
-    arrays = {"token_ids": mx.array(token_ids[start:end], dtype=mx.uint32)}
+    arrays = {TOKEN_IDS: mx.array(token_ids[start:end], dtype=mx.uint32)}
     for name, part in parts_of(cache):
         layout[name] = kept = _without_state(last.layout[name])
         names = [_name(name, tensor) for tensor in kept.tensor_names]
@@ -274,8 +320,37 @@ def encode_rows(
         else:
             rows = rows_of(part, start, end)
         arrays |= dict(zip(names, rows, strict=True))
+    if store_bits is not None:
+        layout, arrays = _packed(layout, arrays, store_bits)
     resumption = Resumption(needs_checkpoint=last.needs_checkpoint)
     return _encoded(layout, arrays, resumption)
+
+
+def _packed(
+    layout: Layout, arrays: Mapping[str, "mx.array"], bits: int
+) -> tuple[dict[str, PartLayout], dict[str, "mx.array"]]:
+    """Return layout and tensors with all rows in fewer bits that can be."""
+    import mlx.core as mx
+
+    places = {
+        _name(name, tensor): (name, tensor)
+        for name, part in layout.items()
+        for tensor in part.tensor_names
+        if not part.bits
+    }
+    formats = {place: row_format(arrays[place], bits) for place in places}
+    known = {place: kept for place, kept in formats.items() if kept is not None}
+    pieces = {place: packed_rows(arrays[place], kept) for place, kept in known.items()}
+    usable = {p: can_be_restored(arrays[p], packed) for p, packed in pieces.items()}
+    mx.eval(pieces, usable)
+    parts, kept_arrays = dict(layout), dict(arrays)
+    for place in (place for place in known if usable[place].item()):
+        name, tensor = places[place]
+        at_rest = {**parts[name].at_rest, tensor: known[place]}
+        parts[name] = replace(parts[name], at_rest=at_rest)
+        del kept_arrays[place]
+        kept_arrays |= {f"{place}.{p}": array for p, array in pieces[place].items()}
+    return parts, kept_arrays
 
 
 def _without_state(part: PartLayout) -> PartLayout:
@@ -319,7 +394,7 @@ def encode_checkpoint(
     """
     import mlx.core as mx
 
-    arrays = {"token_ids": mx.zeros((0,), dtype=mx.uint32), **taken.states}
+    arrays = {TOKEN_IDS: mx.zeros((0,), dtype=mx.uint32), **taken.states}
     if logits is not None:
         arrays[LOGITS] = logits
     resumption = Resumption(needs_checkpoint=True, has_logits=logits is not None)
@@ -334,7 +409,11 @@ def _encoded(
     contiguous = {name: mx.contiguous(array) for name, array in arrays.items()}
     mx.eval(contiguous)
     tensors = [_tensor(name, array) for name, array in contiguous.items()]
-    return EncodedSegment(_encode_layout(layout), tensors, resumption)
+    segment = EncodedSegment(_encode_layout(layout), tensors, resumption)
+    if any(part.at_rest for part in layout.values()):
+        # Older versions would take the layout for a damaged one.
+        return segment._replace(format_version=AT_REST_FORMAT)
+    return segment
 
 
 def _tensor(name: str, array: "mx.array") -> Tensor:
@@ -345,25 +424,43 @@ def _tensor(name: str, array: "mx.array") -> Tensor:
 def _encode_layout(layout: Layout) -> str:
     return json.dumps(
         {
-            name: [p.class_name, p.treatment, p.group_size, p.bits, p.state]
+            name: [
+                *(p.class_name, p.treatment, p.group_size, p.bits, p.state),
+                *([p.at_rest] if p.at_rest else []),
+            ]
             for name, p in layout.items()
         }
     )
 
 
+@functools.lru_cache(maxsize=8)
 def _decode_layout(layout: str) -> Layout:
     """Return a blob's layout; a class name in it is compared, never called."""
     try:
         return {
-            name: PartLayout(class_name, Treatment(treatment), *rest)
+            name: _decode_part(class_name, treatment, *rest)
             for name, (class_name, treatment, *rest) in json.loads(layout).items()
         }
     except (ValueError, TypeError, AttributeError) as error:
         raise DamagedBlobError(f"layout cannot be read ({error})") from error
 
 
+def _decode_part(
+    class_name: str,
+    treatment: str,
+    group_size: int | None = None,
+    bits: int | None = None,
+    state: Any = None,
+    at_rest: Mapping[str, Any] = MappingProxyType({}),
+) -> PartLayout:
+    formats = {tensor: RowFormat.of(f) for tensor, f in at_rest.items()}
+    return PartLayout(
+        class_name, Treatment(treatment), group_size, bits, state, formats
+    )
+
+
 def is_quantized(layout: str) -> bool:
-    """Return whether some part of a blob's layout is quantized."""
+    """Return whether some part of a blob's layout is quantized in the cache."""
     return any(part.bits for part in _decode_layout(layout).values())
 
 
@@ -374,7 +471,12 @@ def describe(layout: str) -> str:
 
 
 def _kind_name(part: PartLayout) -> str:
-    return f"{part.class_name} ({part.bits} bits)" if part.bits else part.class_name
+    if part.bits:
+        return f"{part.class_name} ({part.bits} bits)"
+    if part.at_rest:
+        bits = next(iter(part.at_rest.values())).bits
+        return f"{part.class_name} (stored in {bits} bits)"
+    return part.class_name
 
 
 def load(
@@ -425,6 +527,7 @@ class Reading:
         specs = header.tensors
         self._taken = set() if destination is None else destination.prepare(specs)
         self._arrays: Mapping[str, mx.array] = {}
+        self._blob_ids = b""
         self._found: list[Future[list[memoryview]]] = []
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115
@@ -453,7 +556,12 @@ class Reading:
                 self._file.fileno(), offset, specs, start, stop
             )
         found: Future[list[memoryview]] = Future()
-        found.set_result([memoryview(self._arrays[spec.name]) for spec in specs])
+        if specs[0].name == TOKEN_IDS:
+            self._file.seek(offset)
+            self._blob_ids = self._file.read(specs[0].nbytes)
+            found.set_result([memoryview(self._blob_ids)])
+        else:
+            found.set_result([memoryview(self._arrays[spec.name]) for spec in specs])
         return found
 
     def finish(self) -> LoadedSegment:
@@ -472,8 +580,7 @@ class Reading:
         if checksum.hexdigest() != self._header.data_checksum:
             raise DamagedBlobError("checksum of the data does not match")
         part = self._part
-        token_ids = memoryview(self._arrays["token_ids"][: part.stop - part.start])
-        if bytes(token_ids) != self._token_ids:
+        if not self._blob_ids.startswith(self._token_ids):
             raise DamagedBlobError("blob is of other tokens")
         return LoadedSegment(
             part.start,
@@ -495,13 +602,15 @@ def _groups(
 ) -> Iterator[list[TensorSpec]]:
     """Yield tensors that follow each other and are to be read at once."""
     group: list[TensorSpec] = []
+    nbytes = 0
     for spec in specs:
-        nbytes = sum(other.nbytes for other in group)
-        is_alike = bool(group) and (group[0].name in taken) == (spec.name in taken)
-        if group and not (is_alike and nbytes < READ_NBYTES):
+        is_alone = spec.name not in taken
+        if group and (is_alone or nbytes >= READ_NBYTES):
             yield group
-            group = []
+            group, nbytes = [], 0
         group.append(spec)
+        # Nothing joins one that is read in another way.
+        nbytes += READ_NBYTES if is_alone else spec.nbytes
     if group:
         yield group
 
@@ -509,11 +618,14 @@ def _groups(
 def _load_arrays(
     path: Path, header: BlobHeader, taken: Collection[str]
 ) -> dict[str, "mx.array"]:
-    """Return the tensors of a blob but for those that a destination takes."""
+    """Return the tensors of a blob but for its ids and what a destination takes."""
     import mlx.core as mx
 
-    arrays: dict[str, mx.array] = mx.load(str(path))
-    arrays = {s.name: arrays[s.name] for s in header.tensors if s.name not in taken}
+    wanted = {spec.name for spec in header.tensors} - {*taken, TOKEN_IDS}
+    if not wanted:
+        return {}
+    loaded: dict[str, mx.array] = mx.load(str(path))
+    arrays = {name: loaded[name] for name in wanted}
     mx.eval(arrays)
     return arrays
 

@@ -56,6 +56,7 @@ class Destination:
                 for tensor in ("keys", "values")
             }
         self._arrays: dict[str, mx.array] = {}
+        self._kinds: dict[str, tuple[object, ...]] = {}
         self._memory: dict[str, memoryview] = {}
         # Arrays in the order in which they are going to be read to.
         self._ahead: deque[mx.array] = deque()
@@ -78,6 +79,7 @@ class Destination:
         new = [s for s in specs if s.name not in self._arrays and self._is_plain(s)]
         zeros = self._zeros(new)
         self._arrays |= dict(zip((spec.name for spec in new), zeros, strict=True))
+        self._kinds |= {spec.name: _kind(spec) for spec in new}
         self._ahead.extend(zeros)
         return {spec.name for spec in specs if self._fits(spec)}
 
@@ -101,12 +103,7 @@ class Destination:
 
     def _fits(self, spec: TensorSpec) -> bool:
         """Return whether rows of this shape and dtype go into the array."""
-        array = self._arrays.get(spec.name)
-        if array is None or not self._is_plain(spec):
-            return False
-        *outer, _, width = array.shape
-        same_shape = [*spec.shape[:2], spec.shape[3]] == [*outer, width]
-        return same_shape and str(array.dtype) == f"mlx.core.{DTYPES[spec.dtype]}"
+        return _kind(spec) == self._kinds.get(spec.name)
 
     def read(
         self,
@@ -155,6 +152,11 @@ class Destination:
             mx.eval(array)
             self._memory[name] = memoryview(array).cast("B")
         return self._memory[name]
+
+
+def _kind(spec: TensorSpec) -> tuple[object, ...]:
+    """Return what two tensors of rows have in common that go into one array."""
+    return spec.dtype, len(spec.shape), spec.shape[:2], spec.shape[3:]
 
 
 def _read(descriptor: int, offset: int, buffers: Buffers) -> Buffers:

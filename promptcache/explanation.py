@@ -29,6 +29,7 @@ PART_NAMES = {
     "kv_group_size": "KV group size",
     "quantized_kv_start": "start of KV quantization",
     "max_kv_size": "max_kv_size",
+    "store_bits": "bits at rest",
     "exact": "exact mode",
     "draft": "draft model",
     "namespace": "namespace",
@@ -41,7 +42,10 @@ PART_NAMES = {
     "state_version": "version of promptcache's state",
 }
 # Parts whose values mean something to people; of the others only hashes are known.
-PLAIN_PARTS = ("kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size", "dtype")
+PLAIN_PARTS = (
+    *("kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size"),
+    *("store_bits", "dtype"),
+)
 KV_DETAILS = ("kv_group_size", "quantized_kv_start")
 
 
@@ -155,6 +159,7 @@ class _Inquiry:
         self._token_ids = rendered.token_ids
         self._packed = pack(rendered.token_ids)
         self._fingerprint = fingerprint
+        self._own_digests = {reusable.digest for reusable in fingerprint.reusable}
         self._around = neighbourhood
         self._now = now
         self._cached = neighbourhood.match.cached_tokens
@@ -271,7 +276,7 @@ class _Inquiry:
 
     def _is_twin(self, prompt: StoredPrompt) -> bool:
         """Return whether a prompt was rendered in the same way for the same model."""
-        same_model = prompt.fingerprint.digest == self._fingerprint.digest
+        same_model = prompt.fingerprint.digest in self._own_digests
         return same_model and prompt.origin == self._rendered.origin
 
     def _other_origin(
@@ -281,7 +286,7 @@ class _Inquiry:
         other = prompt.origin
         if other is None:
             return
-        if prompt.fingerprint.digest != self._fingerprint.digest:
+        if prompt.fingerprint.digest not in self._own_digests:
             yield self._other_fingerprint(prompt.fingerprint)
         elif other.template != origin.template:
             if self._says_the_same(prompt):

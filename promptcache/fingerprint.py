@@ -31,11 +31,15 @@ FROM_IMPORT = re.compile(
 
 
 def make_fingerprint(
-    parts: Mapping[str, str], *, model: str, source: str | None = None
+    parts: Mapping[str, str],
+    *,
+    model: str,
+    source: str | None = None,
+    exact: Fingerprint | None = None,
 ) -> Fingerprint:
     """Return the fingerprint over named parts."""
     complete = {"state_version": STATE_VERSION, **parts}
-    return Fingerprint(hash_json(complete), model, source, complete)
+    return Fingerprint(hash_json(complete), model, source, complete, exact)
 
 
 def hash_json(value: object) -> str:

@@ -104,6 +104,7 @@ class Request:
         on_saved: Called with the key of what was saved.
         input_embeddings: What to read in place of the tokens' own embeddings, shape
             `(tokens, hidden)`; nothing is cached then.
+        store_bits: In how many bits keys and values are stored, None for their own.
     """
 
     token_ids: list[int]
@@ -123,6 +124,7 @@ class Request:
     save_answer: bool = False
     on_saved: Callable[[str], None] = lambda key: None
     input_embeddings: mx.array | None = None
+    store_bits: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -275,7 +277,7 @@ class Generation:
             return self._cold()
         with contextlib.suppress(PromptCacheError):
             self._request.on_match(resumed.match)
-        saver = self._saver(self._store, fingerprint, cache, resumed.match)
+        saver = self._saver(self._store, fingerprint, cache, resumed)
         return _Start(cache, resumed, saver, fingerprint)
 
     def _cold(self) -> _Start:
@@ -373,25 +375,26 @@ class Generation:
         store: PrefixStore,
         fingerprint: Fingerprint,
         cache: list[Any],
-        match: Match,
+        resumed: Resumed,
     ) -> QuietSaver:
         request = self._request
         token_ids = request.token_ids[: self._num_saved]
-        if not self._is_due(match) or not token_ids:
+        if not self._is_due(resumed.match) or not token_ids:
             return QuietSaver(None)
-        return QuietSaver(
-            Saver(
-                store,
-                self._writer,
-                fingerprint,
-                token_ids,
-                cache,
-                request.cuts,
-                request.kv,
-                is_prompt=len(token_ids) == request.num_tokens,
-                origin=request.origin,
-            )
+        saver = Saver(
+            store,
+            self._writer,
+            fingerprint,
+            token_ids,
+            cache,
+            request.cuts,
+            request.kv,
+            is_prompt=len(token_ids) == request.num_tokens,
+            origin=request.origin,
+            store_bits=request.store_bits,
         )
+        saver.take_over(resumed.taken, resumed.logits)
+        return QuietSaver(saver)
 
     def _record(
         self, start: _Start, last: GenerationResponse

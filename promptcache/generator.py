@@ -367,6 +367,7 @@ class CachedGenerator:
         kv_bits: int | None = None,
         kv_group_size: int = 64,
         quantized_kv_start: int = 5000,
+        store_bits: int | None = None,
         prompt_progress_callback: Progress | None = None,
         on_wait: Callable[[], None] = lambda: None,
     ) -> BuiltPrefix:
@@ -390,6 +391,7 @@ class CachedGenerator:
             kv_bits: See `mlx_lm.generate.generate_step`.
             kv_group_size: See `mlx_lm.generate.generate_step`.
             quantized_kv_start: See `mlx_lm.generate.generate_step`.
+            store_bits: See `stream_generate`.
             prompt_progress_callback: Called with tokens processed and their total.
             on_wait: Called when another process builds the same prefix.
 
@@ -408,6 +410,7 @@ class CachedGenerator:
             exact=exact,
             prefill_step_size=prefill_step_size,
             draft_model=draft_model,
+            store_bits=store_bits,
         )
         rendered = self._prompt_to_build(prompt, system, tools, chat_template_config)
         store = self._usable_store()
@@ -494,6 +497,7 @@ class CachedGenerator:
         kv_bits: int | None = None,
         kv_group_size: int = 64,
         quantized_kv_start: int = 5000,
+        store_bits: int | None = None,
         max_kv_size: int | None = None,
         draft_model: Any = None,
         num_draft_tokens: int = DEFAULT_DRAFT_TOKENS,
@@ -532,6 +536,9 @@ class CachedGenerator:
             kv_bits: See `mlx_lm.generate.generate_step`.
             kv_group_size: See `mlx_lm.generate.generate_step`.
             quantized_kv_start: See `mlx_lm.generate.generate_step`.
+            store_bits: Store keys and values in 8 or 4 bits, and reuse what is stored
+                so. It takes half or a quarter of 16 bits, and restores nearly the same
+                values. What is stored exactly is taken where it reaches as far.
             save_answer: Save the answer, too, where the prompt is saved: as far as it
                 came, and unless it depends on how it was computed (a draft model,
                 exact mode, quantization that began with it).
@@ -565,6 +572,7 @@ class CachedGenerator:
             exact=exact,
             prefill_step_size=prefill_step_size,
             draft_model=draft_model,
+            store_bits=store_bits,
         )
         request = Request(
             token_ids=rendered.token_ids,
@@ -587,6 +595,7 @@ class CachedGenerator:
             save_answer=save_answer,
             on_saved=on_saved,
             input_embeddings=input_embeddings,
+            store_bits=store_bits,
         )
         return Generation(
             self.model,

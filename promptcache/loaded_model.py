@@ -1,5 +1,6 @@
 """Loaded models: what decides where a model can be resumed, and by which name."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,14 @@ class LoadedModel:
                 "layout": loading.hash_layout(self.make_cache(settings)),
                 "namespace": self._namespace,
             }
+            exact = None
+            if settings.store_bits is not None:
+                exact = self.fingerprint(replace(settings, store_bits=None))
             self._fingerprints[known] = make_fingerprint(
-                parts, model=self.identity.name, source=self.identity.source
+                parts,
+                model=self.identity.name,
+                source=self.identity.source,
+                exact=exact,
             )
         return self._fingerprints[known]
 
@@ -103,7 +110,10 @@ class LoadedModel:
         kv, exact_from = settings.kv, self.exact_from(settings)
         exact = "" if exact_from is None else f"{exact_from}+{settings.step_size}"
         draft = settings.draft_model
+        # Named only where it is given, as it is younger than the other parts.
+        at_rest = {"store_bits": str(settings.store_bits)}
         return {
+            **(at_rest if settings.store_bits is not None else {}),
             # Group size and start mean nothing without bits.
             "kv_bits": str(kv.bits or ""),
             "kv_group_size": str(kv.group_size if kv.bits else ""),

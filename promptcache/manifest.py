@@ -24,6 +24,7 @@ CHOICES_BY_INTEGER_KEY: Mapping[str, Collection[int] | None] = {
     "kv_bits": (2, 3, 4, 5, 6, 8),
     "kv_group_size": (32, 64, 128),
     "quantized_kv_start": None,
+    "store_bits": (8, 4),
     "max_kv_size": None,
     "prefill_step_size": None,
 }
@@ -67,7 +68,8 @@ class PromptSpec:
         raw: Whether to go without the chat template.
         pin: Whether to pin what is built.
         settings: Those given of mlx-lm's `kv_bits`, `kv_group_size`,
-            `quantized_kv_start`, `max_kv_size` and `prefill_step_size`, and `exact`.
+            `quantized_kv_start`, `max_kv_size` and `prefill_step_size`, and
+            `store_bits` and `exact`.
     """
 
     name: str

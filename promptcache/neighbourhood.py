@@ -3,7 +3,8 @@
 It answers why a prompt misses; a run needs nothing of it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 from promptcache.chain import Chain, common_length, pack, unpack
@@ -106,6 +107,24 @@ def find_neighbourhood(
 ) -> Neighbourhood:
     """Return what is close to a prompt. Raises StoreError."""
     return _Finder(index, chain).find(origin)
+
+
+def joined(found: Sequence[Neighbourhood], fingerprint: Fingerprint) -> Neighbourhood:
+    """Return one neighbourhood from those of all fingerprints whose rows are reused.
+
+    Of those with equal matches, the first counts.
+    """
+    if len(found) == 1:
+        return found[0]
+    own = {reusable.digest for reusable in fingerprint.reusable}
+    best = max(found, key=lambda around: (around.match.cached_tokens, around.num_rows))
+    evictions = [around.eviction for around in found if around.eviction is not None]
+    return replace(
+        best,
+        elsewhere=tuple(e for e in best.elsewhere if e[0].digest not in own),
+        eviction=max(evictions, key=lambda eviction: eviction.end, default=None),
+        num_prompts=sum(around.num_prompts for around in found),
+    )
 
 
 def is_alike(left: Origin, right: Origin) -> bool:

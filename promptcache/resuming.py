@@ -32,12 +32,14 @@ class Resumed(NamedTuple):
         logits: The logits of the next token, shape `(1, vocabulary)`, if the match is
             the whole prompt and they were stored.
         declined: Why the match was not loaded, if it was not.
+        taken: All of it, if it is stored under another fingerprint only.
     """
 
     match: Match = Match()
     cached_tokens: int = 0
     logits: "mx.array | None" = None
     declined: LoadEstimate | None = None
+    taken: codec.Capture | None = None
 
 
 def resume(
@@ -97,8 +99,11 @@ def resume(
     quantized_from = cuts.quantized_from(kv)
     if quantized_from is not None and match.cached_tokens >= quantized_from:
         quantize(cache, match.cached_tokens, kv)
+    taken = None
+    if loader.digests[match.slices[-1].key] != fingerprint.digest:
+        taken = codec.capture_restored(cache, segments, match.cached_tokens)
     logits = segments[-1].logits if match.has_logits else None
-    return Resumed(match, match.cached_tokens, logits)
+    return Resumed(match, match.cached_tokens, logits, taken=taken)
 
 
 class _TooEarlyError(Exception):
@@ -110,6 +115,7 @@ class _Loader:
 
     Attributes:
         at: The segment that is being read, or was the last one.
+        digests: By key, the digest of the fingerprint that a segment is stored under.
     """
 
     at: SegmentSlice
@@ -124,6 +130,7 @@ class _Loader:
     ) -> None:
         self._loaded: dict[SegmentSlice, codec.LoadedSegment] = {}
         self._begun: dict[SegmentSlice, codec.Reading] = {}
+        self.digests: dict[str, str] = {}
         self._store = store
         self._token_ids = token_ids
         self._quantized_from = cuts.quantized_from(kv) or 0
@@ -147,6 +154,7 @@ class _Loader:
             return
         self.at = part
         path, header = self._store.open_blob(part)
+        self.digests[part.key] = header.info.fingerprint.digest
         # A run from nothing still reads these rows as they were computed.
         if codec.is_quantized(header.layout) and part.start < self._quantized_from:
             raise _TooEarlyError

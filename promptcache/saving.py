@@ -23,6 +23,10 @@ Result = TypeVar("Result")
 SAVE_ATTEMPTS = 3
 
 
+# A turn with less that is new is saved in one piece with its answer.
+JOINED_TOKENS = 512
+
+
 class _OvertakenError(StoreError):
     """What a segment hangs on has changed since it was encoded."""
 
@@ -49,6 +53,7 @@ class Saver:
         is_prompt: bool,
         is_build: bool = False,
         origin: Origin | None = None,
+        store_bits: int | None = None,
     ) -> None:
         """Take the whole prompt, and the cache that reads it.
 
@@ -64,6 +69,7 @@ class Saver:
                 matters; else it is the start of prompts.
             is_build: Whether its end is to stay until it is evicted or removed.
             origin: How the prompt was rendered.
+            store_bits: In how many bits to keep rows; see `encode_rows`.
         """
         self._store = store
         self._writer = writer
@@ -75,6 +81,7 @@ class Saver:
         self._is_prompt = is_prompt
         self._is_build = is_build
         self._origin = origin
+        self._store_bits = store_bits
         self._captures: list[codec.Capture] = []
         self._answer_captures: list[codec.Capture] = []
         self._window = least_window(cache)
@@ -108,6 +115,14 @@ class Saver:
             # Logits processors may change the array in place.
             self._logits = copy(logits)
 
+    def take_over(
+        self, taken: codec.Capture | None, logits: "mx.array | None" = None
+    ) -> None:
+        """Note what the cache was filled with, if it is to be saved here, too."""
+        if taken is not None:
+            self._captures.append(taken)
+            self._logits = copy(logits)
+
     def capture_answer(self, num_tokens: int) -> None:
         """Note what the cache is about to lose of so many tokens of the answer.
 
@@ -130,6 +145,15 @@ class Saver:
             end >= self._kv.start and start < quantized_from
         )
         return num_tokens > 0 and not is_mixed and self._cuts.is_divisible(end)
+
+    def joins_answer(self, end: int) -> bool:
+        """Return whether what is new up to `end` goes into one segment with an answer.
+
+        Many short segments take longer to read than a few.
+        """
+        begin = max([self._submitted_to, *(c.start for c in self._captures[:1])])
+        is_short = end - begin < JOINED_TOKENS
+        return is_short and not any(c.needs_checkpoint for c in self._captures)
 
     def save_answer(self, answer: Sequence[int]) -> str:
         """Save the prompt with an answer, all of which the cache has read.
@@ -282,7 +306,12 @@ class Saver:
 
     def _encode(self, start: int, end: int) -> EncodedSegment:
         segment = codec.encode_rows(
-            self._cache, self._captures, self._token_ids, start, end
+            self._cache,
+            self._captures,
+            self._token_ids,
+            start,
+            end,
+            store_bits=self._store_bits,
         )
         is_tail = self._is_tail(end)
         return segment._replace(
@@ -353,7 +382,12 @@ class QuietSaver:
 
     def begin(self, end: int, *, is_listed: bool = True) -> None:
         """Begin to save `[0, end)`, and list its end if that is the prompt's."""
-        self._try(lambda saver: saver.begin(end, is_listed=is_listed))
+
+        def begin(saver: Saver) -> None:
+            if is_listed or not saver.joins_answer(end):
+                saver.begin(end, is_listed=is_listed)
+
+        self._try(begin)
         self.advance()
 
     def advance(self) -> None:
@@ -380,9 +414,11 @@ class QuietSaver:
         def save(saver: Saver) -> str | None:
             if not end:
                 return None
-            is_kept = saver.can_keep(len(answer))
-            key = saver.save(end, is_listed=not is_kept)
-            return saver.save_answer(answer) if is_kept else key
+            if not saver.can_keep(len(answer)):
+                return saver.save(end)
+            if not saver.joins_answer(end):
+                saver.save(end, is_listed=False)
+            return saver.save_answer(answer)
 
         key = self._try(save)
         self._saver = None

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from promptcache.at_rest import STORE_BITS
+from promptcache.errors import UsageError
 from promptcache.prefill import DEFAULT_STEP_SIZE, KVSettings
 
 
@@ -17,6 +19,8 @@ class Settings:
             the model's values depend on the length of what is read.
         step_size: Most prompt tokens to process at once.
         draft_model: A smaller model that reads the prompt, too.
+        store_bits: In how many bits keys and values are stored, None for those that
+            they have in memory.
     """
 
     kv: KVSettings = field(default_factory=KVSettings)
@@ -24,6 +28,26 @@ class Settings:
     exact: bool | None = None
     step_size: int = DEFAULT_STEP_SIZE
     draft_model: Any = None
+    store_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for what contradicts itself."""
+        if self.store_bits is None:
+            return
+        if self.store_bits not in STORE_BITS:
+            raise UsageError(
+                f"store_bits must be one of {STORE_BITS}, not {self.store_bits}"
+            )
+        if self.kv.bits is not None:
+            raise UsageError(
+                "use just one of kv_bits and store_bits: KV that is quantized already "
+                "is stored as it is"
+            )
+        if self.exact:
+            raise UsageError(
+                "use just one of exact and store_bits: what is stored in fewer bits "
+                "is not restored to the bit"
+            )
 
     @classmethod
     def of(
@@ -36,14 +60,15 @@ class Settings:
         exact: bool | None = None,
         prefill_step_size: int = DEFAULT_STEP_SIZE,
         draft_model: Any = None,
+        store_bits: int | None = None,
     ) -> Self:
         """Return the settings that arguments of `stream_generate` mean.
 
         Raises:
-            UsageError: mlx cannot quantize to this.
+            UsageError: mlx cannot quantize to this, or they contradict each other.
         """
         kv = KVSettings(kv_bits, kv_group_size, quantized_kv_start)
-        return cls(kv, max_kv_size, exact, prefill_step_size, draft_model)
+        return cls(kv, max_kv_size, exact, prefill_step_size, draft_model, store_bits)
 
 
 DEFAULT_SETTINGS = Settings()

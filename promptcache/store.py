@@ -27,7 +27,7 @@ from promptcache.errors import (
 from promptcache.eviction import surplus_checkpoints
 from promptcache.index import Deed, Index
 from promptcache.matching import checkpoints_on, longest_match, longest_rows
-from promptcache.neighbourhood import find_neighbourhood
+from promptcache.neighbourhood import find_neighbourhood, joined
 from promptcache.types import (
     BlobHeader,
     EncodedSegment,
@@ -166,7 +166,8 @@ class PrefixStore:
 
         Args:
             token_ids: The prompt.
-            fingerprint: What KV values depend on.
+            fingerprint: What KV values depend on. Of one whose rows are stored in
+                fewer bits, the exact rows are taken where they reach as far.
             generating: Leave at least one token to read, unless the logits after the
                 last one are stored.
             skip: Keys of segments to do without.
@@ -174,8 +175,13 @@ class PrefixStore:
         Raises:
             StoreError: The index cannot be read.
         """
-        chain = Chain(fingerprint.digest, token_ids)
-        return longest_match(self._index, chain, generating=generating, skip=skip)
+        chains = (Chain(f.digest, token_ids) for f in fingerprint.reusable)
+        matches = (
+            longest_match(self._index, chain, generating=generating, skip=skip)
+            for chain in chains
+        )
+        # Of two that are equally long, the first.
+        return max(matches, key=lambda match: match.cached_tokens)
 
     def key_of(self, token_ids: Sequence[int], fingerprint: Fingerprint) -> str:
         """Return the key that a prefix has, or would have."""
@@ -290,9 +296,12 @@ class PrefixStore:
         Raises:
             StoreError: The index cannot be read.
         """
-        chain = Chain(fingerprint.digest, token_ids)
+        chains = [Chain(f.digest, token_ids) for f in fingerprint.reusable]
         with self._index.reading():
-            return find_neighbourhood(self._index, chain, origin)
+            return joined(
+                [find_neighbourhood(self._index, chain, origin) for chain in chains],
+                fingerprint,
+            )
 
     def give_up(self, key: str) -> list[str]:
         """Forget a segment that cannot be used, with all that hangs on it.

@@ -1,8 +1,9 @@
 """The values that cross modules, all frozen."""
 
+import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,12 +17,21 @@ class Fingerprint:
         model: The model's name for people; not part of the digest.
         source: The folder or hub repository it was loaded from, or None.
         parts: What the digest covers, by name, so that two can be compared.
+        exact: Where rows are stored in fewer bits, the fingerprint of the same rows
+            without loss, which are reused as well.
     """
 
     digest: str
     model: str
     source: str | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
+    exact: "Fingerprint | None" = field(default=None, compare=False)
+
+    @property
+    def reusable(self) -> "tuple[Fingerprint, ...]":
+        """Return the fingerprints whose rows are reused, the best ones first."""
+        alone = self if self.exact is None else replace(self, exact=None)
+        return (alone,) if self.exact is None else (self.exact, alone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +108,7 @@ class Tensor:
     data: memoryview
 
 
+@functools.cache
 def bits_of(dtype: str) -> int:
     """Return the size of a value of a dtype in safetensors' spelling."""
     return int("".join(c for c in dtype if c.isdigit())) if dtype != "BOOL" else 8
@@ -195,11 +206,15 @@ class SegmentInfo:
 
 
 class EncodedSegment(NamedTuple):
-    """The state of a token range as the codec hands it over: layout and tensors."""
+    """The state of a token range as the codec hands it over: layout and tensors.
+
+    `format_version` is the oldest format of blobs that can tell it.
+    """
 
     layout: str
     tensors: list[Tensor]
     resumption: Resumption = AT_ANY_TOKEN
+    format_version: int = 2
 
     @property
     def nbytes(self) -> int:

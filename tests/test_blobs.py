@@ -223,7 +223,7 @@ def test_blob_of_a_newer_format_is_refused_as_such(folder: BlobFolder) -> None:
     key = publish(folder, tokens(5))
     make_newer(folder.path(key))
 
-    with pytest.raises(StoreFormatError, match=r"blob has format 3 .* up to 2, upgr"):
+    with pytest.raises(StoreFormatError, match=r"blob has format 4 .* up to 3, upgr"):
         folder.check(key)
 
 
@@ -233,6 +233,19 @@ def test_blob_of_an_older_format_is_refused_as_such(folder: BlobFolder) -> None:
 
     with pytest.raises(StoreFormatError, match=r"older format 1, .* prune` removes it"):
         folder.check(key)
+
+
+def test_blob_is_written_in_the_oldest_format_that_can_tell_it(
+    folder: BlobFolder,
+) -> None:
+    segment = mixed_segment(3)._replace(format_version=3)
+    folder.publish(mixed_info(), segment)
+
+    header = folder.check("ab" * 16)
+    with safe_open(folder.path("ab" * 16), framework="numpy") as blob:
+        assert blob.metadata()["format_version"] == "3"
+    assert header.layout == segment.layout
+    assert mixed_segment(3).format_version == 2
 
 
 def make_newer(path: Path) -> None:

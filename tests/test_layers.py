@@ -21,7 +21,10 @@ TREES = {
 # From the bottom up; a module imports from lower lines only.
 LAYERS = [
     ["errors"],
-    ["units", "types", "writer", "chain", "state", "treatment", "length_dependence"],
+    [
+        *["units", "types", "writer", "chain", "state", "treatment", "at_rest"],
+        "length_dependence",
+    ],
     ["manifest", "transcript", "volatility"],
     ["destination", "differences", "hot_tier"],
     ["location", "fingerprint", "blobs", "index", "eviction", "codec"],
@@ -50,6 +53,7 @@ TENSOR_MODULES = {
     "speculation",
 }
 LAZY_TENSOR_MODULES = {
+    "at_rest",
     "codec",
     "default_model",
     "destination",

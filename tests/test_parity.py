@@ -161,6 +161,7 @@ def test_command_prints_a_table_and_a_verdict() -> None:
         "TOKENS",
         "TOP-1",
         "DIFFERENCE",
+        "KL",
         "CUT",
     ]
     assert "full prompt" in lines[-3]
@@ -182,6 +183,7 @@ def test_json_tells_every_cut() -> None:
         "first_difference": None,
         "top1_agreement": 1.0,
         "largest_difference": 0.0,
+        "kl_divergence": 0.0,
     }
 
 

@@ -28,6 +28,7 @@ SETTINGS = (
     "kv_bits",
     "kv_group_size",
     "quantized_kv_start",
+    "store_bits",
     "prefill_step_size",
     "max_kv_size",
     "exact",

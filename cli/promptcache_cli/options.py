@@ -166,6 +166,12 @@ template_options = stacked(
         help="Arguments of the chat template, a JSON object, or @FILE",
     ),
 )
+store_bits_option = click.option(
+    "--store-bits",
+    type=click.Choice(("8", "4")),
+    callback=lambda ctx, param, value: value and int(value),
+    help="Store keys and values in fewer bits, with a small loss",
+)
 cache_options = stacked(
     click.option(
         "--kv-bits",
@@ -186,6 +192,7 @@ cache_options = stacked(
         show_default=True,
         help="Quantize from this many tokens on",
     ),
+    store_bits_option,
     click.option(
         "--prefill-step-size",
         type=click.IntRange(1),

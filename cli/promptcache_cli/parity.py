@@ -33,13 +33,14 @@ def parity(
 
     Stores the prompt up to a cut of every kind in a temporary store, resumes from
     there and compares tokens and log-probabilities. Exits with 1 if tokens differ
-    with --exact.
+    with --exact. With --store-bits it measures what is lost, and tokens may differ.
 
     Example:
 
     \b
         promptcache parity -s @narrator.txt "I open the door"
         promptcache parity --exact -f manual.txt "How do I reset it?"
+        promptcache parity --store-bits 8 -f manual.txt "How do I reset it?"
     """
     options = PromptOptions.take(settings)
     options.check()
@@ -63,11 +64,11 @@ def parity(
         output.json_data({**asdict(report), **details})
     else:
         _print(report)
-    return int(report.exact and not report.same_tokens)
+    return int(report.is_failure)
 
 
 def _print(report: Any) -> None:
-    headers = ["AT", "REUSED", "TOKENS", "TOP-1", "DIFFERENCE", "CUT"]
+    headers = ["AT", "REUSED", "TOKENS", "TOP-1", "DIFFERENCE", "KL", "CUT"]
     rows = [
         [
             cut.position,
@@ -77,6 +78,7 @@ def _print(report: Any) -> None:
             else f"differ-from-{cut.first_difference}",
             f"{cut.top1_agreement:.1%}",
             f"{cut.largest_difference:.1e}",
+            f"{cut.kl_divergence:.1e}",
             cut.kind,
         ]
         for cut in report.cuts
