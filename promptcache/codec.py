@@ -9,6 +9,7 @@ without padding.
 import functools
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -16,8 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import xxhash
 
 from promptcache.at_rest import (
     PIECES,
@@ -27,7 +26,7 @@ from promptcache.at_rest import (
     row_format,
     unpacked_rows,
 )
-from promptcache.destination import Destination
+from promptcache.destination import Checksum, Destination, Job
 from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.state import put_state, take_state
 from promptcache.treatment import (
@@ -526,58 +525,77 @@ class Reading:
         self._layout = _decode_layout(header.layout)
         specs = header.tensors
         self._taken = set() if destination is None else destination.prepare(specs)
-        self._arrays: Mapping[str, mx.array] = {}
+        self._checksum = Checksum()
+        self._arrays: dict[str, mx.array] = {}
         self._blob_ids = b""
-        self._found: list[Future[list[memoryview]]] = []
+        self._begun: list[tuple[Job, Future[None] | None]] = []
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise StoreError(f"blob cannot be read ({error})") from error
         try:
-            self._arrays = _load_arrays(path, header, self._taken)
-            self._found = [*self._reads()]
+            if not self._takes_all:
+                self._arrays = _load_arrays(path, header, self._taken)
+            for job in self._jobs():
+                self._begun.append((job, self._read(job)))
         except (OSError, RuntimeError, MemoryError) as error:
             self.give_up()
             raise StoreError(f"blob cannot be read ({error})") from error
 
-    def _reads(self) -> Iterator["Future[list[memoryview]]"]:
-        """Begin to read all tensors, some of them that follow each other at once."""
-        offset = self._header.data_start
-        for group in _groups(self._header.tensors, self._taken):
-            yield self._read(offset, group)
-            offset += sum(spec.nbytes for spec in group)
+    @property
+    def _takes_all(self) -> bool:
+        return self._destination is not None and self._destination.takes_all
 
-    def _read(
-        self, offset: int, specs: Sequence[TensorSpec]
-    ) -> "Future[list[memoryview]]":
-        if self._destination is not None and specs[0].name in self._taken:
-            start, stop = self._part.start, self._part.stop
-            return self._destination.read(
-                self._file.fileno(), offset, specs, start, stop
-            )
-        found: Future[list[memoryview]] = Future()
-        if specs[0].name == TOKEN_IDS:
-            self._file.seek(offset)
-            self._blob_ids = self._file.read(specs[0].nbytes)
-            found.set_result([memoryview(self._blob_ids)])
+    def _jobs(self) -> Iterator[Job]:
+        """Yield what is to be read at once."""
+        start, stop = self._part.start, self._part.stop
+        offset = self._header.data_start
+        groups = _groups(self._header.tensors, self._taken)
+        for number, specs in enumerate(groups):
+            place = (self._file.fileno(), offset, specs)
+            yield Job(*place, start, stop, self._checksum, number)
+            offset += sum(spec.nbytes for spec in specs)
+
+    def _read(self, job: Job) -> "Future[None] | None":
+        """Begin to read, unless it has been loaded already."""
+        [spec, *_] = job.specs
+        if spec.name == TOKEN_IDS:
+            self._blob_ids = os.pread(job.descriptor, spec.nbytes, job.offset)
+            if not job.number:
+                self._add_ids(job)
+        elif self._takes_all or spec.name in self._taken:
+            assert self._destination is not None
+            return self._destination.read(job)
+        return None
+
+    def _settle(self, job: Job, reading: "Future[None] | None") -> None:
+        """Wait until a job is done, in the order in which they were begun."""
+        [spec, *_] = job.specs
+        if reading is not None and self._destination is not None:
+            self._arrays |= self._destination.settle(job, reading)
+        elif spec.name == TOKEN_IDS:
+            if job.number:
+                self._add_ids(job)
         else:
-            found.set_result([memoryview(self._arrays[spec.name]) for spec in specs])
-        return found
+            job.checksum.update(job.number, [memoryview(self._arrays[spec.name])])
+
+    def _add_ids(self, job: Job) -> None:
+        job.checksum.update(job.number, [memoryview(self._blob_ids)])
 
     def finish(self) -> LoadedSegment:
         """Wait until it is read, and check it. Raises what `load` raises."""
-        checksum = xxhash.xxh3_128()
         try:
-            for found in self._found:
-                for buffer in found.result():
-                    checksum.update(buffer)
-        except EOFError as error:
-            raise DamagedBlobError(str(error)) from error
-        except (OSError, RuntimeError, MemoryError) as error:
-            raise StoreError(f"blob cannot be read ({error})") from error
-        finally:
+            for job, reading in self._begun:
+                self._settle(job, reading)
+        except BaseException as error:
             self.give_up()
-        if checksum.hexdigest() != self._header.data_checksum:
+            if isinstance(error, EOFError):
+                raise DamagedBlobError(str(error)) from error
+            if isinstance(error, (OSError, RuntimeError, MemoryError)):
+                raise StoreError(f"blob cannot be read ({error})") from error
+            raise
+        self._file.close()
+        if self._checksum.hexdigest() != self._header.data_checksum:
             raise DamagedBlobError("checksum of the data does not match")
         part = self._part
         if not self._blob_ids.startswith(self._token_ids):
@@ -593,7 +611,10 @@ class Reading:
 
     def give_up(self) -> None:
         """Wait until nothing of it is written to memory any more."""
-        wait(self._found)
+        self._checksum.give_up()
+        if self._destination is not None:
+            self._destination.give_up()
+        wait([reading for _, reading in self._begun if reading is not None])
         self._file.close()
 
 

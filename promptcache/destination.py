@@ -7,10 +7,14 @@ memory cost more than the bytes (Linux, 4 KB pages).
 
 import itertools
 import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import xxhash
 
 from promptcache.types import TensorSpec
 
@@ -27,40 +31,105 @@ ZEROED_AHEAD = 4
 # Dtypes of keys and values, in safetensors' spelling and in mlx's.
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
-Buffers = list[memoryview]
+Buffers = Sequence[memoryview]
+
+
+class Checksum:
+    """The checksum of a blob's data, of which several threads have a piece each."""
+
+    def __init__(self) -> None:
+        """Begin with the first piece."""
+        self._hash = xxhash.xxh3_128()
+        self._next = 0
+        self._turn = threading.Condition()
+
+    def update(self, number: int, buffers: Buffers) -> None:
+        """Add a piece, once those before it have been added, or given up."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._next >= number)
+        if self._next == number:
+            for buffer in buffers:
+                self._hash.update(buffer)
+            self._go_on(number + 1)
+
+    def give_up(self) -> None:
+        """Let nobody wait for a piece that will not come."""
+        self._go_on(sys.maxsize)
+
+    def _go_on(self, number: int) -> None:
+        with self._turn:
+            self._next = max(self._next, number)
+            self._turn.notify_all()
+
+    def hexdigest(self) -> str:
+        """Return the checksum of all pieces, or of those before one was given up."""
+        return self._hash.hexdigest()
+
+
+class Job(NamedTuple):
+    """Some tensors of a blob that follow each other.
+
+    Attributes:
+        descriptor: The blob's file.
+        offset: Where the first one begins in it.
+        specs: The tensors.
+        start: Their first row.
+        stop: The row after the last one to keep.
+        checksum: Of the blob's data.
+        number: Which piece of that they are.
+    """
+
+    descriptor: int
+    offset: int
+    specs: Sequence[TensorSpec]
+    start: int
+    stop: int
+    checksum: Checksum
+    number: int
+
+    def read(self, buffers: Buffers) -> None:
+        """Read all of it into buffers. Raises OSError and EOFError."""
+        try:
+            _read(self.descriptor, self.offset, buffers)
+            self.checksum.update(self.number, buffers)
+        except BaseException:
+            self.checksum.give_up()
+            raise
 
 
 class Destination:
     """Keys and values of the plain parts of a cache, for all segments of a match.
 
-    Only with MLX's CPU backend, where an array's memory can be written to.
+    This one is for MLX's CPU backend, where an array's memory can be written to.
+
+    Attributes:
+        takes_all: Whether it reads other tensors, too.
 
     Invariants:
         An array is written to before anything is computed from it.
     """
+
+    takes_all = False
+    num_readers = NUM_READERS
 
     def __init__(self, cache_parts: Mapping[str, Any], room: int) -> None:
         """Take the parts of a fresh cache by name, and for how many tokens to allocate.
 
         Nothing is allocated yet.
         """
-        import mlx.core as mx
-
         self._room = room
-        self._tensors: set[str] = set()
-        if mx.default_device() == mx.Device(mx.cpu):
-            self._tensors = {
-                f"layers.{name}.{tensor}"
-                for name, part in cache_parts.items()
-                if type(part).__name__ == "KVCache"
-                for tensor in ("keys", "values")
-            }
+        self._tensors = {
+            f"layers.{name}.{tensor}"
+            for name, part in cache_parts.items()
+            if type(part).__name__ == "KVCache"
+            for tensor in ("keys", "values")
+        }
         self._arrays: dict[str, mx.array] = {}
         self._kinds: dict[str, tuple[object, ...]] = {}
         self._memory: dict[str, memoryview] = {}
         # Arrays in the order in which they are going to be read to.
         self._ahead: deque[mx.array] = deque()
-        self._pool = ThreadPoolExecutor(NUM_READERS)
+        self._pool = ThreadPoolExecutor(self.num_readers)
 
     def __enter__(self) -> Self:
         return self
@@ -105,30 +174,27 @@ class Destination:
         """Return whether rows of this shape and dtype go into the array."""
         return _kind(spec) == self._kinds.get(spec.name)
 
-    def read(
-        self,
-        descriptor: int,
-        offset: int,
-        specs: Sequence[TensorSpec],
-        start: int,
-        stop: int,
-    ) -> "Future[Buffers]":
-        """Read tensors of the rows from `start` on, of which those to `stop` are kept.
+    def read(self, job: Job) -> "Future[None]":
+        """Begin to read. The future raises OSError and EOFError."""
+        buffers = [b for spec in job.specs for b in self._buffers(spec, job)]
+        return self._pool.submit(job.read, buffers)
 
-        Args:
-            descriptor: The blob's file.
-            offset: Where the first tensor begins in it.
-            specs: The tensors, which follow each other there.
-            start: Their first row.
-            stop: The row after the last one to keep.
+    def settle(self, job: Job, reading: "Future[None]") -> "Mapping[str, mx.array]":
+        """Wait until a job is done; return the tensors that have no array here.
 
-        Returns:
-            All of their bytes in their order, once they are read. Raises OSError.
+        Jobs are settled in the order in which they were begun. Raises what it raised.
         """
-        buffers = [b for spec in specs for b in self._buffers(spec, start, stop)]
-        return self._pool.submit(_read, descriptor, offset, buffers)
+        reading.result()
+        return {}
 
-    def _buffers(self, spec: TensorSpec, start: int, stop: int) -> Iterator[memoryview]:
+    def finish(self) -> None:
+        """Wait until all that was settled is where it belongs."""
+
+    def give_up(self) -> None:
+        """Let no job wait any more for one that is not going to be settled."""
+
+    def _buffers(self, spec: TensorSpec, job: Job) -> Iterator[memoryview]:
+        start, stop = job.start, job.stop
         _, heads, num_rows, _ = spec.shape
         memory = self._memory_of(spec.name)
         head_nbytes = len(memory) // heads
@@ -159,7 +225,7 @@ def _kind(spec: TensorSpec) -> tuple[object, ...]:
     return spec.dtype, len(spec.shape), spec.shape[:2], spec.shape[3:]
 
 
-def _read(descriptor: int, offset: int, buffers: Buffers) -> Buffers:
+def _read(descriptor: int, offset: int, buffers: Buffers) -> None:
     left = [buffer for buffer in buffers if len(buffer)]
     while left:
         num_read = os.preadv(descriptor, left[:MOST_BUFFERS], offset)
@@ -167,7 +233,6 @@ def _read(descriptor: int, offset: int, buffers: Buffers) -> Buffers:
             raise EOFError("blob is truncated")
         offset += num_read
         left = list(_after(left, num_read))
-    return buffers
 
 
 def _after(buffers: Buffers, num_read: int) -> Iterator[memoryview]:

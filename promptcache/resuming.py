@@ -13,6 +13,7 @@ from promptcache.saving import warn
 from promptcache.store import PrefixStore
 from promptcache.treatment import parts_of
 from promptcache.types import Fingerprint, LoadEstimate, Match, SegmentSlice
+from promptcache.uploading import make_destination
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -74,7 +75,8 @@ def resume(
     """
     room = len(token_ids) + DECODE_ROOM
     skip: set[str] = set()
-    with Destination(dict(parts_of(cache)), room) as destination:
+    destination = make_destination(dict(parts_of(cache)), room)
+    with destination or contextlib.nullcontext():
         loader = _Loader(store, token_ids, cuts, kv, destination)
         while True:
             match = store.lookup(
@@ -126,7 +128,7 @@ class _Loader:
         token_ids: Sequence[int],
         cuts: Cuts,
         kv: KVSettings,
-        destination: Destination,
+        destination: Destination | None,
     ) -> None:
         self._loaded: dict[SegmentSlice, codec.LoadedSegment] = {}
         self._begun: dict[SegmentSlice, codec.Reading] = {}
@@ -143,6 +145,8 @@ class _Loader:
                 for other in parts[i : i + READ_AHEAD]:
                     self._begin(other)
                 self._finish(part)
+            if self._destination is not None:
+                self._destination.finish()
         finally:
             for reading in self._begun.values():
                 reading.give_up()

@@ -27,6 +27,7 @@ LAYERS = [
     ],
     ["manifest", "transcript", "volatility"],
     ["destination", "differences", "hot_tier"],
+    ["uploading"],
     ["location", "fingerprint", "blobs", "index", "eviction", "codec"],
     ["matching", "pruning", "recovery"],
     ["neighbourhood"],
@@ -63,6 +64,7 @@ LAZY_TENSOR_MODULES = {
     "prefill",
     "resuming",
     "saving",
+    "uploading",
     "state",
     "treatment",
 }
