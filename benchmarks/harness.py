@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import promptcache
+
 NARRATOR = Path(__file__).parents[1] / "docs" / "examples" / "narrator.txt"
 
 # In float32, as on the CPU, the sums of a long and a short read differ by 1e-5, and
@@ -177,8 +179,8 @@ def machine() -> str:
     """Return one line about the machine and the versions that were measured."""
     import mlx.core as mx
 
-    names = ("promptcache", "mlx", "mlx-lm")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm"))
+    versions = f"promptcache {promptcache.__version__}, {versions}"
     blas = " with OpenBLAS" if "openblas" in os.environ.get("LD_PRELOAD", "") else ""
     cores = f"{os.cpu_count()} cores"
     return f"{platform.platform()}, {cores}, {mx.default_device()}{blas}, {versions}"
