@@ -18,6 +18,7 @@ from typing import BinaryIO, NamedTuple
 import xxhash
 from safetensors import SafetensorError, safe_open
 
+from promptcache.checksum import combined, digest
 from promptcache.errors import DamagedBlobError, StoreError, StoreFormatError
 from promptcache.types import (
     BlobHeader,
@@ -33,7 +34,6 @@ from promptcache.types import (
 )
 
 # Blobs are written in the oldest format that can tell what they hold.
-OLDEST_FORMAT_VERSION = 2
 FORMAT_VERSION = 3
 READ_NBYTES = 1 << 22
 CACHEDIR_TAG = (
@@ -172,19 +172,20 @@ class BlobFolder:
             StoreFormatError: A newer promptcache wrote it.
         """
         header = self.read_header(key)
-        checksum = xxhash.xxh3_128()
         try:
             with open(self.path(key), "rb") as file:
                 file.seek(header.data_start)
-                while data := file.read(READ_NBYTES):
-                    checksum.update(data)
+                digests = [
+                    digest(_pieces(file, spec.nbytes)) for spec in header.tensors
+                ]
+                is_longer = bool(file.read(1))
         except FileNotFoundError:
             raise DamagedBlobError("blob is missing") from None
         except IsADirectoryError:
             raise DamagedBlobError("blob is a folder") from None
         except OSError as error:
             raise StoreError(f"blob cannot be read ({error.strerror})") from error
-        if checksum.hexdigest() != header.data_checksum:
+        if combined(digests) != header.data_checksum or is_longer:
             raise DamagedBlobError("checksum of the data does not match")
         return header
 
@@ -256,12 +257,9 @@ def _encode_header(
     # Imported here because it takes 20 ms, which `ls` can do without.
     from importlib.metadata import version
 
-    checksum = xxhash.xxh3_128()
-    for tensor in tensors:
-        checksum.update(tensor.data)
     specs = [TensorSpec(t.name, t.dtype, t.shape) for t in tensors]
     metadata = {
-        "format_version": str(segment.format_version),
+        "format_version": str(FORMAT_VERSION),
         "key": info.key,
         "parent_key": info.parent_key or "",
         "fingerprint": info.fingerprint.digest,
@@ -277,10 +275,17 @@ def _encode_header(
         "layout": segment.layout,
         "mlx_version": version("mlx"),
         "mlx_lm_version": version("mlx-lm"),
-        "data_checksum": checksum.hexdigest(),
+        "data_checksum": combined(digest([tensor.data]) for tensor in tensors),
     }
     metadata["checksum"] = _header_checksum(metadata, specs)
     return _safetensors_header(metadata, specs)
+
+
+def _pieces(file: BinaryIO, nbytes: int) -> Iterator[bytes]:
+    """Yield the next bytes of a file, some at a time."""
+    while nbytes and (data := file.read(min(nbytes, READ_NBYTES))):
+        nbytes -= len(data)
+        yield data
 
 
 def _safetensors_header(metadata: dict[str, str], specs: list[TensorSpec]) -> bytes:
@@ -331,7 +336,7 @@ def _check_format(metadata: dict[str, str]) -> None:
             f"blob has format {written} and this promptcache reads up to "
             f"{FORMAT_VERSION}, upgrade promptcache"
         )
-    if written < OLDEST_FORMAT_VERSION:
+    if written < FORMAT_VERSION:
         raise StoreFormatError(
             f"blob has the older format {written}, `promptcache prune` removes it"
         )

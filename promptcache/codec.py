@@ -26,7 +26,8 @@ from promptcache.at_rest import (
     row_format,
     unpacked_rows,
 )
-from promptcache.destination import Checksum, Destination, Job
+from promptcache.checksum import combined, digest
+from promptcache.destination import Destination, Job
 from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.state import put_state, take_state
 from promptcache.treatment import (
@@ -77,8 +78,6 @@ TOKEN_IDS = "token_ids"
 LOGITS = "logits"
 # Smaller tensors are read together.
 READ_NBYTES = 4 * 1024**2
-# The first format whose layouts tell of rows in fewer bits.
-AT_REST_FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,11 +407,7 @@ def _encoded(
     contiguous = {name: mx.contiguous(array) for name, array in arrays.items()}
     mx.eval(contiguous)
     tensors = [_tensor(name, array) for name, array in contiguous.items()]
-    segment = EncodedSegment(_encode_layout(layout), tensors, resumption)
-    if any(part.at_rest for part in layout.values()):
-        # Older versions would take the layout for a damaged one.
-        return segment._replace(format_version=AT_REST_FORMAT)
-    return segment
+    return EncodedSegment(_encode_layout(layout), tensors, resumption)
 
 
 def _tensor(name: str, array: "mx.array") -> Tensor:
@@ -525,10 +520,9 @@ class Reading:
         self._layout = _decode_layout(header.layout)
         specs = header.tensors
         self._taken = set() if destination is None else destination.prepare(specs)
-        self._checksum = Checksum()
         self._arrays: dict[str, mx.array] = {}
         self._blob_ids = b""
-        self._begun: list[tuple[Job, Future[None] | None]] = []
+        self._begun: list[tuple[Job, Future[list[bytes]] | None]] = []
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         except OSError as error:
@@ -537,7 +531,7 @@ class Reading:
             if not self._takes_all:
                 self._arrays = _load_arrays(path, header, self._taken)
             for job in self._jobs():
-                self._begun.append((job, self._read(job)))
+                self._begun.append((job, self._begin(job)))
         except (OSError, RuntimeError, MemoryError) as error:
             self.give_up()
             raise StoreError(f"blob cannot be read ({error})") from error
@@ -548,45 +542,40 @@ class Reading:
 
     def _jobs(self) -> Iterator[Job]:
         """Yield what is to be read at once."""
-        start, stop = self._part.start, self._part.stop
         offset = self._header.data_start
-        groups = _groups(self._header.tensors, self._taken)
-        for number, specs in enumerate(groups):
+        for specs in _groups(self._header.tensors, self._taken):
             place = (self._file.fileno(), offset, specs)
-            yield Job(*place, start, stop, self._checksum, number)
-            offset += sum(spec.nbytes for spec in specs)
+            job = Job(*place, self._part.start, self._part.stop)
+            yield job
+            offset += job.nbytes
 
-    def _read(self, job: Job) -> "Future[None] | None":
-        """Begin to read, unless it has been loaded already."""
+    def _begin(self, job: Job) -> "Future[list[bytes]] | None":
+        """Begin to read, unless that has been done already."""
         [spec, *_] = job.specs
         if spec.name == TOKEN_IDS:
             self._blob_ids = os.pread(job.descriptor, spec.nbytes, job.offset)
-            if not job.number:
-                self._add_ids(job)
         elif self._takes_all or spec.name in self._taken:
             assert self._destination is not None
             return self._destination.read(job)
         return None
 
-    def _settle(self, job: Job, reading: "Future[None] | None") -> None:
-        """Wait until a job is done, in the order in which they were begun."""
+    def _settle(self, job: Job, reading: "Future[list[bytes]] | None") -> list[bytes]:
+        """Wait until a job is done; return the digests of its tensors."""
         [spec, *_] = job.specs
         if reading is not None and self._destination is not None:
-            self._arrays |= self._destination.settle(job, reading)
-        elif spec.name == TOKEN_IDS:
-            if job.number:
-                self._add_ids(job)
-        else:
-            job.checksum.update(job.number, [memoryview(self._arrays[spec.name])])
-
-    def _add_ids(self, job: Job) -> None:
-        job.checksum.update(job.number, [memoryview(self._blob_ids)])
+            digests, others = self._destination.settle(job, reading)
+            self._arrays |= others
+            return digests
+        if spec.name == TOKEN_IDS:
+            return [digest([self._blob_ids])]
+        return [digest([memoryview(self._arrays[spec.name])])]
 
     def finish(self) -> LoadedSegment:
         """Wait until it is read, and check it. Raises what `load` raises."""
+        digests: list[bytes] = []
         try:
             for job, reading in self._begun:
-                self._settle(job, reading)
+                digests += self._settle(job, reading)
         except BaseException as error:
             self.give_up()
             if isinstance(error, EOFError):
@@ -595,7 +584,7 @@ class Reading:
                 raise StoreError(f"blob cannot be read ({error})") from error
             raise
         self._file.close()
-        if self._checksum.hexdigest() != self._header.data_checksum:
+        if combined(digests) != self._header.data_checksum:
             raise DamagedBlobError("checksum of the data does not match")
         part = self._part
         if not self._blob_ids.startswith(self._token_ids):
@@ -611,7 +600,6 @@ class Reading:
 
     def give_up(self) -> None:
         """Wait until nothing of it is written to memory any more."""
-        self._checksum.give_up()
         if self._destination is not None:
             self._destination.give_up()
         wait([reading for _, reading in self._begun if reading is not None])

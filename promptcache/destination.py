@@ -7,15 +7,12 @@ memory cost more than the bytes (Linux, 4 KB pages).
 
 import itertools
 import os
-import sys
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-import xxhash
-
+from promptcache.checksum import digest
 from promptcache.types import TensorSpec
 
 if TYPE_CHECKING:
@@ -34,38 +31,6 @@ DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 Buffers = Sequence[memoryview]
 
 
-class Checksum:
-    """The checksum of a blob's data, of which several threads have a piece each."""
-
-    def __init__(self) -> None:
-        """Begin with the first piece."""
-        self._hash = xxhash.xxh3_128()
-        self._next = 0
-        self._turn = threading.Condition()
-
-    def update(self, number: int, buffers: Buffers) -> None:
-        """Add a piece, once those before it have been added, or given up."""
-        with self._turn:
-            self._turn.wait_for(lambda: self._next >= number)
-        if self._next == number:
-            for buffer in buffers:
-                self._hash.update(buffer)
-            self._go_on(number + 1)
-
-    def give_up(self) -> None:
-        """Let nobody wait for a piece that will not come."""
-        self._go_on(sys.maxsize)
-
-    def _go_on(self, number: int) -> None:
-        with self._turn:
-            self._next = max(self._next, number)
-            self._turn.notify_all()
-
-    def hexdigest(self) -> str:
-        """Return the checksum of all pieces, or of those before one was given up."""
-        return self._hash.hexdigest()
-
-
 class Job(NamedTuple):
     """Some tensors of a blob that follow each other.
 
@@ -75,8 +40,6 @@ class Job(NamedTuple):
         specs: The tensors.
         start: Their first row.
         stop: The row after the last one to keep.
-        checksum: Of the blob's data.
-        number: Which piece of that they are.
     """
 
     descriptor: int
@@ -84,17 +47,31 @@ class Job(NamedTuple):
     specs: Sequence[TensorSpec]
     start: int
     stop: int
-    checksum: Checksum
-    number: int
 
-    def read(self, buffers: Buffers) -> None:
-        """Read all of it into buffers. Raises OSError and EOFError."""
-        try:
-            _read(self.descriptor, self.offset, buffers)
-            self.checksum.update(self.number, buffers)
-        except BaseException:
-            self.checksum.give_up()
-            raise
+    @property
+    def nbytes(self) -> int:
+        """Return how many bytes they take in the file."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    def read(self, buffers: Sequence[Buffers]) -> list[bytes]:
+        """Read each tensor into its buffers; return the digest of each.
+
+        Raises OSError and EOFError.
+        """
+        _read(self.descriptor, self.offset, [b for some in buffers for b in some])
+        return [digest(some) for some in buffers]
+
+
+class Settled(NamedTuple):
+    """What became of a job.
+
+    Attributes:
+        digests: Of each tensor's bytes.
+        others: The tensors that have no array in the destination, by name.
+    """
+
+    digests: list[bytes]
+    others: "Mapping[str, mx.array]"
 
 
 class Destination:
@@ -174,18 +151,17 @@ class Destination:
         """Return whether rows of this shape and dtype go into the array."""
         return _kind(spec) == self._kinds.get(spec.name)
 
-    def read(self, job: Job) -> "Future[None]":
-        """Begin to read. The future raises OSError and EOFError."""
-        buffers = [b for spec in job.specs for b in self._buffers(spec, job)]
+    def read(self, job: Job) -> "Future[list[bytes]]":
+        """Begin to read. The future has the digests, or raises OSError and EOFError."""
+        buffers = [[*self._buffers(spec, job)] for spec in job.specs]
         return self._pool.submit(job.read, buffers)
 
-    def settle(self, job: Job, reading: "Future[None]") -> "Mapping[str, mx.array]":
-        """Wait until a job is done; return the tensors that have no array here.
+    def settle(self, job: Job, reading: "Future[list[bytes]]") -> Settled:
+        """Wait until a job is done. Raises what it raised.
 
-        Jobs are settled in the order in which they were begun. Raises what it raised.
+        Jobs are settled in the order in which they were begun.
         """
-        reading.result()
-        return {}
+        return Settled(reading.result(), {})
 
     def finish(self) -> None:
         """Wait until all that was settled is where it belongs."""

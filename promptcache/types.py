@@ -206,15 +206,11 @@ class SegmentInfo:
 
 
 class EncodedSegment(NamedTuple):
-    """The state of a token range as the codec hands it over: layout and tensors.
-
-    `format_version` is the oldest format of blobs that can tell it.
-    """
+    """The state of a token range as the codec hands it over: layout and tensors."""
 
     layout: str
     tensors: list[Tensor]
     resumption: Resumption = AT_ANY_TOKEN
-    format_version: int = 2
 
     @property
     def nbytes(self) -> int:
@@ -230,7 +226,7 @@ class BlobHeader:
         info: The segment.
         layout: The layers' layout, which only the codec understands.
         tensors: The tensors in the order of their bytes.
-        data_checksum: XXH3-128 of the data in hex.
+        data_checksum: Of the data; see `checksum.combined`.
         data_start: Where the data begins in the file.
     """
 

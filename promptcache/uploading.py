@@ -10,6 +10,7 @@ read, and the slots are used again.
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import threading
 from collections import deque
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from promptcache.destination import Destination, Job
+from promptcache.destination import Destination, Job, Settled
 from promptcache.types import TensorSpec
 
 if TYPE_CHECKING:
@@ -202,9 +203,9 @@ class DeviceDestination(Destination):
 
         return [zeros(spec) for spec in specs]
 
-    def read(self, job: Job) -> "Future[None]":
+    def read(self, job: Job) -> "Future[list[bytes]]":
         """Begin to read into the next slot, once that is free."""
-        slot = self._next_slot(sum(spec.nbytes for spec in job.specs))
+        slot = self._next_slot(job.nbytes)
         self._slots.append(slot)
         return self._pool.submit(self._read, job, slot)
 
@@ -221,17 +222,23 @@ class DeviceDestination(Destination):
         after = max((slot.number for slot in before), default=-1)
         return _Slot(number, begin, end, _ring().memory(begin, end), after)
 
-    def _read(self, job: Job, slot: _Slot) -> None:
+    def _read(self, job: Job, slot: _Slot) -> list[bytes]:
         with self._is_settled:
             self._is_settled.wait_for(lambda: self._num_settled > slot.after)
-        job.read([slot.memory])
+        ends = itertools.accumulate(spec.nbytes for spec in job.specs)
+        return job.read(
+            [
+                [slot.memory[end - spec.nbytes : end]]
+                for spec, end in zip(job.specs, ends, strict=True)
+            ]
+        )
 
-    def settle(self, job: Job, reading: "Future[None]") -> "Mapping[str, mx.array]":
+    def settle(self, job: Job, reading: "Future[list[bytes]]") -> Settled:
         """Wait until a job is done, and copy what it read."""
         if not reading.done():
             # It may wait for a slot that is not free until this is done.
             self._compute()
-        reading.result()
+        digests = reading.result()
         slot = self._slots.popleft()
         others = {}
         offset = 0
@@ -249,7 +256,7 @@ class DeviceDestination(Destination):
         self._num_assigned += offset
         if self._num_assigned > RING_NBYTES // 4:
             self._compute()
-        return others
+        return Settled(digests, others)
 
     def _compute(self) -> None:
         """Let the GPU copy what was assigned, and give the slots back."""

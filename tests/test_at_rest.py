@@ -192,8 +192,6 @@ def test_rows_of_an_odd_width_stay_as_they_are(blobs: BlobFolder, width: int) ->
 
     assert mx.array_equal(layer.keys[..., :40, :], cache[0].keys[..., :40, :])
     assert "layers.0.keys" in {tensor.name for tensor in segment.tensors}
-    # So that older versions can read what they could always read.
-    assert segment.format_version == 2
 
 
 def test_each_tensor_is_stored_by_its_own_width(blobs: BlobFolder) -> None:
@@ -269,10 +267,6 @@ def test_layout_is_told_in_words() -> None:
     assert codec.describe(layout) == "2 × KVCache (stored in 4 bits), 1 × KVCache"
     # They are as they were computed once they are in memory.
     assert not codec.is_quantized(layout)
-
-
-def test_older_versions_refuse_the_blob_by_its_format(blobs: BlobFolder) -> None:
-    assert encode([filled(KVCache())], 0, 40).format_version == 3
 
 
 # Damage

@@ -70,7 +70,7 @@ def test_safetensors_reads_a_blob(folder: BlobFolder) -> None:
     assert rows.shape == (5, 1)
     assert array("f", rows.flatten()) == values(tokens(5), 0, 5)
     assert metadata["key"] == key
-    assert metadata["format_version"] == "2"
+    assert metadata["format_version"] == "3"
     assert (metadata["start"], metadata["end"]) == ("0", "5")
 
 
@@ -233,19 +233,6 @@ def test_blob_of_an_older_format_is_refused_as_such(folder: BlobFolder) -> None:
 
     with pytest.raises(StoreFormatError, match=r"older format 1, .* prune` removes it"):
         folder.check(key)
-
-
-def test_blob_is_written_in_the_oldest_format_that_can_tell_it(
-    folder: BlobFolder,
-) -> None:
-    segment = mixed_segment(3)._replace(format_version=3)
-    folder.publish(mixed_info(), segment)
-
-    header = folder.check("ab" * 16)
-    with safe_open(folder.path("ab" * 16), framework="numpy") as blob:
-        assert blob.metadata()["format_version"] == "3"
-    assert header.layout == segment.layout
-    assert mixed_segment(3).format_version == 2
 
 
 def make_newer(path: Path) -> None:

@@ -22,7 +22,16 @@ TREES = {
 LAYERS = [
     ["errors"],
     [
-        *["units", "types", "writer", "chain", "state", "treatment", "at_rest"],
+        *[
+            "units",
+            "types",
+            "writer",
+            "checksum",
+            "chain",
+            "state",
+            "treatment",
+            "at_rest",
+        ],
         "length_dependence",
     ],
     ["manifest", "transcript", "volatility"],
