@@ -185,7 +185,17 @@ class Saver:
         to be saved.
         """
         self._begun = (end, is_listed)
-        self._rest = self._submissions(end, is_listed=is_listed)
+        self._rest = self._whole(self._submissions(end, is_listed=is_listed))
+
+    def _whole(self, submissions: Iterator[None]) -> Iterator[None]:
+        """Yield from what begins anew where it has been interrupted."""
+        try:
+            yield from submissions
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self._begun = (0, False)
+            raise
 
     def advance(self) -> None:
         """Hand over one more part, if the writer has room. Raises StoreError."""

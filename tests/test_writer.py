@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning
+from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning, codec
 from promptcache.writer import Writer
 
 PROMPT = [(7 * i) % 256 for i in range(2500)]
@@ -132,4 +132,25 @@ def test_save_that_others_overtook_is_encoded_anew(
         assert generator.store.verify().is_sound
         found = {p.num_tokens for p in generator.store.prefixes()}
         assert found == {300, 600}
+        assert generator.match([*PROMPT[:600], 1]).cached_tokens == 600
+
+
+def test_interrupt_while_encoding_is_no_save_that_is_done(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_rows = codec.encode_rows
+    calls = []
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return encode_rows(*args, **options)
+
+    with CachedGenerator.load(model_dir, store=tmp_path / "store") as generator:
+        monkeypatch.setattr(codec, "encode_rows", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(generator.stream_generate(PROMPT[:600], 8, save=True))
+
+        assert len(calls) == 2
         assert generator.match([*PROMPT[:600], 1]).cached_tokens == 600
