@@ -336,6 +336,7 @@ class RankingIndex(Index):
         self._ordering = ordering
         self._floor = 0.0
         self._ranks: dict[str, float] = {}
+        # Of segments that are there or about to be.
         self.pasts: dict[str, Past] = {}
         self.now = 0
         self.num_evictions = 0
@@ -351,10 +352,10 @@ class RankingIndex(Index):
         }
         return [leaf._replace(used_at=self._ranks[leaf.key]) for leaf in leaves]
 
-    def add_past(self, key: str, past: Past) -> None:
-        """Take what is known of a segment that is about to be added."""
-        past.floor = self._floor
-        self.pasts[key] = past
+    def add_segment(self, info: SegmentInfo, chain: Chain, *, nbytes: int) -> None:
+        """Add a segment whose past is known, for which room has been made."""
+        self.pasts[info.key].floor = self._floor
+        super().add_segment(info, chain, nbytes=nbytes)
 
     def touch(
         self, segment_keys: Sequence[str], cached_tokens: int, *, now: float
@@ -450,8 +451,9 @@ class TraceStore(PrefixStore):
         number = self._index.now
         blocks = self._trace.requests[number].blocks
         asked_at = self._asked_at[blocks[info.start // self._trace.block_size]]
-        past = Past(info.start, info.end, asked_at, created_at=number, used_at=number)
-        self._index.add_past(info.key, past)
+        self._index.pasts[info.key] = Past(
+            info.start, info.end, asked_at, created_at=number, used_at=number
+        )
         is_added = super()._add(info, segment, chain)
         if info.key not in self._index.pasts:
             raise BypassedError("nothing that is kept is worth less")

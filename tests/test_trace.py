@@ -29,9 +29,13 @@ def random_trace(seed: int, num_requests: int = 80) -> Trace:
     """Return conversations that go on in turn, fork, and are given up."""
     random_ = random.Random(seed)
     conversations: list[list[int]] = [[0]]
-    requests = []
+    requests: list[Request] = []
     num_blocks = 1
     for _ in range(num_requests):
+        if requests and random_.random() < 0.1:
+            # Asked once more.
+            requests.append(requests[-1])
+            continue
         said = random_.choice(conversations[-6:])
         kept = said[: random_.randint(1, len(said))] if random_.random() < 0.3 else said
         new = range(num_blocks, num_blocks + random_.randint(1, 3))
@@ -145,7 +149,7 @@ def test_the_last_use_decides_in_lru_and_the_age_in_fifo() -> None:
 
 @pytest.mark.parametrize("policy", ["lfu", "lru-2", "twice", "gdsf"])
 def test_what_was_used_twice_outlives_what_was_not(policy: str) -> None:
-    trace = trace_of([1], [1], [2], [3], [4], [1])
+    trace = trace_of([1], [1], [2], [3], [1])
 
     assert reused(trace, "lru", num_blocks=2) == 0
     assert reused(trace, policy, num_blocks=2) == 1
@@ -165,6 +169,15 @@ def test_late_tokens_are_worth_more_of_the_limit(policy: str) -> None:
 
     assert reused(trace, "lru", num_blocks=len(late) + 1) < len(late)
     assert reused(trace, policy, num_blocks=len(late) + 1) == len(late)
+
+
+def test_uses_long_ago_count_less_in_greedy_dual() -> None:
+    often_then_never = [[1]] * 3 + [[i] for i in range(2, 12)]
+    trace = trace_of(*often_then_never, [20], [21], [20], [22], [20])
+
+    assert reused(trace, "gdsf", num_blocks=2) == 1
+    assert reused(trace_of(*often_then_never, [1]), "lfu", num_blocks=2) == 1
+    assert reused(trace_of(*often_then_never, [1]), "gdsf", num_blocks=2) == 0
 
 
 def test_a_prompt_that_does_not_fit_is_counted() -> None:
