@@ -7,14 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.trace import (
-    ORDERINGS,
-    Request,
-    Trace,
-    TraceStore,
-    read_trace,
-    replay,
-)
+from benchmarks.orderings import ORDERINGS
+from benchmarks.recorded import Request, Trace, read_trace
+from benchmarks.trace import replay
+from benchmarks.weightless import TraceStore
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TRACES = (DATA / "mooncake_conversation_trace.jsonl", DATA / "claude-code-traces")
