@@ -23,7 +23,7 @@ from mlx_lm.models.cache import (
 )
 
 from benchmarks import caches, page_cache
-from promptcache import CachedGenerator
+from promptcache import CachedGenerator, loading
 from promptcache.decoding import Step
 
 MAX_TOKENS = 16
@@ -63,11 +63,20 @@ class Trial:
         self.suffix = self.token_ids[self.num_prefix :]
         self.files = {name: Path(path) for name, path in request["files"].items()}
         self.is_cold: bool = request["is_cold"]
-        self.generator = CachedGenerator.load(
-            request["model"], store=self.files["store"], save=False, **request["memory"]
-        )
-        self.model, self.tokenizer = self.generator.model, self.generator.tokenizer
+        self._memory: dict[str, int] = request["memory"]
+        self.model, self.tokenizer, self._identity = loading.load(request["model"])
+        self.generator = self._generator()
         self._warm_up()
+
+    def _generator(self) -> CachedGenerator:
+        return CachedGenerator(
+            self.model,
+            self.tokenizer,
+            store=self.files["store"],
+            save=False,
+            identity=self._identity,
+            **self._memory,
+        )
 
     def _warm_up(self) -> None:
         """Read some tokens and one more, as the end of every prompt is read."""
@@ -112,10 +121,12 @@ class Trial:
     def hot(self) -> dict[str, Any]:
         """Answer again and again in one process, and let the model do only its part."""
         other = [*self.token_ids[: self.num_prefix], *WARM_UP]
-        self._cached(other)
         hot, suffix = [], []
         for _ in range(NUM_HOT):
-            hot.append(self._cached(self.token_ids))
+            # A new one each time, which does not know the suffix yet.
+            with self._generator() as self.generator:
+                self._cached(other)
+                hot.append(self._cached(self.token_ids))
             suffix.append(self._suffix_only())
         return {
             "hot": [answer.to_json() for answer in hot],
