@@ -232,7 +232,7 @@ def run(options: argparse.Namespace) -> list[Measurement]:
 
 def main() -> None:
     """Measure and print a table."""
-    parser = options_parser(__doc__, trials=5)
+    parser = options_parser(__doc__, trials=4)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1_000, 4_000])
     options = parser.parse_args()
     report("restore", run(options), file=options.json)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Reads at a time; more do not help from two cores on.
 NUM_READERS = 2
+# Less is read by the thread that wants it.
+LEAST_NBYTES = 3 * 1024**2
 # How many buffers a read takes at once; POSIX promises 16, Linux and macOS take 1024.
 MOST_BUFFERS = 512
 # How many arrays to zero ahead of the reads: enough to keep two threads busy, and few
@@ -154,7 +156,15 @@ class Destination:
     def read(self, job: Job) -> "Future[list[bytes]]":
         """Begin to read. The future has the digests, or raises OSError and EOFError."""
         buffers = [[*self._buffers(spec, job)] for spec in job.specs]
-        return self._pool.submit(job.read, buffers)
+        if job.nbytes >= LEAST_NBYTES:
+            return self._pool.submit(job.read, buffers)
+        # Threads would take longer to take turns than this takes.
+        reading: Future[list[bytes]] = Future()
+        try:
+            reading.set_result(job.read(buffers))
+        except (OSError, EOFError) as error:
+            reading.set_exception(error)
+        return reading
 
     def settle(self, job: Job, reading: "Future[list[bytes]]") -> Settled:
         """Wait until a job is done. Raises what it raised.
@@ -202,12 +212,14 @@ def _kind(spec: TensorSpec) -> tuple[object, ...]:
 
 
 def _read(descriptor: int, offset: int, buffers: Buffers) -> None:
-    left = [buffer for buffer in buffers if len(buffer)]
+    left = [buffer for buffer in buffers if buffer.nbytes]
     while left:
         num_read = os.preadv(descriptor, left[:MOST_BUFFERS], offset)
         if not num_read:
             raise EOFError("blob is truncated")
         offset += num_read
+        if num_read == sum(buffer.nbytes for buffer in left):
+            return
         left = list(_after(left, num_read))
 
 

@@ -114,6 +114,11 @@ def bits_of(dtype: str) -> int:
     return int("".join(c for c in dtype if c.isdigit())) if dtype != "BOOL" else 8
 
 
+@functools.lru_cache(maxsize=1024)
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * bits_of(dtype) // 8
+
+
 class TensorSpec(NamedTuple):
     """What a blob's header says of a tensor."""
 
@@ -124,7 +129,7 @@ class TensorSpec(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Return how many bytes its values take."""
-        return math.prod(self.shape) * bits_of(self.dtype) // 8
+        return _nbytes(self.dtype, self.shape)
 
 
 class Resumption(NamedTuple):
