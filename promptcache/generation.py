@@ -345,23 +345,24 @@ class Generation:
         if is_shorter or is_lost:
             return None
         try:
-            return self._hot.take(found), Resumed(match, found.num_tokens)
+            cache = self._hot.take(found)
         except (RuntimeError, MemoryError):
             # It does not fit twice; on disk it is safe.
             self._hot.clear()
             return None
+        return None if cache is None else (cache, Resumed(match, found.num_tokens))
 
     def _keep(self, start: _Start) -> None:
         """Keep the cache in memory, with as much of the answer as it has read."""
         request = self._request
         if not self._uses_hot or start.fingerprint is None:
             return
-        end = request.num_tokens + self._num_read
+        token_ids = [*request.token_ids, *self._answer[: self._num_read]]
+        end = len(token_ids)
         if not request.cuts.is_divisible(end):
             end = request.cuts.last_resumable(request.num_tokens - 1)
-        token_ids = [*request.token_ids, *self._answer][:end]
-        if token_ids:
-            self._hot.put(start.fingerprint.digest, token_ids, start.cache)
+        digest = start.fingerprint.digest
+        self._hot.put(digest, token_ids, start.cache, good_to=end)
 
     def _is_due(self, match: Match) -> bool:
         """Return whether what the store lacks of the prompt is to be saved."""

@@ -190,13 +190,16 @@ class HotTier:
         best = max(pieces, key=lambda piece: piece.stop, default=None)
         return best if best and best.stop > covered else None
 
-    def take(self, found: HotPrefix) -> list[Any]:
+    def take(self, found: HotPrefix) -> list[Any] | None:
         """Return a cache that holds a prefix which was just found; it is the caller's.
 
-        A generation that is done with it puts it back.
+        None if another thread has taken it meanwhile. A generation that is done with it
+        puts it back.
         """
         with self._lock:
             (trunk, stop), *branches = found.pieces
+            if any(piece.entry not in self._entries for piece in found.pieces):
+                return None
             assert isinstance(trunk, _Trunk)
             covered = min(stop, found.num_tokens)
             cache = self._taken(trunk, covered)
@@ -235,24 +238,37 @@ class HotTier:
 
     # Putting back
 
-    def put(self, fingerprint: str, token_ids: Sequence[int], cache: list[Any]) -> None:
+    def put(
+        self,
+        fingerprint: str,
+        token_ids: Sequence[int],
+        cache: list[Any],
+        *,
+        good_to: int | None = None,
+    ) -> None:
         """Keep a cache, of which the caller keeps nothing.
 
         Args:
             fingerprint: What its values depend on.
-            token_ids: What it has read, or less if its rows can be cut at any token.
+            token_ids: What it has read.
             cache: One mlx-lm cache object a layer.
+            good_to: How many of these other prompts may share, all if None.
         """
+        num_good = len(token_ids) if good_to is None else good_to
         if _has_only_rows(cache):
-            _trim(cache, len(token_ids))
-        if any(part.offset != len(token_ids) for part in _row_parts(cache)):
+            _trim(cache, num_good)
+        elif num_good < len(token_ids):
+            return
+        if not num_good:
+            return
+        if any(part.offset != num_good for part in _row_parts(cache)):
             return
         try:
             nbytes = sum(layer.nbytes for layer in cache)
         except (AttributeError, NotImplementedError):
             # A class of the model's own, whose size nobody knows.
             return
-        new = _Trunk(fingerprint, pack(token_ids), cache, nbytes)
+        new = _Trunk(fingerprint, pack(token_ids[:num_good]), cache, nbytes)
         with self._lock:
             known = [*self._alike(new)]
             for entry in known:

@@ -80,15 +80,19 @@ def check_supported(cache: Sequence[Any], *models: Any) -> None:
         cache: What the models' `make_prompt_cache` returned.
         models: The models it was made for, whose own classes are known to them.
     """
-    own = {type(m).__module__ for model in models for m in model.modules()}
     for _, part in parts_of(cache):
         cls = type(part)
-        known = cls.__module__ == CACHE_MODULE and cls.__name__ in TREATMENTS
-        if not known and cls.__module__ not in own:
+        is_known = cls.__module__ == CACHE_MODULE and cls.__name__ in TREATMENTS
+        if not is_known and cls.__module__ not in _modules_of(models):
             raise UnsupportedCacheError(
                 f"prefixes of this model cannot be stored: its cache class "
                 f"{cls.__name__} is not supported"
             )
+
+
+def _modules_of(models: Sequence[Any]) -> set[str]:
+    """Return the names of the Python modules that define the models' parts."""
+    return {type(part).__module__ for model in models for part in model.modules()}
 
 
 def treatment_of(part: Any, position: int) -> Treatment:

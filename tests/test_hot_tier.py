@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 import tiny
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from benchmarks import architectures
 from benchmarks.conformance import CountingModel
@@ -53,6 +53,7 @@ def taken(tier: HotTier, prompt: list[int]) -> tuple[int, list[Any]]:
     if found is None:
         return 0, make_prompt_cache(MODEL)
     cache = tier.take(found)
+    assert cache is not None
     expected, _ = read(prompt[: found.num_tokens])
     for left, right in zip(rows(cache), rows(expected), strict=True):
         assert mx.allclose(left, right, atol=1e-5).item()
@@ -165,9 +166,31 @@ def test_cache_that_has_read_more_is_cut_to_what_is_known() -> None:
     tier = HotTier(PLENTY)
     prompt = ids(60, 1)
 
-    tier.put("f", prompt[:50], read(prompt)[0])
+    tier.put("f", prompt, read(prompt)[0], good_to=50)
 
     assert taken(tier, [*prompt[:50], 7, 7])[0] == 50
+
+
+def test_what_another_thread_has_taken_is_gone() -> None:
+    tier = HotTier(PLENTY)
+    prompt = ids(50, 1)
+    put(tier, prompt)
+    found = tier.find("f", [*prompt, 1], lambda position: position)
+    assert found is not None
+    tier.clear()
+
+    assert tier.take(found) is None
+
+
+def test_window_that_has_read_more_than_is_known_is_not_kept() -> None:
+    tier = HotTier(PLENTY)
+    prompt = ids(60, 1)
+    cache = [RotatingKVCache(32) for _ in make_prompt_cache(MODEL)]
+    MODEL(mx.array(prompt)[None], cache=cache)
+
+    tier.put("f", prompt, cache, good_to=50)
+
+    assert len(tier) == 0
 
 
 # Through the generator
@@ -390,3 +413,20 @@ def test_default_limit_is_a_part_of_the_memory(
     monkeypatch.setenv("PROMPTCACHE_MEMORY_LIMIT", "5MB")
     with CachedGenerator.load(model_dir) as generator:
         assert generator._hot.max_nbytes == 5 * 10**6
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_kv_size": 48}, {"max_kv_size": 48, "exact": True}]
+)
+def test_windows_that_drop_rows_equal_cold_runs(
+    counted: tuple[CountingModel, CachedGenerator], options: dict[str, Any]
+) -> None:
+    _, generator = counted
+    options = {**options, "prefill_step_size": 32}
+    prompt = ids(100, 1)
+    for turn in range(4):
+        answer, _ = answered(generator, prompt, save=False, **options)
+        assert (
+            answer == answered(generator, prompt, reuse=False, save=False, **options)[0]
+        )
+        prompt = [*prompt, *answer[:7], *ids(5 + turn, turn)]
