@@ -204,7 +204,8 @@ class TraceStore(PrefixStore):
         except StoreError:
             is_saved = False
         num_new = len(token_ids) - match.cached_tokens
-        self.record(Receipt(FINGERPRINT, match, num_new, 0.0, 0.0))
+        cached = match.cached_tokens
+        self.record(Receipt(FINGERPRINT, match, cached, num_new, 0.0, 0.0))
         return match, is_saved
 
     def _encode(self, start: int, end: int) -> EncodedSegment:

@@ -87,8 +87,9 @@ class Saver:
         self._window = least_window(cache)
         self._num_prompt = len(token_ids)
         self._logits: mx.array | None = None
-        # Up to where captures have been looked through, and rows handed over.
+        # Up to where captures have been handed over, are stored, and rows handed over.
         self._saved_to = 0
+        self._stored_to = 0
         self._submitted_to = 0
         self._jobs: list[Future[None]] = []
         self._error: Exception | None = None
@@ -184,6 +185,8 @@ class Saver:
         The end is listed as a prefix if it is the prompt's, unless more of it is about
         to be saved.
         """
+        if self._error is None and all(job.done() for job in self._jobs):
+            self._forget()
         self._begun = (end, is_listed)
         self._rest = self._whole(self._submissions(end, is_listed=is_listed))
 
@@ -218,9 +221,10 @@ class Saver:
             except _OvertakenError:
                 if attempt == SAVE_ATTEMPTS - 1:
                     raise
-                self._submitted_to = 0
+                self._submitted_to, self._saved_to = 0, self._stored_to
                 self.begin(end, is_listed=is_listed)
         self._begun = (0, False)
+        self._forget()
         return self._store.key_of(self._token_ids[:end], self._fingerprint)
 
     def _submissions(self, end: int, *, is_listed: bool) -> Iterator[None]:
@@ -242,7 +246,9 @@ class Saver:
             segment = self._encode(start, stop) if start < stop else None
             is_listed_here = is_prefix and stop == end and not is_state_last
             self._submit_rows(start, stop, segment, is_prefix=is_listed_here)
-            self._submitted_to = stop
+            # Nothing longer hangs on what is good for its very prompt only.
+            if not self._is_tail(stop):
+                self._submitted_to = stop
             yield
         for capture in checkpoints:
             is_last = is_prefix and capture.end == end
@@ -251,9 +257,16 @@ class Saver:
         if is_prefix and self._origin is not None:
             key, origin = self._store.key_of(token_ids, self._fingerprint), self._origin
             self._submit(lambda: self._store.set_origin(key, origin), 0)
-        # The last one stays: it tells the layout, should rows have to be saved again.
-        del self._captures[: max(len(taken) - 1, 0)]
         self._saved_to = end
+
+    def _forget(self) -> None:
+        """Give up the captures of what is stored, but for the last.
+
+        That one tells the layout, should rows have to be saved again.
+        """
+        self._stored_to = self._saved_to
+        taken = [capture for capture in self._captures if capture.end <= self._saved_to]
+        del self._captures[: max(len(taken) - 1, 0)]
 
     def _submit_rows(
         self, start: int, stop: int, segment: EncodedSegment | None, *, is_prefix: bool

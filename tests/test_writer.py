@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+from mlx_lm.utils import load_tokenizer
 
+from benchmarks import architectures
 from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning, codec
 from promptcache.writer import Writer
 
@@ -113,26 +116,37 @@ def test_failure_of_the_writer_is_one_warning_and_no_key(
         assert len(responses) == 8
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_next"])
 def test_save_that_others_overtook_is_encoded_anew(
-    model_dir: Path, tmp_path: Path
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between encoding and storing, another generator stores a part of it."""
-    path = tmp_path / "store"
+    tiny.save_tokenizer(tmp_path, tiny.CHAT_TEMPLATE)
+    tokenizer, model = load_tokenizer(tmp_path), architectures.build(name)
+    path, prompt = tmp_path / "store", [i % 90 for i in PROMPT[:600]]
     with (
-        CachedGenerator.load(model_dir, store=path) as generator,
-        CachedGenerator.load(model_dir, store=path) as other,
+        CachedGenerator(model, tokenizer, store=path) as generator,
+        CachedGenerator(model, tokenizer, store=path) as other,
     ):
-        stream = generator.stream_generate(PROMPT[:600], 4, save=True)
-        next(stream)
-        other.build(PROMPT[:300])
-        last = list(stream)[-1]
+        store = generator.store
+        assert store is not None
+        missing = store.missing
+        found = []
 
+        def overtaken(*args: Any, **options: Any) -> list[tuple[int, int]]:
+            found.append(missing(*args, **options))
+            if len(found) == 1:
+                other.build(prompt[:300])
+            return found[-1]
+
+        monkeypatch.setattr(store, "missing", overtaken)
+        last = list(generator.stream_generate(prompt, 4, save=True))[-1]
+
+        assert found == [[(0, 600)], [(300, 600)]]
         assert last.key is not None
-        assert generator.store is not None
-        assert generator.store.verify().is_sound
-        found = {p.num_tokens for p in generator.store.prefixes()}
-        assert found == {300, 600}
-        assert generator.match([*PROMPT[:600], 1]).cached_tokens == 600
+        assert store.verify().is_sound
+        assert {p.num_tokens for p in store.prefixes()} == {300, 600}
+        assert generator.match([*prompt, 1]).cached_tokens == 600
 
 
 def test_interrupt_while_encoding_is_no_save_that_is_done(
