@@ -190,6 +190,8 @@ class Subject:
             _wrapped(Tokenizer()),
             store=folder,
             max_nbytes=1 << 40,
+            # What is read from disk is what is tried.
+            memory_limit=0,
             identity=loading.identify(model),
         )
         self.cuts = LoadedModel(model).cuts(Settings(step_size=STEP_SIZE))

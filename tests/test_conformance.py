@@ -181,7 +181,7 @@ def test_a_hit_that_reads_everything_is_seen(
         "promptcache.generation.resume",
         lambda store, fingerprint, cache, token_ids, **options: resume(
             store, fingerprint, list(cache), token_ids, **options
-        )._replace(match=Match()),
+        )._replace(match=Match(), cached_tokens=0),
     )
 
     broken = result_of("llama", tmp_path)
