@@ -306,6 +306,9 @@ class Saver:
 
     def _submit(self, job: Callable[[], object], nbytes: int) -> None:
         """Hand a job to the writer. Raises what an earlier one raised."""
+        if isinstance(self._error, _OvertakenError):
+            # `save` begins anew, and needs none of this.
+            return
         if self._error is not None:
             self._finish()
 
