@@ -187,7 +187,7 @@ class Subject:
         self.model = CountingModel(model)
         self.generator = CachedGenerator(
             self.model,
-            _wrapped(Tokenizer()),
+            wrapped(Tokenizer()),
             store=folder,
             max_nbytes=1 << 40,
             # What is read from disk is what is tried.
@@ -376,7 +376,7 @@ def _nbytes(segment: Any) -> int:
     return sum(tensor.data.nbytes for tensor in tensors)
 
 
-def _wrapped(tokenizer: Tokenizer) -> Any:
+def wrapped(tokenizer: Tokenizer) -> Any:
     """Return it as mlx-lm's tokenizer, which a generator would otherwise make of it."""
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx_lm.models import llama
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from benchmarks import caches, page_cache
+from benchmarks.conformance import Tokenizer, wrapped
 from benchmarks.harness import (
     Measurement,
     check_equal,
@@ -36,45 +36,6 @@ SUFFIX_TOKENS = 32
 MLX_LM = "mlx-lm's file"
 # Hashing 16 GB of random weights is not what is measured.
 IDENTITY = ModelIdentity("random-llama-8b", None, {"weights": "random"})
-
-
-class _Tokenizer:
-    """As much of a tokenizer as token ids need: no text and no end."""
-
-    eos_token_ids: frozenset[int] = frozenset()
-
-    class detokenizer:
-        """Turns every token into nothing."""
-
-        last_segment = ""
-
-        @staticmethod
-        def add_token(token: int) -> None:
-            """Take a token."""
-
-        @staticmethod
-        def finalize() -> None:
-            """Take no more."""
-
-        @staticmethod
-        def reset() -> None:
-            """Begin anew."""
-
-
-def tokenizer() -> TokenizerWrapper:
-    """Return a wrapper as CachedGenerator and mlx-lm take one."""
-    inner = _Tokenizer()
-
-    class Wrapped(TokenizerWrapper):  # type: ignore[misc]
-        def __init__(self) -> None:
-            pass
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(inner, name)
-
-        detokenizer = property(lambda self: inner.detokenizer)
-
-    return Wrapped()
 
 
 def make_model(
@@ -135,7 +96,7 @@ class Bench:
         store = self._folder / "store"
         return CachedGenerator(
             self._model,
-            tokenizer(),
+            wrapped(Tokenizer()),
             store=store,
             max_nbytes=1 << 40,
             identity=IDENTITY,

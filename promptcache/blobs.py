@@ -33,7 +33,6 @@ from promptcache.types import (
     bits_of,
 )
 
-# Blobs are written in the oldest format that can tell what they hold.
 FORMAT_VERSION = 3
 READ_NBYTES = 1 << 22
 CACHEDIR_TAG = (
@@ -106,7 +105,7 @@ class BlobFolder:
     ) -> Iterator["StagedBlob"]:
         """Write a blob to `tmp/`, to publish it or to drop it. Raises OSError."""
         tensors = sorted(segment.tensors, key=lambda t: -_itemsize(t))
-        header = _encode_header(info, segment, tensors)
+        header = _encode_header(info, segment.layout, tensors)
         path = self.path(info.key)
         self._create_folder(path.parent)
         with self._staged(path, [header, *(t.data for t in tensors)]) as staged:
@@ -251,9 +250,7 @@ class BlobFolder:
         return sum(_size(path) for path in _files(self.root))
 
 
-def _encode_header(
-    info: SegmentInfo, segment: EncodedSegment, tensors: list[Tensor]
-) -> bytes:
+def _encode_header(info: SegmentInfo, layout: str, tensors: list[Tensor]) -> bytes:
     # Imported here because it takes 20 ms, which `ls` can do without.
     from importlib.metadata import version
 
@@ -272,7 +269,7 @@ def _encode_header(
         "created_at": repr(info.created_at),
         "resumption": json.dumps(info.resumption._asdict()),
         "worth": str(int(info.worth)),
-        "layout": segment.layout,
+        "layout": layout,
         "mlx_version": version("mlx"),
         "mlx_lm_version": version("mlx-lm"),
         "data_checksum": combined(digest([tensor.data]) for tensor in tensors),
