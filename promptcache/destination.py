@@ -60,7 +60,7 @@ class Job(NamedTuple):
 
         Raises OSError and EOFError.
         """
-        _read(self.descriptor, self.offset, [b for some in buffers for b in some])
+        _read(self.descriptor, self.offset, [*itertools.chain.from_iterable(buffers)])
         return [digest(some) for some in buffers]
 
 
@@ -131,6 +131,12 @@ class Destination:
         self._ahead.extend(zeros)
         return {spec.name for spec in specs if self._fits(spec)}
 
+    def zero_all(self) -> None:
+        """Begin to zero all arrays that are prepared."""
+        import mlx.core as mx
+
+        mx.async_eval(*self._ahead)
+
     def _is_plain(self, spec: TensorSpec) -> bool:
         is_known = spec.name in self._tensors and spec.dtype in DTYPES
         # Some models have keys or values of no width.
@@ -155,7 +161,7 @@ class Destination:
 
     def read(self, job: Job) -> "Future[list[bytes]]":
         """Begin to read. The future has the digests, or raises OSError and EOFError."""
-        buffers = [[*self._buffers(spec, job)] for spec in job.specs]
+        buffers = [self._buffers(spec, job) for spec in job.specs]
         if job.nbytes >= LEAST_NBYTES:
             return self._pool.submit(job.read, buffers)
         # Threads would take longer to take turns than this takes.
@@ -179,19 +185,21 @@ class Destination:
     def give_up(self) -> None:
         """Let no job wait any more for one that is not going to be settled."""
 
-    def _buffers(self, spec: TensorSpec, job: Job) -> Iterator[memoryview]:
-        start, stop = job.start, job.stop
+    def _buffers(self, spec: TensorSpec, job: Job) -> Buffers:
+        """Return where the bytes of a tensor go, head by head."""
         _, heads, num_rows, _ = spec.shape
         memory = self._memory_of(spec.name)
-        head_nbytes = len(memory) // heads
         row_nbytes = spec.nbytes // (heads * num_rows)
-        first, last = start * row_nbytes, stop * row_nbytes
-        rest = (num_rows - (stop - start)) * row_nbytes
-        for begin in range(0, len(memory), head_nbytes):
-            yield memory[begin + first : begin + last]
-            if rest:
-                # Not wanted, but needed to check what is.
-                yield memoryview(bytearray(rest))
+        first, last = job.start * row_nbytes, job.stop * row_nbytes
+        begins = range(0, len(memory), len(memory) // heads)
+        rows = [memory[begin + first : begin + last] for begin in begins]
+        rest = num_rows * row_nbytes - (last - first)
+        if not rest:
+            return rows
+        # Not wanted, but needed to check what is.
+        unwanted = memoryview(bytearray(rest * heads))
+        rests = [unwanted[i * rest : (i + 1) * rest] for i in range(heads)]
+        return [*itertools.chain.from_iterable(zip(rows, rests, strict=True))]
 
     def _memory_of(self, name: str) -> memoryview:
         """Return the memory of an array, which is allocated if it is not yet."""
@@ -212,15 +220,15 @@ def _kind(spec: TensorSpec) -> tuple[object, ...]:
 
 
 def _read(descriptor: int, offset: int, buffers: Buffers) -> None:
-    left = [buffer for buffer in buffers if buffer.nbytes]
+    left = buffers
     while left:
         num_read = os.preadv(descriptor, left[:MOST_BUFFERS], offset)
         if not num_read:
             raise EOFError("blob is truncated")
         offset += num_read
-        if num_read == sum(buffer.nbytes for buffer in left):
+        if num_read == sum(map(len, left)):
             return
-        left = list(_after(left, num_read))
+        left = [*_after(left, num_read)]
 
 
 def _after(buffers: Buffers, num_read: int) -> Iterator[memoryview]:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from promptcache import codec
@@ -12,7 +13,13 @@ from promptcache.prefill import Cuts, KVSettings, quantize
 from promptcache.saving import warn
 from promptcache.store import PrefixStore
 from promptcache.treatment import parts_of
-from promptcache.types import Fingerprint, LoadEstimate, Match, SegmentSlice
+from promptcache.types import (
+    BlobHeader,
+    Fingerprint,
+    LoadEstimate,
+    Match,
+    SegmentSlice,
+)
 from promptcache.uploading import make_destination
 
 if TYPE_CHECKING:
@@ -131,6 +138,7 @@ class _Loader:
         destination: Destination | None,
     ) -> None:
         self._loaded: dict[SegmentSlice, codec.LoadedSegment] = {}
+        self._opened: dict[SegmentSlice, tuple[Path, BlobHeader]] = {}
         self._begun: dict[SegmentSlice, codec.Reading] = {}
         self.digests: dict[str, str] = {}
         self._store = store
@@ -141,6 +149,10 @@ class _Loader:
     def load(self, parts: Sequence[SegmentSlice]) -> list[codec.LoadedSegment]:
         """Read what is wanted of segments. Raises StoreError and _TooEarlyError."""
         try:
+            for part in parts:
+                self._open(part)
+                if part is parts[0] and len(parts) > READ_AHEAD:
+                    self._zero(part)
             for i, part in enumerate(parts):
                 for other in parts[i : i + READ_AHEAD]:
                     self._begin(other)
@@ -151,10 +163,11 @@ class _Loader:
             for reading in self._begun.values():
                 reading.give_up()
             self._begun.clear()
+            self._opened.clear()
         return [self._loaded[part] for part in parts]
 
-    def _begin(self, part: SegmentSlice) -> None:
-        if part in self._loaded or part in self._begun:
+    def _open(self, part: SegmentSlice) -> None:
+        if part in self._loaded:
             return
         self.at = part
         path, header = self._store.open_blob(part)
@@ -162,6 +175,19 @@ class _Loader:
         # A run from nothing still reads these rows as they were computed.
         if codec.is_quantized(header.layout) and part.start < self._quantized_from:
             raise _TooEarlyError
+        self._opened[part] = path, header
+
+    def _zero(self, part: SegmentSlice) -> None:
+        """Let the arrays be zeroed while the headers of many segments are decoded."""
+        if self._destination is not None and part in self._opened:
+            _, header = self._opened[part]
+            self._destination.prepare(header.tensors)
+            self._destination.zero_all()
+
+    def _begin(self, part: SegmentSlice) -> None:
+        if part in self._loaded or part in self._begun:
+            return
+        self.at = part
         # Of another try, rows may lie where these are going to.
         self._loaded = {
             other: segment
@@ -169,6 +195,7 @@ class _Loader:
             if other.stop <= part.start or part.stop <= other.start
         }
         ids = pack(self._token_ids[part.start : part.stop])
+        path, header = self._opened[part]
         reading = codec.Reading(path, header, part, ids, self._destination)
         self._begun[part] = reading
 
