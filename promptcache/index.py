@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from promptcache.types import (
     SegmentRow,
     Usage,
     Worth,
+    Written,
 )
 
 SCHEMA_VERSION = 5
@@ -50,6 +52,11 @@ SPEED_DECAY = 0.5
 BUSY_MILLISECONDS = 100
 
 Deed = Literal["prefill", "load"]
+
+CREATE_WRITES = """
+    CREATE TABLE IF NOT EXISTS writes
+    (day TEXT PRIMARY KEY, nbytes INTEGER NOT NULL) WITHOUT ROWID
+"""
 
 SEGMENT_COLUMNS = (
     "id, key, parent_id, start, end, nbytes, divisible, extendable, needs_checkpoint, "
@@ -219,7 +226,7 @@ class Index:
         sql = f"""
             WITH RECURSIVE path(id) AS (
                 VALUES (?)
-                UNION ALL
+                UNION -- which ends where a damaged parent_id leads in a circle
                 SELECT parent_id FROM segments JOIN path USING (id) WHERE parent_id
             )
             SELECT {SEGMENT_COLUMNS} FROM segments JOIN path USING (id)
@@ -423,7 +430,7 @@ class Index:
         sql = """
             WITH RECURSIVE tree(id) AS (
                 SELECT id FROM segments WHERE key = ?
-                UNION ALL
+                UNION
                 SELECT s.id FROM segments s JOIN tree ON s.parent_id = tree.id
             )
             SELECT id, key FROM segments JOIN tree USING (id)
@@ -542,6 +549,28 @@ class Index:
             ORDER BY u.saved_seconds DESC, u.key
         """
         return [Usage(*row) for row in self._all(sql)]
+
+    def add_written(self, nbytes: int, *, now: float) -> None:
+        """Note that so many bytes of a blob were written."""
+        sql = """
+            INSERT INTO writes (day, nbytes) VALUES (?, ?)
+            ON CONFLICT (day) DO UPDATE SET nbytes = nbytes + excluded.nbytes
+        """
+        with self.writing():
+            # Stores that were made before have no such table.
+            self._execute(CREATE_WRITES)
+            self._execute(sql, [_day(now), nbytes])
+
+    def written(self) -> Written:
+        """Return how many bytes of blobs were written, in all and today."""
+        is_there = "SELECT 1 FROM sqlite_master WHERE name = 'writes'"
+        if not self._all(is_there):
+            return Written(0, 0)
+        sql = """
+            SELECT coalesce(sum(nbytes), 0),
+                coalesce(sum(nbytes) FILTER (WHERE day = ?), 0) FROM writes
+        """
+        return Written(*self._all(sql, [_day(time.time())])[0])
 
     # Evictions
 
@@ -744,6 +773,7 @@ def _create_tables(connection: sqlite3.Connection) -> None:
 
 def _create_history(database: Any) -> None:
     """Create the tables of what happened, which blobs cannot tell again."""
+    database.execute(CREATE_WRITES)
     # Apart from the prefixes, so that asking does not take longer with more of them.
     database["configs"].create(
         {"template": str, "config": str}, pk=("template", "config")
@@ -853,6 +883,10 @@ def _origin(text: str | None) -> Origin | None:
     fields = json.loads(text)
     tools = tuple((name, digest) for name, digest in fields.pop("tools"))
     return Origin(**fields, tools=tools)
+
+
+def _day(now: float) -> str:
+    return datetime.fromtimestamp(now, UTC).date().isoformat()
 
 
 def _int(value: object) -> int:

@@ -153,7 +153,7 @@ def write_prefixes(index: Index, blobs: BlobFolder) -> None:
 def _restore_prefixes(index: Index, blobs: BlobFolder) -> None:
     """List and name prefixes again, also those that end inside a segment."""
     try:
-        entries = json.loads((blobs.root / PREFIXES_FILE).read_bytes())
+        entries = json.loads(blobs.read_file(PREFIXES_FILE))
         wanted = [ListedPrefix(**entry) for entry in entries]
     except (OSError, ValueError, TypeError):
         return

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from promptcache import location, pruning, recovery
+from promptcache.allowance import Allowance
 from promptcache.blobs import BlobFolder
 from promptcache.chain import BLOCK_SIZE, Chain, unpack
 from promptcache.errors import (
@@ -52,6 +53,7 @@ from promptcache.types import (
     Usage,
     VerifyReport,
     Worth,
+    Written,
     tag_of,
 )
 
@@ -87,7 +89,12 @@ class PrefixStore:
     """
 
     def __init__(
-        self, path: str | Path | None = None, *, max_nbytes: int | None = None
+        self,
+        path: str | Path | None = None,
+        *,
+        max_nbytes: int | None = None,
+        min_free_nbytes: int | None = None,
+        max_daily_nbytes: int | None = None,
     ) -> None:
         """Open a store, creating it where there is none.
 
@@ -98,6 +105,10 @@ class PrefixStore:
             path: The folder, else `PROMPTCACHE_DIR`, else in the user's cache folder.
             max_nbytes: Size limit of all files in bytes, else
                 `PROMPTCACHE_MAX_SIZE`, else 10 GB.
+            min_free_nbytes: Save nothing that leaves less free on the disk, else
+                `PROMPTCACHE_MIN_FREE`, else 1 GB or a twentieth of a small disk.
+            max_daily_nbytes: Most bytes to write in a day, else
+                `PROMPTCACHE_DAILY_WRITES`, else no limit.
 
         Raises:
             StoreFormatError: A newer promptcache wrote it.
@@ -105,6 +116,12 @@ class PrefixStore:
         """
         self.path = location.store_dir(path)
         self.max_nbytes = location.max_nbytes() if max_nbytes is None else max_nbytes
+        self._allowance = Allowance(
+            location.min_free_nbytes() if min_free_nbytes is None else min_free_nbytes,
+            location.max_daily_nbytes()
+            if max_daily_nbytes is None
+            else max_daily_nbytes,
+        )
         self.rebuilt = 0
         self._blobs = BlobFolder(self.path)
         try:
@@ -279,6 +296,10 @@ class PrefixStore:
         Raises StoreError.
         """
         return self._index.usage()
+
+    def written(self) -> Written:
+        """Return how many bytes of blobs were written. Raises StoreError."""
+        return self._index.written()
 
     def neighbourhood(
         self,
@@ -577,7 +598,9 @@ class PrefixStore:
 
         Return False if another process changed what it hangs on meanwhile.
         """
-        self._make_room(segment.nbytes + ROWS_NBYTES, protect=info.parent_key)
+        nbytes = segment.nbytes + ROWS_NBYTES
+        self._allowance.check(self.path, nbytes, self._index.written().today_nbytes)
+        self._make_room(nbytes, protect=info.parent_key)
         with self._blobs.staged(info, segment) as staged, self._index.writing():
             if self._index.segment_id(info.key) is not None:
                 return True
@@ -587,6 +610,7 @@ class PrefixStore:
                 return False
             staged.publish()
             self._index.add_segment(info, chain, nbytes=staged.nbytes)
+            self._index.add_written(staged.nbytes, now=info.created_at)
         self._hold_limit(info.key)
         return True
 
