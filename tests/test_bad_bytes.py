@@ -111,9 +111,11 @@ def read(store: PrefixStore, prompt: list[int]) -> None:
     """Take what a store has of a prompt: the right values, or an error."""
     try:
         match = store.lookup(prompt, TINY)
-        assert match.cached_tokens <= len(prompt)
         for part in match.slices:
+            # As every load does, which then compares the checksum of the data.
+            store.open_blob(part)
             store._blobs.check(part.key)
+        assert match.cached_tokens <= len(prompt)
         check_match(store, match, prompt)
         store.touch(match)
     except StoreError:
@@ -142,7 +144,7 @@ def copied(filled: Path) -> Iterator[tuple[Path, Path]]:
         yield folder, outside
 
 
-@fuzz(40)
+@fuzz(150)
 @given(data=st.data())
 def test_any_bytes_of_a_blob_may_change(filled: Path, data: st.DataObject) -> None:
     with copied(filled) as (folder, outside):
@@ -189,22 +191,6 @@ FIELDS = (
     *("model", "source", "start", "end", "is_prefix", "created_at", "resumption"),
     *("worth", "layout", "data_checksum"),
 )
-    "format_version",
-    "key",
-    "parent_key",
-    "fingerprint",
-    "fingerprint_parts",
-    "model",
-    "source",
-    "start",
-    "end",
-    "is_prefix",
-    "created_at",
-    "resumption",
-    "worth",
-    "layout",
-    "data_checksum",
-]
 
 
 def seal(path: Path, changes: dict[str, str], specs: dict[int, TensorSpec]) -> None:
@@ -221,7 +207,7 @@ def seal(path: Path, changes: dict[str, str], specs: dict[int, TensorSpec]) -> N
     path.write_bytes(_safetensors_header(metadata, tensors) + content[8 + length :])
 
 
-@fuzz(40)
+@fuzz(150)
 @given(data=st.data())
 def test_any_field_of_a_header_may_be_forged(filled: Path, data: st.DataObject) -> None:
     with copied(filled) as (folder, outside):
@@ -241,7 +227,7 @@ SPECS = st.builds(
 )
 
 
-@fuzz(20)
+@fuzz(80)
 @given(data=st.data())
 def test_any_shape_and_dtype_may_be_forged(filled: Path, data: st.DataObject) -> None:
     with copied(filled) as (folder, outside):
@@ -250,7 +236,7 @@ def test_any_shape_and_dtype_may_be_forged(filled: Path, data: st.DataObject) ->
         use(folder, outside)
 
 
-@fuzz(40)
+@fuzz(150)
 @given(data=st.data())
 def test_any_bytes_of_the_index_may_change(filled: Path, data: st.DataObject) -> None:
     with copied(filled) as (folder, outside):
@@ -268,7 +254,7 @@ VALUES = (
 )
 
 
-@fuzz(25)
+@fuzz(60)
 @given(data=st.data())
 def test_any_value_in_the_index_may_change(filled: Path, data: st.DataObject) -> None:
     with copied(filled) as (folder, outside):
@@ -346,7 +332,7 @@ def check_answer(folder: Path, plain: CachedGenerator, wanted: list[int]) -> Non
             assert answer(generator) == wanted
 
 
-@fuzz(25)
+@fuzz(60)
 @given(data=st.data())
 def test_no_damage_to_a_blob_makes_a_wrong_token(
     built: tuple[Path, CachedGenerator, list[int]], data: st.DataObject
@@ -357,7 +343,7 @@ def test_no_damage_to_a_blob_makes_a_wrong_token(
         check_answer(copy, plain, wanted)
 
 
-@fuzz(25)
+@fuzz(60)
 @given(data=st.data())
 def test_no_damage_to_the_index_makes_a_wrong_token(
     built: tuple[Path, CachedGenerator, list[int]], data: st.DataObject
@@ -370,7 +356,7 @@ def test_no_damage_to_the_index_makes_a_wrong_token(
         check_answer(copy, plain, wanted)
 
 
-@fuzz(25)
+@fuzz(60)
 @given(layout=ODD)
 def test_no_forged_layout_breaks_a_generation(
     built: tuple[Path, CachedGenerator, list[int]], layout: str
