@@ -283,6 +283,12 @@ class Index:
         row = self._execute("SELECT id FROM segments WHERE key = ?", [key]).fetchone()
         return row and _int(row[0])
 
+    def nbytes_of(self, keys: Sequence[str]) -> int:
+        """Return the size of the blobs of some segments."""
+        marks = ", ".join("?" for _ in keys)
+        sql = f"SELECT coalesce(sum(nbytes), 0) FROM segments WHERE key IN ({marks})"
+        return _int(self._execute(sql, keys).fetchone()[0])
+
     def segment_keys(self) -> set[str]:
         """Return the keys of all segments."""
         return {str(row[0]) for row in self._all("SELECT key FROM segments")}

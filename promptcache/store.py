@@ -216,6 +216,10 @@ class PrefixStore:
             raise DamagedBlobError("blob holds another range of tokens")
         return self._blobs.path(part.key), header
 
+    def nbytes_of(self, match: Match) -> int:
+        """Return the size of the blobs of a match. Raises StoreError."""
+        return self._index.nbytes_of([part.key for part in match.slices])
+
     def touch(self, match: Match) -> str | None:
         """Note that a match was reused; return the key of the prefix it counts for.
 
