@@ -382,3 +382,23 @@ def test_checksum_is_compared_before_bytes_are_used(
         with PrefixStore(copy) as store, pytest.raises(DamagedBlobError):
             store._blobs.check(paths[0].stem)
         check_answer(copy, plain, wanted)
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        *[("start", "-1"), ("start", "71"), ("end", str(2**63)), ("end", "nan")],
+        *[("fingerprint", "zz"), ("fingerprint", "ab"), ("worth", "9")],
+        *[("fingerprint_parts", "[]"), ("fingerprint_parts", '{"a": 1}')],
+        *[("created_at", "nan"), ("created_at", "1e999"), ("created_at", "-1")],
+        *[("resumption", '{"divisible": 7}'), ("resumption", '{"more": true}')],
+    ],
+)
+def test_field_of_the_wrong_kind_is_damage(filled: Path, field: str, text: str) -> None:
+    with copied(filled) as (folder, _), PrefixStore(folder) as store:
+        (part,) = store.lookup(PROMPT, TINY).slices
+        path, _header = store.open_blob(part)
+        seal(path, {field: text}, {})
+
+        with pytest.raises(DamagedBlobError, match="header cannot be read"):
+            store.open_blob(part)
