@@ -144,7 +144,7 @@ def run(seconds: float, seed: int) -> dict[str, int]:
     import tiny
     from invariants import check_invariants
 
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         folder = Path(place, "store")
         model_dir = tiny.save_model(Path(place, "model"), tiny.LLAMA)
         processes = [

@@ -10,6 +10,7 @@ import soak_store
 from invariants import check_invariants
 
 from promptcache import CachedGenerator, PrefixStore
+from promptcache.errors import StoreError
 from promptcache.types import PrunePolicy
 
 SECONDS, SEED = 20.0, 7
@@ -109,3 +110,18 @@ def test_plan_of_a_prune_keeps_what_was_used_meanwhile(
         store.execute(plan)
 
         assert [prefix.key for prefix in store.prefixes()] == [built.key]
+
+
+def test_build_that_is_evicted_at_once_says_so(
+    generator: CachedGenerator, store: PrefixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = store.resolve
+
+    def evicted_first(key: str) -> object:
+        store.execute(store.plan_prune(PrunePolicy(older_than=-1.0)))
+        return resolve(key)
+
+    monkeypatch.setattr(store, "resolve", evicted_first)
+
+    with pytest.raises(StoreError, match="evicted by another process already"):
+        generator.build(PROMPT)
