@@ -159,6 +159,19 @@ class BlobFolder:
         with self._staged(path, [header, *(t.data for t in tensors)]) as staged:
             yield staged
 
+    @contextlib.contextmanager
+    def room(self) -> Iterator[None]:
+        """Let nobody else make room and write until the end.
+
+        Others would make the same room for themselves. Raises OSError.
+        """
+        lock = self._tmp / "room.lock"
+        with open_locked(lock):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+
     def _create_folder(self, folder: Path) -> None:
         if not folder.is_dir():
             create_folder(folder)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
@@ -235,7 +236,14 @@ class Index:
             SELECT {SEGMENT_COLUMNS} FROM segments JOIN path USING (id)
             ORDER BY start
         """
-        return [_segment(row) for row in self._all(sql, [segment_id])]
+        path = [_segment(row) for row in self._all(sql, [segment_id])]
+        # Rows that are left out would be taken for zeros.
+        for parent, child in pairwise(path):
+            if child.parent_id != parent.id or not parent.start < child.start:
+                raise DamagedIndexError(DAMAGED)
+        if path and (path[0].parent_id != ROOT_ID or path[0].start != 0):
+            raise DamagedIndexError(DAMAGED)
+        return path
 
     def token_ids(self, segment_id: int, num_tokens: int) -> bytes:
         """Return the first packed token ids of a segment with its ancestors."""

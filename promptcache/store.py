@@ -602,9 +602,17 @@ class PrefixStore:
 
         Return False if another process changed what it hangs on meanwhile.
         """
-        nbytes = segment.nbytes + ROWS_NBYTES
-        self._allowance.check(self.path, nbytes, self._index.written().today_nbytes)
-        self._make_room(nbytes, protect=info.parent_key)
+        with self._blobs.room():
+            nbytes = segment.nbytes + ROWS_NBYTES
+            written_nbytes = self._index.written().today_nbytes
+            self._allowance.check(self.path, nbytes, written_nbytes)
+            self._make_room(nbytes, protect=info.parent_key)
+            is_added = self._write(info, segment, chain)
+            if is_added:
+                self._hold_limit(info.key)
+        return is_added
+
+    def _write(self, info: SegmentInfo, segment: EncodedSegment, chain: Chain) -> bool:
         with self._blobs.staged(info, segment) as staged, self._index.writing():
             if self._index.segment_id(info.key) is not None:
                 return True
@@ -615,7 +623,6 @@ class PrefixStore:
             staged.publish()
             self._index.add_segment(info, chain, nbytes=staged.nbytes)
             self._index.add_written(staged.nbytes, now=info.created_at)
-        self._hold_limit(info.key)
         return True
 
     def _hold_limit(self, key: str) -> None:

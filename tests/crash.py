@@ -68,7 +68,7 @@ class Job:
     prepare: Callable[[Path], None] = lambda folder: None
     keeps: Prompts = (PINNED, KEPT, OLD, FORK, STATE)
     adds: tuple[tuple[str, Sequence[int]], ...] = ()
-    garbage: int = 2
+    garbage: int = 3
 
 
 def fill(folder: Path) -> None:

@@ -356,6 +356,28 @@ def test_no_damage_to_the_index_makes_a_wrong_token(
         check_answer(copy, plain, wanted)
 
 
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE segments SET id = 0 WHERE start = 0",
+        "UPDATE segments SET id = 99 WHERE start = 0",
+        "UPDATE segments SET parent_id = 0",
+        "DELETE FROM segments WHERE start = 0",
+        "UPDATE segments SET start = 0, end = end - start",
+        "UPDATE segments SET token_ids = zeroblob(length(token_ids))",
+    ],
+)
+def test_rows_that_are_left_out_are_not_taken_for_zeros(
+    built: tuple[Path, CachedGenerator, list[int]], sql: str
+) -> None:
+    folder, plain, wanted = built
+    with copied(folder) as (copy, _):
+        with closing(sqlite3.connect(copy / "index.db")) as connection:
+            connection.execute(sql)
+            connection.commit()
+        check_answer(copy, plain, wanted)
+
+
 @fuzz(60)
 @given(layout=ODD)
 def test_no_forged_layout_breaks_a_generation(

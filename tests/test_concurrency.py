@@ -7,6 +7,7 @@ from subprocess import PIPE, Popen
 
 import pytest
 import soak_store
+import workers
 from invariants import check_invariants
 
 from promptcache import CachedGenerator, PrefixStore
@@ -125,3 +126,17 @@ def test_build_that_is_evicted_at_once_says_so(
 
     with pytest.raises(StoreError, match="evicted by another process already"):
         generator.build(PROMPT)
+
+
+def test_limit_is_exceeded_by_no_more_than_a_segment(tmp_path: Path) -> None:
+    path, limit = tmp_path / "store", 3_000_000
+    PrefixStore(path).close()
+    command = [sys.executable, workers.__file__, "save_wide", str(path), str(limit)]
+    processes = [Popen(command, stdout=PIPE) for _ in range(4)]
+
+    most = 0
+    while any(process.poll() is None for process in processes):
+        most = max(most, soak_store.files_nbytes_now(path))
+
+    assert [process.returncode for process in processes] == [0] * 4
+    assert limit / 2 < most <= limit + workers.WIDE_NBYTES
