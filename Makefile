@@ -16,11 +16,12 @@ RUN := PATH="$(BIN):$$PATH" $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 # Where the benchmarks write what they measured, and the plots of it.
 MEASURED ?= docs/benchmarks
 
-.PHONY: help demo test lint format bench bench-plots models clean
+.PHONY: help demo test soak lint format bench bench-plots models clean
 
 help:
 	@echo "make demo    run the main job with the embedded default model"
 	@echo "make test    run the tests"
+	@echo "make soak    run the long forms of the tests, about 15 minutes"
 	@echo "make lint    check style, types and generated docs"
 	@echo "make format  mend style and generated docs"
 	@echo "make bench   measure, side by side with mlx-lm"
@@ -40,6 +41,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(RUN) python -m pytest --cov --cov-report=term
+
+soak: $(VENV)/.installed
+	$(RUN) python -m tests.soak_store
 
 lint: $(VENV)/.installed
 	$(RUN) ruff check .

@@ -8,33 +8,41 @@ trusted before anything is allocated by it, and `data_checksum` the data.
 """
 
 import contextlib
-import fcntl
-import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import xxhash
-from safetensors import SafetensorError, safe_open
-
 from promptcache.checksum import combined, digest
-from promptcache.errors import DamagedBlobError, StoreError, StoreFormatError
+from promptcache.errors import DamagedBlobError, StoreError
+from promptcache.files import (
+    IrregularFileError,
+    create_folder,
+    files_below,
+    intruder,
+    is_locked,
+    lock_at_once,
+    make_durable,
+    make_names_durable,
+    open_file,
+    open_locked,
+    size_of,
+)
+from promptcache.header import encode_header, read_header
+from promptcache.inventory import Inventory
 from promptcache.types import (
     BlobHeader,
     EncodedSegment,
-    Fingerprint,
     Garbage,
-    Resumption,
     SegmentInfo,
     Tensor,
-    TensorSpec,
-    Worth,
     bits_of,
 )
 
-FORMAT_VERSION = 3
 READ_NBYTES = 1 << 22
+# What comes from a damaged index must not lead anywhere else.
+KEY = re.compile(r"[0-9a-f]{32}")
 CACHEDIR_TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# Prompt caches of promptcache, which can always be computed again.\n"
@@ -51,7 +59,7 @@ class StagedBlob(NamedTuple):
     def publish(self) -> None:
         """Give it its name, durably. Raises OSError."""
         self.tmp.rename(self.path)
-        _fsync(self.path.parent)
+        make_names_durable(self.path.parent)
 
 
 class BlobFolder:
@@ -60,6 +68,7 @@ class BlobFolder:
     Invariants:
         A blob is complete and durable before it has its name.
         Folders have mode 0700 and files 0600, whatever the umask.
+        Links below the store's folder are not followed.
     """
 
     def __init__(self, root: Path) -> None:
@@ -68,22 +77,61 @@ class BlobFolder:
         self._blobs = root / "blobs"
         self._tmp = root / "tmp"
         self._quarantine = root / "quarantine"
+        self._inventory = Inventory(self._blobs)
 
     def create(self) -> None:
-        """Create the store's folders. Raises OSError."""
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Create the store's folders.
+
+        Raises:
+            StoreError: Others could write to it.
+            OSError: It cannot be created.
+        """
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        create_folder(self.root)
+        self._check_private()
         for folder in (self._blobs, self._tmp, self._quarantine):
-            folder.mkdir(mode=0o700, exist_ok=True)
+            create_folder(folder)
         if not (self.root / "CACHEDIR.TAG").exists():
             self.write_file("CACHEDIR.TAG", CACHEDIR_TAG.encode())
 
+    def _check_private(self) -> None:
+        """Raise StoreError where others could put or change files."""
+        inside = [self._blobs, self._tmp, self._quarantine, self.root / "index.db"]
+        for path in [self.root, *inside]:
+            if path.is_symlink() and path != self.root:
+                raise StoreError(f"{path} is a link, put what it leads to in its place")
+            if reason := intruder(path):
+                advice = (
+                    "run `chmod go-w` on it"
+                    if "written" in reason
+                    else ("choose another folder with --store or PROMPTCACHE_DIR")
+                )
+                raise StoreError(f"the store is not private: {path} {reason}, {advice}")
+
     def path(self, key: str) -> Path:
-        """Return where a blob is, or would be."""
-        return self._blobs / key[:2] / f"{key}.safetensors"
+        """Return where a blob is, or would be.
+
+        Raises:
+            DamagedBlobError: This is no key, or a link is in the way.
+        """
+        if not KEY.fullmatch(key):
+            raise DamagedBlobError(f"{key!r} is no key of a blob")
+        folder = self._blobs / key[:2]
+        if folder.is_symlink():
+            raise DamagedBlobError("the folder of the blob is a link")
+        return folder / f"{key}.safetensors"
 
     def exists(self, key: str) -> bool:
         """Return whether a blob has its name."""
-        return self.path(key).exists()
+        try:
+            return self.path(key).exists()
+        except DamagedBlobError:
+            return False
+
+    def read_file(self, name: str) -> bytes:
+        """Return a small file at the root of the store. Raises OSError."""
+        with open_file(self.root / name) as file:
+            return file.read()
 
     def write_file(self, name: str, data: bytes) -> None:
         """Replace a small file at the root of the store, durably. Raises OSError."""
@@ -105,16 +153,29 @@ class BlobFolder:
     ) -> Iterator["StagedBlob"]:
         """Write a blob to `tmp/`, to publish it or to drop it. Raises OSError."""
         tensors = sorted(segment.tensors, key=lambda t: -_itemsize(t))
-        header = _encode_header(info, segment.layout, tensors)
+        header = encode_header(info, segment.layout, tensors)
         path = self.path(info.key)
         self._create_folder(path.parent)
         with self._staged(path, [header, *(t.data for t in tensors)]) as staged:
             yield staged
 
+    @contextlib.contextmanager
+    def room(self) -> Iterator[None]:
+        """Let nobody else make room and write until the end.
+
+        Others would make the same room for themselves. Raises OSError.
+        """
+        lock = self._tmp / "room.lock"
+        with open_locked(lock):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+
     def _create_folder(self, folder: Path) -> None:
         if not folder.is_dir():
-            folder.mkdir(mode=0o700, exist_ok=True)
-            _fsync(folder.parent)
+            create_folder(folder)
+            make_names_durable(folder.parent)
 
     @contextlib.contextmanager
     def _staged(
@@ -122,12 +183,12 @@ class BlobFolder:
     ) -> Iterator["StagedBlob"]:
         tmp = self._tmp / f"{path.name}.{os.getpid()}.{id(buffers):x}"
         # The lock tells a prune in another process that this is no garbage.
-        with _open_locked(tmp) as file:
+        with open_locked(tmp) as file:
             try:
                 for buffer in buffers:
                     file.write(buffer)
                 file.flush()
-                _flush(file.fileno())
+                make_durable(file.fileno())
                 yield StagedBlob(tmp, path, file.tell())
             finally:
                 tmp.unlink(missing_ok=True)
@@ -141,16 +202,14 @@ class BlobFolder:
             StoreFormatError: A newer promptcache wrote it.
         """
         try:
-            return _decode_header(self.path(key), key)
+            return read_header(self.path(key), key)
         except FileNotFoundError:
             raise DamagedBlobError("blob is missing") from None
-        except IsADirectoryError:
-            raise DamagedBlobError("blob is a folder") from None
+        except IrregularFileError as error:
+            raise DamagedBlobError(f"blob is {error.strerror}") from None
         except OSError as error:
             # Such as too many open files: the blob may well be sound.
             raise StoreError(f"blob cannot be read ({error.strerror})") from error
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise DamagedBlobError(f"header cannot be read ({error})") from None
 
     def read_token_ids(self, header: BlobHeader) -> bytes:
         """Return the packed token ids of a blob, unchecked. Raises OSError."""
@@ -158,7 +217,7 @@ class BlobFolder:
         for spec in header.tensors:
             nbytes = spec.nbytes
             if spec.name == "token_ids":
-                with open(self.path(header.info.key), "rb") as file:
+                with open_file(self.path(header.info.key)) as file:
                     return os.pread(file.fileno(), nbytes, offset)
             offset += nbytes
         raise DamagedBlobError("token ids are missing")
@@ -172,7 +231,7 @@ class BlobFolder:
         """
         header = self.read_header(key)
         try:
-            with open(self.path(key), "rb") as file:
+            with open_file(self.path(key)) as file:
                 file.seek(header.data_start)
                 digests = [
                     digest(_pieces(file, spec.nbytes)) for spec in header.tensors
@@ -180,8 +239,8 @@ class BlobFolder:
                 is_longer = bool(file.read(1))
         except FileNotFoundError:
             raise DamagedBlobError("blob is missing") from None
-        except IsADirectoryError:
-            raise DamagedBlobError("blob is a folder") from None
+        except IrregularFileError as error:
+            raise DamagedBlobError(f"blob is {error.strerror}") from None
         except OSError as error:
             raise StoreError(f"blob cannot be read ({error.strerror})") from error
         if combined(digests) != header.data_checksum or is_longer:
@@ -190,21 +249,19 @@ class BlobFolder:
 
     def nbytes(self, key: str) -> int:
         """Return the size of a blob, 0 if it is missing."""
-        return _size(self.path(key))
+        return size_of(self.path(key))
 
     def stored(self) -> Iterator[tuple[str, int]]:
         """Yield the key and size of every blob on disk."""
-        for path in self._blobs.glob("??/*.safetensors"):
-            with contextlib.suppress(FileNotFoundError):
-                yield path.stem, path.stat().st_size
+        yield from self._inventory.blobs()
 
     def remove(self, key: str) -> int:
         """Remove a blob and return its size; a blob already gone is no error."""
-        path = self.path(key)
         try:
-            nbytes = path.stat().st_size
+            path = self.path(key)
+            nbytes = path.lstat().st_size
             path.unlink()
-        except FileNotFoundError:
+        except (FileNotFoundError, DamagedBlobError):
             return 0
         return nbytes
 
@@ -219,21 +276,25 @@ class BlobFolder:
 
     def garbage(self) -> list[Garbage]:
         """Return the files in `tmp/` whose writer is gone, and `quarantine/`."""
-        abandoned = [path for path in _files(self._tmp) if not _is_locked(path)]
+        abandoned = [path for path in files_below(self._tmp) if not is_locked(path)]
         return [
-            Garbage(str(path.relative_to(self.root)), _size(path))
-            for path in [*abandoned, *_files(self._quarantine)]
+            Garbage(str(path.relative_to(self.root)), size_of(path))
+            for path in [*abandoned, *files_below(self._quarantine)]
         ]
 
     def sweep(self, garbage: Garbage) -> int:
         """Remove a file that `garbage` named and return its size, 0 if it stays."""
         path = self.root / garbage.path
         try:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 # Held while the file goes, so that a writer sees that it went.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_at_once(file)
                 path.unlink()
                 return os.fstat(file.fileno()).st_size
+        except IrregularFileError:
+            nbytes = size_of(path)
+            path.unlink()
+            return nbytes
         except (BlockingIOError, FileNotFoundError):
             return 0
 
@@ -247,35 +308,8 @@ class BlobFolder:
 
     def total_nbytes(self) -> int:
         """Return the size of all files of the store."""
-        return sum(_size(path) for path in _files(self.root))
-
-
-def _encode_header(info: SegmentInfo, layout: str, tensors: list[Tensor]) -> bytes:
-    # Imported here because it takes 20 ms, which `ls` can do without.
-    from importlib.metadata import version
-
-    specs = [TensorSpec(t.name, t.dtype, t.shape) for t in tensors]
-    metadata = {
-        "format_version": str(FORMAT_VERSION),
-        "key": info.key,
-        "parent_key": info.parent_key or "",
-        "fingerprint": info.fingerprint.digest,
-        "fingerprint_parts": json.dumps(dict(info.fingerprint.parts), sort_keys=True),
-        "model": info.fingerprint.model,
-        "source": info.fingerprint.source or "",
-        "start": str(info.start),
-        "end": str(info.end),
-        "is_prefix": str(int(info.is_prefix)),
-        "created_at": repr(info.created_at),
-        "resumption": json.dumps(info.resumption._asdict()),
-        "worth": str(int(info.worth)),
-        "layout": layout,
-        "mlx_version": version("mlx"),
-        "mlx_lm_version": version("mlx-lm"),
-        "data_checksum": combined(digest([tensor.data]) for tensor in tensors),
-    }
-    metadata["checksum"] = _header_checksum(metadata, specs)
-    return _safetensors_header(metadata, specs)
+        others = sum(size_of(path) for path in files_below(self.root, "blobs"))
+        return others + self._inventory.nbytes()
 
 
 def _pieces(file: BinaryIO, nbytes: int) -> Iterator[bytes]:
@@ -285,137 +319,5 @@ def _pieces(file: BinaryIO, nbytes: int) -> Iterator[bytes]:
         yield data
 
 
-def _safetensors_header(metadata: dict[str, str], specs: list[TensorSpec]) -> bytes:
-    """Return the length and the JSON, as the safetensors format asks for them."""
-    header: dict[str, object] = {"__metadata__": metadata}
-    offset = 0
-    for spec in specs:
-        end = offset + spec.nbytes
-        header[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": spec.shape,
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _decode_header(path: Path, key: str) -> BlobHeader:
-    with open(path, "rb") as file:
-        data_start = 8 + int.from_bytes(file.read(8), "little")
-    with safe_open(path, framework="numpy") as file:
-        metadata = dict(file.metadata() or {})
-        slices = {name: file.get_slice(name) for name in file.offset_keys()}
-        specs = [
-            TensorSpec(name, part.get_dtype(), tuple(part.get_shape()))
-            for name, part in slices.items()
-        ]
-    if metadata.pop("checksum") != _header_checksum(metadata, specs):
-        raise DamagedBlobError("checksum of the header does not match")
-    _check_format(metadata)
-    if metadata["key"] != key:
-        raise DamagedBlobError(f"blob holds another segment, {metadata['key']}")
-    return BlobHeader(
-        info=_decode_info(metadata),
-        layout=metadata["layout"],
-        tensors=tuple(specs),
-        data_checksum=metadata["data_checksum"],
-        data_start=data_start,
-    )
-
-
-def _check_format(metadata: dict[str, str]) -> None:
-    written = int(metadata["format_version"])
-    if written > FORMAT_VERSION:
-        raise StoreFormatError(
-            f"blob has format {written} and this promptcache reads up to "
-            f"{FORMAT_VERSION}, upgrade promptcache"
-        )
-    if written < FORMAT_VERSION:
-        raise StoreFormatError(
-            f"blob has the older format {written}, `promptcache prune` removes it"
-        )
-
-
-def _decode_info(metadata: dict[str, str]) -> SegmentInfo:
-    return SegmentInfo(
-        key=metadata["key"],
-        parent_key=metadata["parent_key"] or None,
-        fingerprint=Fingerprint(
-            digest=metadata["fingerprint"],
-            model=metadata["model"],
-            source=metadata["source"] or None,
-            parts=json.loads(metadata["fingerprint_parts"]),
-        ),
-        start=int(metadata["start"]),
-        end=int(metadata["end"]),
-        is_prefix=metadata["is_prefix"] == "1",
-        created_at=float(metadata["created_at"]),
-        resumption=Resumption(**json.loads(metadata["resumption"])),
-        worth=Worth(int(metadata["worth"])),
-    )
-
-
-def _header_checksum(metadata: dict[str, str], specs: list[TensorSpec]) -> str:
-    canonical = json.dumps(
-        [metadata, sorted(specs)], sort_keys=True, separators=(",", ":")
-    )
-    return xxhash.xxh3_128_hexdigest(canonical.encode())
-
-
 def _itemsize(tensor: Tensor) -> int:
     return bits_of(tensor.dtype) // 8
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder):
-        yield from (Path(parent, name) for name in names)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.lstat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _open_locked(path: Path) -> BinaryIO:
-    """Create a file that others see locked from the start."""
-    while True:
-        flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
-        file = os.fdopen(os.open(path, flags, 0o600), "wb")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:
-            return file
-        # A prune took it between the two.
-        file.close()
-
-
-def _flush(descriptor: int) -> None:
-    """Make a file durable; on a Mac `fsync` alone stops at the drive's cache."""
-    full = getattr(fcntl, "F_FULLFSYNC", None)
-    if full is None:
-        os.fsync(descriptor)
-    else:
-        fcntl.fcntl(descriptor, full)
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _flush(descriptor)
-    finally:
-        os.close(descriptor)

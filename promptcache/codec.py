@@ -435,7 +435,7 @@ def _decode_layout(layout: str) -> Layout:
             name: _decode_part(class_name, treatment, *rest)
             for name, (class_name, treatment, *rest) in json.loads(layout).items()
         }
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedBlobError(f"layout cannot be read ({error})") from error
 
 

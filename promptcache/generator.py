@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from promptcache import explanation, hot_tier, loading, location, rendering
 from promptcache.building import Building
 from promptcache.decoding import LogitsProcessor, Sampler
-from promptcache.errors import StoreError, UsageError
+from promptcache.errors import KeyNotFoundError, StoreError, UsageError
 from promptcache.explanation import Explanation
 from promptcache.generation import (
     DEFAULT_DRAFT_TOKENS,
@@ -419,10 +419,16 @@ class CachedGenerator:
         cached_tokens = building.run(
             prompt_progress_callback or (lambda done, total: None), on_wait
         )
-        if name is not None:
-            store.pin(building.key, name)
+        try:
+            if name is not None:
+                store.pin(building.key, name)
+            prefix = store.resolve(building.key)
+        except KeyNotFoundError as error:
+            raise StoreError(
+                "what was built has been evicted by another process already"
+            ) from error
         return BuiltPrefix(
-            **asdict(store.resolve(building.key)),
+            **asdict(prefix),
             cached_tokens=cached_tokens,
             seconds=time.perf_counter() - started,
         )

@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal
 
 from promptcache.chain import TOKEN_NBYTES, Chain
@@ -32,6 +35,7 @@ from promptcache.types import (
     SegmentRow,
     Usage,
     Worth,
+    Written,
 )
 
 SCHEMA_VERSION = 5
@@ -49,7 +53,14 @@ SPEED_DECAY = 0.5
 # What an answer may be delayed by for the sake of its receipt.
 BUSY_MILLISECONDS = 100
 
+DAMAGED = "the index holds what was never written, run `promptcache verify`"
+
 Deed = Literal["prefill", "load"]
+
+CREATE_WRITES = """
+    CREATE TABLE IF NOT EXISTS writes
+    (day TEXT PRIMARY KEY, nbytes INTEGER NOT NULL) WITHOUT ROWID
+"""
 
 SEGMENT_COLUMNS = (
     "id, key, parent_id, start, end, nbytes, divisible, extendable, needs_checkpoint, "
@@ -219,13 +230,20 @@ class Index:
         sql = f"""
             WITH RECURSIVE path(id) AS (
                 VALUES (?)
-                UNION ALL
+                UNION -- which ends where a damaged parent_id leads in a circle
                 SELECT parent_id FROM segments JOIN path USING (id) WHERE parent_id
             )
             SELECT {SEGMENT_COLUMNS} FROM segments JOIN path USING (id)
             ORDER BY start
         """
-        return [SegmentRow(*row) for row in self._all(sql, [segment_id])]
+        path = [_segment(row) for row in self._all(sql, [segment_id])]
+        # Rows that are left out would be taken for zeros.
+        for parent, child in pairwise(path):
+            if child.parent_id != parent.id or not parent.start < child.start:
+                raise DamagedIndexError(DAMAGED)
+        if path and (path[0].parent_id != ROOT_ID or path[0].start != 0):
+            raise DamagedIndexError(DAMAGED)
+        return path
 
     def token_ids(self, segment_id: int, num_tokens: int) -> bytes:
         """Return the first packed token ids of a segment with its ancestors."""
@@ -248,7 +266,7 @@ class Index:
         """
         pairs = [value for pair in token_id_by_start.items() for value in pair]
         rows = self._all(sql, [*pairs, parent_id, fingerprint])
-        return [SegmentRow(*row) for row in rows]
+        return [_segment(row) for row in rows]
 
     def checkpoints(self, parent_ids: Iterable[int]) -> list[CheckpointRow]:
         """Return the checkpoints that hang on given segments."""
@@ -259,17 +277,25 @@ class Index:
                 id IN (SELECT segment_id FROM prefixes)
             FROM segments WHERE parent_id IN ({marks}) AND first_token = ?
         """
-        return [
-            CheckpointRow._make(
-                [*row[:3], *map(bool, row[3:5]), Worth(row[5]), bool(row[6])]
-            )
-            for row in self._all(sql, [*ids, NO_TOKEN])
-        ]
+        rows = _checked(self._all(sql, [*ids, NO_TOKEN]), str, *[int] * 6)
+        with _translated():
+            return [
+                CheckpointRow._make(
+                    [*row[:3], *map(bool, row[3:5]), Worth(row[5]), bool(row[6])]
+                )
+                for row in rows
+            ]
 
     def segment_id(self, key: str) -> int | None:
         """Return the id of a segment, or None."""
         row = self._execute("SELECT id FROM segments WHERE key = ?", [key]).fetchone()
         return row and _int(row[0])
+
+    def nbytes_of(self, keys: Sequence[str]) -> int:
+        """Return the size of the blobs of some segments."""
+        marks = ", ".join("?" for _ in keys)
+        sql = f"SELECT coalesce(sum(nbytes), 0) FROM segments WHERE key IN ({marks})"
+        return _int(self._execute(sql, keys).fetchone()[0])
 
     def segment_keys(self) -> set[str]:
         """Return the keys of all segments."""
@@ -284,9 +310,10 @@ class Index:
             ), f.model, s.first_token = ?
             FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
         """
+        kinds = (int, str, int, int, int | float, int, str, int)
         return [
             Leaf._make([*row[:5], bool(row[5]), row[6], bool(row[7])])
-            for row in self._all(sql, [NO_TOKEN])
+            for row in _checked(self._all(sql, [NO_TOKEN]), *kinds)
         ]
 
     def fingerprint_of(self, segment_id: int) -> Fingerprint:
@@ -326,7 +353,8 @@ class Index:
             AND NOT EXISTS (SELECT 1 FROM prefixes p WHERE p.segment_id = s.id)
             ORDER BY 6 DESC, 1
         """
-        rows = self._all(sql, [NO_TOKEN, NO_TOKEN])
+        kinds = (str, str | None, str, int, int | float, int | float, int, int)
+        rows = _checked(self._all(sql, [NO_TOKEN, NO_TOKEN]), *kinds)
         return [(_prefix(*row[:-1]), row[-1]) for row in rows]
 
     def add_prefix(
@@ -415,7 +443,7 @@ class Index:
             JOIN fingerprints f ON f.id = s.fingerprint_id
             ORDER BY p.used_at DESC, p.key
         """
-        rows = self._all(sql)
+        rows = _checked(self._all(sql), str, str, int, int, str | None)
         return [PromptRow._make([*row[:-1], _origin(row[-1])]) for row in rows]
 
     def subtree(self, key: str) -> dict[int, str]:
@@ -423,7 +451,7 @@ class Index:
         sql = """
             WITH RECURSIVE tree(id) AS (
                 SELECT id FROM segments WHERE key = ?
-                UNION ALL
+                UNION
                 SELECT s.id FROM segments s JOIN tree ON s.parent_id = tree.id
             )
             SELECT id, key FROM segments JOIN tree USING (id)
@@ -436,7 +464,8 @@ class Index:
             SELECT p.key, s.key, p.num_tokens, p.name, p.manifest
             FROM prefixes p JOIN segments s ON s.id = p.segment_id ORDER BY p.key
         """
-        return [ListedPrefix(*row) for row in self._all(sql)]
+        kinds = (str, str, int, str | None, str | None)
+        return [ListedPrefix(*row) for row in _checked(self._all(sql), *kinds)]
 
     def touch(
         self, segment_keys: Sequence[str], cached_tokens: int, *, now: float
@@ -541,7 +570,32 @@ class Index:
             LEFT JOIN prefixes p ON p.key = u.key
             ORDER BY u.saved_seconds DESC, u.key
         """
-        return [Usage(*row) for row in self._all(sql)]
+        seconds = [int | float] * 3
+        kinds = (str, str | None, str | None, int, int, int, *seconds)
+        return [Usage(*row) for row in _checked(self._all(sql), *kinds)]
+
+    def add_written(self, nbytes: int, *, now: float) -> None:
+        """Note that so many bytes of a blob were written."""
+        sql = """
+            INSERT INTO writes (day, nbytes) VALUES (?, ?)
+            ON CONFLICT (day) DO UPDATE SET nbytes = nbytes + excluded.nbytes
+        """
+        with self.writing():
+            # Stores that were made before have no such table.
+            self._execute(CREATE_WRITES)
+            self._execute(sql, [_day(now), nbytes])
+
+    def written(self) -> Written:
+        """Return how many bytes of blobs were written, in all and today."""
+        is_there = "SELECT 1 FROM sqlite_master WHERE name = 'writes'"
+        if not self._all(is_there):
+            return Written(0, 0)
+        sql = """
+            SELECT coalesce(sum(nbytes), 0),
+                coalesce(sum(nbytes) FILTER (WHERE day = ?), 0) FROM writes
+        """
+        rows = self._all(sql, [_day(time.time())])
+        return Written(*_checked(rows, int, int)[0])
 
     # Evictions
 
@@ -744,6 +798,7 @@ def _create_tables(connection: sqlite3.Connection) -> None:
 
 def _create_history(database: Any) -> None:
     """Create the tables of what happened, which blobs cannot tell again."""
+    database.execute(CREATE_WRITES)
     # Apart from the prefixes, so that asking does not take longer with more of them.
     database["configs"].create(
         {"template": str, "config": str}, pk=("template", "config")
@@ -791,7 +846,8 @@ def _translated() -> Iterator[None]:
     except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:
         # The latter after `close`.
         raise StoreError(f"the index cannot be used ({error})") from error
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, ArithmeticError, TypeError, ValueError) as error:
+        # The others come from values that no promptcache has written.
         raise DamagedIndexError(
             f"the index is damaged ({error}), run `promptcache verify`"
         ) from error
@@ -841,20 +897,55 @@ def _prefix(
     return Prefix(key, name, model, num_tokens, 0, created_at, used_at, hits)
 
 
+def _checked(
+    rows: list[tuple[Any, ...]], *kinds: type | UnionType
+) -> list[tuple[Any, ...]]:
+    """Return rows whose values are of the kinds that were put there.
+
+    SQLite keeps any kind of value in any column. Raises DamagedIndexError.
+    """
+    for row in rows:
+        if not all(map(isinstance, row, kinds)):
+            raise DamagedIndexError(DAMAGED)
+    return rows
+
+
+def _segment(row: tuple[Any, ...]) -> SegmentRow:
+    [checked] = _checked([row], int, str, *[int] * 7, bytes)
+    segment = SegmentRow(*checked)
+    nbytes = (segment.end - segment.start) * TOKEN_NBYTES
+    if segment.start < 0 or len(segment.token_ids) != nbytes:
+        raise DamagedIndexError(DAMAGED)
+    return segment
+
+
 def _fingerprint(
     digest: str, model: str, source: str | None, parts: str
 ) -> Fingerprint:
-    return Fingerprint(digest, model, source, json.loads(parts))
+    with _translated():
+        bytes.fromhex(digest)
+        decoded = dict(json.loads(parts))
+    _checked([(digest, model, source)], str, str, str | None)
+    return Fingerprint(digest, model, source, decoded)
 
 
 def _origin(text: str | None) -> Origin | None:
     if text is None:
         return None
-    fields = json.loads(text)
-    tools = tuple((name, digest) for name, digest in fields.pop("tools"))
-    return Origin(**fields, tools=tools)
+    try:
+        fields = json.loads(text)
+        tools = tuple((name, digest) for name, digest in fields.pop("tools"))
+        return Origin(**fields, tools=tools)
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        raise DamagedIndexError(DAMAGED) from None
+
+
+def _day(now: float) -> str:
+    return datetime.fromtimestamp(now, UTC).date().isoformat()
 
 
 def _int(value: object) -> int:
-    assert isinstance(value, int)
+    with _translated():
+        if not isinstance(value, int):
+            raise TypeError(f"{type(value).__name__} in place of a number")
     return value

@@ -44,6 +44,24 @@ def max_nbytes() -> int:
     return DEFAULT_MAX_NBYTES
 
 
+def min_free_nbytes() -> int | None:
+    """Return how many bytes of the disk to leave free: `PROMPTCACHE_MIN_FREE`.
+
+    None if it is not set. Raises UsageError if it is not a size.
+    """
+    size = os.environ.get("PROMPTCACHE_MIN_FREE")
+    return parse_size(size) if size else None
+
+
+def max_daily_nbytes() -> int | None:
+    """Return how many bytes to write in a day: `PROMPTCACHE_DAILY_WRITES`.
+
+    None if it is not set. Raises UsageError if it is not a size.
+    """
+    size = os.environ.get("PROMPTCACHE_DAILY_WRITES")
+    return parse_size(size) if size else None
+
+
 def memory_limit() -> int | None:
     """Return how many bytes of memory caches may take: `PROMPTCACHE_MEMORY_LIMIT`.
 

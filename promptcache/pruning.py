@@ -11,7 +11,7 @@ from pathlib import Path
 
 from promptcache.blobs import BlobFolder
 from promptcache.chain import Chain
-from promptcache.errors import StoreError, StoreFullError
+from promptcache.errors import DamagedIndexError, StoreError, StoreFullError
 from promptcache.eviction import plan_eviction
 from promptcache.index import ROOT_ID, Index
 from promptcache.types import (
@@ -224,13 +224,21 @@ class Tree:
                 self._needed_by.setdefault(segment.parent_id, set()).add(segment.id)
 
     def freed(self, key: str, segment_id: int) -> list[Leaf]:
-        """Return the segments that only this prefix needs, the deepest first."""
+        """Return the segments that only this prefix needs, the deepest first.
+
+        Raises DamagedIndexError if an ancestor is not there.
+        """
         freed: list[Leaf] = []
         needed_by: set[str | int] = {key}
         while segment_id != ROOT_ID:
             if self._needed_by.get(segment_id, set()) - needed_by:
                 break
-            freed += [*self._loose.get(segment_id, []), self._by_id[segment_id]]
+            segment = self._by_id.get(segment_id)
+            if segment is None or segment in freed:
+                raise DamagedIndexError(
+                    "the index lacks segments, run `promptcache verify`"
+                )
+            freed += [*self._loose.get(segment_id, []), segment]
             needed_by = {segment_id}
-            segment_id = self._by_id[segment_id].parent_id
+            segment_id = segment.parent_id
         return freed

@@ -1,5 +1,6 @@
 """Recovery: find damage, and rebuild the index from the blobs."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -76,7 +77,9 @@ def give_up(index: Index, blobs: BlobFolder, key: str) -> list[str]:
     if lost:
         write_prefixes(index, blobs)
     try:
-        blobs.set_aside(blobs.path(key))
+        # Where a link is in the way, it is no file of the store.
+        with contextlib.suppress(DamagedBlobError):
+            blobs.set_aside(blobs.path(key))
     except OSError as error:
         raise StoreError(
             f"blob {key} cannot be set aside ({error.strerror})"
@@ -153,7 +156,7 @@ def write_prefixes(index: Index, blobs: BlobFolder) -> None:
 def _restore_prefixes(index: Index, blobs: BlobFolder) -> None:
     """List and name prefixes again, also those that end inside a segment."""
     try:
-        entries = json.loads((blobs.root / PREFIXES_FILE).read_bytes())
+        entries = json.loads(blobs.read_file(PREFIXES_FILE))
         wanted = [ListedPrefix(**entry) for entry in entries]
     except (OSError, ValueError, TypeError):
         return

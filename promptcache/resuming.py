@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from promptcache import codec
+from promptcache import codec, memory
 from promptcache.chain import pack
 from promptcache.destination import Destination
 from promptcache.errors import DamagedBlobError, StoreError
@@ -94,7 +94,9 @@ def resume(
             estimate = store.estimate(fingerprint, match.cached_tokens)
             if may_decline and estimate is not None and estimate.favours_prefill:
                 return Resumed(match, declined=estimate)
+            loader.at = match.slices[0]
             try:
+                memory.check_fits(store.nbytes_of(match))
                 segments = loader.load(match.slices)
                 cache[:] = codec.restore(cache, segments, room)
                 break

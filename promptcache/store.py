@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from promptcache import location, pruning, recovery
+from promptcache.allowance import Allowance
 from promptcache.blobs import BlobFolder
 from promptcache.chain import BLOCK_SIZE, Chain, unpack
 from promptcache.errors import (
@@ -52,6 +53,7 @@ from promptcache.types import (
     Usage,
     VerifyReport,
     Worth,
+    Written,
     tag_of,
 )
 
@@ -87,7 +89,12 @@ class PrefixStore:
     """
 
     def __init__(
-        self, path: str | Path | None = None, *, max_nbytes: int | None = None
+        self,
+        path: str | Path | None = None,
+        *,
+        max_nbytes: int | None = None,
+        min_free_nbytes: int | None = None,
+        max_daily_nbytes: int | None = None,
     ) -> None:
         """Open a store, creating it where there is none.
 
@@ -98,6 +105,10 @@ class PrefixStore:
             path: The folder, else `PROMPTCACHE_DIR`, else in the user's cache folder.
             max_nbytes: Size limit of all files in bytes, else
                 `PROMPTCACHE_MAX_SIZE`, else 10 GB.
+            min_free_nbytes: Save nothing that leaves less free on the disk, else
+                `PROMPTCACHE_MIN_FREE`, else 1 GB or a twentieth of a small disk.
+            max_daily_nbytes: Most bytes to write in a day, else
+                `PROMPTCACHE_DAILY_WRITES`, else no limit.
 
         Raises:
             StoreFormatError: A newer promptcache wrote it.
@@ -105,6 +116,12 @@ class PrefixStore:
         """
         self.path = location.store_dir(path)
         self.max_nbytes = location.max_nbytes() if max_nbytes is None else max_nbytes
+        self._allowance = Allowance(
+            location.min_free_nbytes() if min_free_nbytes is None else min_free_nbytes,
+            location.max_daily_nbytes()
+            if max_daily_nbytes is None
+            else max_daily_nbytes,
+        )
         self.rebuilt = 0
         self._blobs = BlobFolder(self.path)
         try:
@@ -199,6 +216,10 @@ class PrefixStore:
             raise DamagedBlobError("blob holds another range of tokens")
         return self._blobs.path(part.key), header
 
+    def nbytes_of(self, match: Match) -> int:
+        """Return the size of the blobs of a match. Raises StoreError."""
+        return self._index.nbytes_of([part.key for part in match.slices])
+
     def touch(self, match: Match) -> str | None:
         """Note that a match was reused; return the key of the prefix it counts for.
 
@@ -279,6 +300,10 @@ class PrefixStore:
         Raises StoreError.
         """
         return self._index.usage()
+
+    def written(self) -> Written:
+        """Return how many bytes of blobs were written. Raises StoreError."""
+        return self._index.written()
 
     def neighbourhood(
         self,
@@ -577,7 +602,17 @@ class PrefixStore:
 
         Return False if another process changed what it hangs on meanwhile.
         """
-        self._make_room(segment.nbytes + ROWS_NBYTES, protect=info.parent_key)
+        with self._blobs.room():
+            nbytes = segment.nbytes + ROWS_NBYTES
+            written_nbytes = self._index.written().today_nbytes
+            self._allowance.check(self.path, nbytes, written_nbytes)
+            self._make_room(nbytes, protect=info.parent_key)
+            is_added = self._write(info, segment, chain)
+            if is_added:
+                self._hold_limit(info.key)
+        return is_added
+
+    def _write(self, info: SegmentInfo, segment: EncodedSegment, chain: Chain) -> bool:
         with self._blobs.staged(info, segment) as staged, self._index.writing():
             if self._index.segment_id(info.key) is not None:
                 return True
@@ -587,7 +622,7 @@ class PrefixStore:
                 return False
             staged.publish()
             self._index.add_segment(info, chain, nbytes=staged.nbytes)
-        self._hold_limit(info.key)
+            self._index.add_written(staged.nbytes, now=info.created_at)
         return True
 
     def _hold_limit(self, key: str) -> None:

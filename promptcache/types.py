@@ -466,6 +466,13 @@ class Usage:
     saved_seconds: float
 
 
+class Written(NamedTuple):
+    """How many bytes of blobs were written, by the days of UTC."""
+
+    total_nbytes: int
+    today_nbytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class SegmentReport:
     """One segment of a prefix, as `show` tells it."""

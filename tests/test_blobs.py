@@ -14,8 +14,9 @@ import workers
 from safetensors import safe_open
 from segments import TINY, expected_key, flip, publish, tokens, values
 
-from promptcache.blobs import FORMAT_VERSION, BlobFolder
+from promptcache.blobs import BlobFolder
 from promptcache.errors import DamagedBlobError, StoreFormatError
+from promptcache.header import FORMAT_VERSION
 from promptcache.types import EncodedSegment, SegmentInfo, Tensor
 
 
@@ -247,7 +248,7 @@ def make_older(path: Path) -> None:
 
 def change_metadata(path: Path, **changes: str | None) -> None:
     """Write a blob again with other metadata; None leaves a key out."""
-    from promptcache.blobs import _header_checksum, _safetensors_header
+    from promptcache.header import _header_checksum, _safetensors_header
     from promptcache.types import TensorSpec
 
     data = path.read_bytes()

@@ -16,6 +16,7 @@ from promptcache import CachedGenerator, PrefixStore
 from promptcache.generation import GenerationResponse
 from promptcache.types import Usage
 
+WRITTEN = ("written_nbytes", "written_today_nbytes")
 FIGURES = {
     "hits": int,
     "misses": int,
@@ -77,7 +78,8 @@ def totals(rows: Sequence[Usage]) -> tuple[int, int, int, int]:
 def stats(*args: str | Path) -> dict[str, Any]:
     """Return what `stats --json` tells, with exactly its fields."""
     value = json.loads(ok("stats", "--json", *args).stdout)
-    assert list(value) == [*FIGURES, "by_model"]
+    assert list(value) == [*FIGURES, *WRITTEN, "by_model"]
+    assert all(isinstance(value[name], int) for name in WRITTEN)
     for each in [value, *value["by_model"]]:
         for name, kind in FIGURES.items():
             assert isinstance(each[name], kind | int if kind is float else kind), name
@@ -267,10 +269,12 @@ def test_read_only_store_breaks_nothing(model_dir: Path, tmp_path: Path) -> None
 
 
 def test_stats_of_a_new_store_are_nothing() -> None:
-    assert stats() == {**dict.fromkeys(FIGURES, 0), "by_model": []}
+    assert stats() == {**dict.fromkeys([*FIGURES, *WRITTEN], 0), "by_model": []}
     result = ok("stats")
     assert result.stdout == ""
-    assert result.stderr == "0 hits, 0 misses, 0.0 s saved, 0.0 s loaded\n"
+    assert result.stderr == (
+        "0 hits, 0 misses, 0.0 s saved, 0.0 s loaded, 0 B written, 0 B of it today\n"
+    )
 
 
 def test_stats_json_sums_up_by_model_and_prefix(

@@ -47,6 +47,7 @@ from segments import (
 from strategies import prompts
 from test_blobs import change_metadata, make_newer, make_older
 
+from promptcache.chain import Chain
 from promptcache.errors import (
     DamagedBlobError,
     DamagedIndexError,
@@ -63,6 +64,7 @@ from promptcache.types import (
     Fingerprint,
     Match,
     PrunePolicy,
+    SegmentInfo,
     SegmentSlice,
     Worth,
 )
@@ -1171,15 +1173,15 @@ def test_processes_that_save_the_same_checkpoint_do_not_disturb_each_other(
 ) -> None:
     save(store, tokens(100), resumption=NEEDS_CHECKPOINT)
     others: list[PrefixStore] = []
-    make_room = store._make_room
+    add = store._add
 
-    def make_room_slowly(nbytes: int, *, protect: str | None) -> None:
+    def add_slowly(info: SegmentInfo, segment: EncodedSegment, chain: Chain) -> bool:
         if not others:
             others.append(PrefixStore(store.path))
             save_checkpoint(others[0], tokens(100))
-        make_room(nbytes, protect=protect)
+        return add(info, segment, chain)
 
-    monkeypatch.setattr(store, "_make_room", make_room_slowly)
+    monkeypatch.setattr(store, "_add", add_slowly)
 
     save_checkpoint(store, tokens(100), is_prefix=True)
 

@@ -1,5 +1,6 @@
 """What other processes do to a store: `python workers.py JOB FOLDER [NUMBER]`."""
 
+import contextlib
 import itertools
 import os
 import random
@@ -12,6 +13,7 @@ from segments import TINY, save, tokens
 
 from promptcache.blobs import BlobFolder
 from promptcache.chain import Chain
+from promptcache.errors import StoreFullError
 from promptcache.index import Index
 from promptcache.store import PrefixStore
 from promptcache.types import EncodedSegment, PrunePolicy, SegmentInfo, Tensor
@@ -98,6 +100,20 @@ def save_forever(folder: Path, number: int) -> None:
         for i in itertools.count(number):
             save(store, prompt_of(i), width=8)
             print(i, flush=True)
+
+
+# The largest segment that `save_wide` writes, with its header and rows.
+WIDE_NBYTES = 4 * 400 * 130 + 32 * 1024
+
+
+def save_wide(folder: Path, number: int) -> None:
+    """Save much for a while in a store that is full."""
+    deadline = time.monotonic() + 4
+    with PrefixStore(folder, max_nbytes=number) as store:
+        while time.monotonic() < deadline:
+            first = random.randrange(10**6)
+            with contextlib.suppress(StoreFullError):
+                save(store, [first, *prompt_of(first)], width=400)
 
 
 def prune_some(folder: Path, number: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from promptcache.types import Usage
+from promptcache.units import format_size
 from promptcache_cli import output
 from promptcache_cli.options import json_option, open_store, store_option
 
@@ -29,9 +30,17 @@ def stats(store_path: str | None, json_: bool) -> None:
     """
     with open_store(store_path) as store:
         usage = store.usage()
+        written = store.written()
     if json_:
         by_model = [_of_model(rows) for rows in _by_model(usage)]
-        output.json_data({**_sums(usage), "by_model": by_model})
+        output.json_data(
+            {
+                **_sums(usage),
+                "written_nbytes": written.total_nbytes,
+                "written_today_nbytes": written.today_nbytes,
+                "by_model": by_model,
+            }
+        )
         return
     rows = [row for group in _by_model(usage) for row in _table_rows(group)]
     if rows:
@@ -40,7 +49,9 @@ def stats(store_path: str | None, json_: bool) -> None:
     sums = _sums(usage)
     click.echo(
         f"{sums['hits']} hits, {sums['misses']} misses, "
-        f"{sums['saved_seconds']:.1f} s saved, {sums['load_seconds']:.1f} s loaded",
+        f"{sums['saved_seconds']:.1f} s saved, {sums['load_seconds']:.1f} s loaded, "
+        f"{format_size(written.total_nbytes)} written, "
+        f"{format_size(written.today_nbytes)} of it today",
         err=True,
     )
 

@@ -1,0 +1,58 @@
+"""Memory: whether what is to be restored fits into it."""
+
+import re
+from pathlib import Path
+
+from promptcache.errors import StoreError
+from promptcache.units import format_size
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def check_fits(nbytes: int) -> None:
+    """Raise StoreError if so many bytes more do not fit into the memory that is free.
+
+    A system that runs out of memory kills processes rather than tell them.
+    """
+    available = available_nbytes()
+    if available is not None and nbytes > available:
+        raise StoreError(
+            f"{format_size(nbytes)} of cached rows do not fit into the "
+            f"{format_size(available)} of memory that are free"
+        )
+
+
+def available_nbytes() -> int | None:
+    """Return how many bytes the device can take, or None if that is not known."""
+    import mlx.core as mx
+
+    if mx.default_device().type == mx.DeviceType.cpu:
+        found = [n for n in (_of_system(), _of_container()) if n is not None]
+        return min(found, default=None)
+    info = mx.device_info()
+    most = info.get("max_recommended_working_set_size")
+    return None if most is None else max(int(most) - mx.get_active_memory(), 0)
+
+
+def _of_system() -> int | None:
+    """Return what Linux thinks that it can give without swapping."""
+    try:
+        found = re.search(r"MemAvailable: +(\d+) kB", MEMINFO.read_text())
+    except OSError:
+        return None
+    return None if found is None else int(found[1]) * 1024
+
+
+def _of_container() -> int | None:
+    """Return what is left of the limit of a container, as cgroup v2 tells it."""
+    try:
+        most = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        stat = (CGROUP / "memory.stat").read_text()
+    except (OSError, ValueError):
+        # Without a limit, it is the word "max".
+        return None
+    # Pages of files that can be dropped count as used.
+    dropped = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)
+    return max(most - used + (int(dropped[1]) if dropped else 0), 0)

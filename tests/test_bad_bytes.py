@@ -1,0 +1,426 @@
+"""Bytes that are not what was written are a miss or a clear error, never more.
+
+`FUZZ` in the environment multiplies how many are tried.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sqlite3
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from segments import (
+    TINY,
+    blob_paths,
+    check_match,
+    save,
+    save_with_checkpoints,
+    tokens,
+    tree_hash,
+)
+
+from promptcache import CachedGenerator, PrefixStore, PromptCacheError
+from promptcache.errors import DamagedBlobError, StoreError
+from promptcache.header import _header_checksum, _safetensors_header
+from promptcache.types import PrunePolicy, TensorSpec
+
+TIMES = int(os.environ.get("FUZZ", "1"))
+PROMPT = [i % 250 for i in range(70)]
+STATE = [7, *tokens(45)]
+# More is a hang, or memory that no blob of these tests is worth.
+MOST_SECONDS, MOST_NBYTES = 20, 4 * 1024**3
+
+
+def fuzz(examples: int) -> Any:
+    """Return the settings of a test: seeded by its code, and printed on failure."""
+    return settings(
+        max_examples=examples * TIMES,
+        deadline=None,
+        derandomize=TIMES == 1,
+        print_blob=True,
+        phases=(Phase.explicit, Phase.generate),
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Fail what hangs or allocates without measure, and what leaves its folder."""
+
+    def stop(*_: object) -> None:
+        raise AssertionError("it hangs")
+
+    opened: list[str] = []
+    before = signal.signal(signal.SIGALRM, stop)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (used + MOST_NBYTES, limits[1]))
+    signal.alarm(MOST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert opened == []
+
+
+def use(folder: Path, outside: Path) -> None:
+    """Do to a store all that reads its files; only errors of ours may come of it."""
+    before = tree_hash(outside)
+    with watched():
+        try:
+            store = PrefixStore(folder)
+        except StoreError:
+            return
+        with store:
+            for prompt in (PROMPT, STATE):
+                read(store, prompt)
+            for act in (
+                store.prefixes,
+                store.usage,
+                store.pins,
+                lambda: [store.report(p.key) for p in store.prefixes()],
+                lambda: store.neighbourhood(PROMPT, TINY),
+                store.verify,
+                lambda: store.verify(fix=True),
+                lambda: save(store, [8, *tokens(40)]),
+                lambda: store.execute(store.plan_prune(PrunePolicy(max_nbytes=0))),
+            ):
+                try:
+                    act()
+                except PromptCacheError:
+                    continue
+    assert tree_hash(outside) == before
+
+
+def read(store: PrefixStore, prompt: list[int]) -> None:
+    """Take what a store has of a prompt: the right values, or an error."""
+    try:
+        match = store.lookup(prompt, TINY)
+        for part in match.slices:
+            # As every load does, which then compares the checksum of the data.
+            store.open_blob(part)
+            store._blobs.check(part.key)
+        assert match.cached_tokens <= len(prompt)
+        check_match(store, match, prompt)
+        store.touch(match)
+    except StoreError:
+        return
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fuzz") / "store"
+    with PrefixStore(folder) as store:
+        store.pin(save(store, PROMPT), "name")
+        save(store, [*PROMPT[:40], *tokens(20, first=500)])
+        save_with_checkpoints(store, STATE, [20])
+    return folder
+
+
+@contextmanager
+def copied(filled: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield a copy of a store, and a folder beside it that must not change."""
+    with tempfile.TemporaryDirectory() as place:
+        folder, outside = Path(place, "store"), Path(place, "outside")
+        shutil.copytree(filled, folder)
+        outside.mkdir()
+        for name in ("it.safetensors", "precious"):
+            (outside / name).write_text("precious")
+        yield folder, outside
+
+
+@fuzz(150)
+@given(data=st.data())
+def test_any_bytes_of_a_blob_may_change(filled: Path, data: st.DataObject) -> None:
+    with copied(filled) as (folder, outside):
+        path = data.draw(st.sampled_from(sorted(folder.glob("blobs/*/*.safetensors"))))
+        damage(path, data)
+        if data.draw(st.booleans()):
+            # All that is known then comes from the blobs.
+            (folder / "index.db").unlink()
+        use(folder, outside)
+
+
+def damage(path: Path, data: st.DataObject) -> None:
+    """Change, cut, lengthen or replace some bytes of a file."""
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        position = data.draw(st.integers(0, max(len(content) - 1, 0)))
+        new = data.draw(st.binary(min_size=1, max_size=16))
+        kind = data.draw(st.sampled_from(["put", "insert", "cut", "delete"]))
+        if kind == "put":
+            content[position : position + len(new)] = new
+        elif kind == "insert":
+            content[position:position] = new
+        elif kind == "cut":
+            del content[position:]
+        else:
+            del content[position : position + len(new)]
+    path.write_bytes(content)
+
+
+ODD = st.sampled_from(
+    [
+        *("", "0", "-1", "3", "1e999", "nan", str(2**63), str(2**64), "9" * 5000),
+        *("null", "[]", "{}", "[1]", '{"a": 1}', "true", '"', "[" * 100_000),
+        *("../../outside/it", "/etc/passwd", "a" * 32, "\x00", "🦊", "os.system"),
+        '{"divisible": 7}',
+        '{"divisible": [], "extendable": {}}',
+        '{"0": ["os.system", "rows"]}',
+        '{"0": ["KVCache", "rows", 64, 3, {"object": "X", "attributes": {}}]}',
+        '{"layers": null}',
+    ]
+)
+FIELDS = (
+    *("format_version", "key", "parent_key", "fingerprint", "fingerprint_parts"),
+    *("model", "source", "start", "end", "is_prefix", "created_at", "resumption"),
+    *("worth", "layout", "data_checksum"),
+)
+
+
+def seal(path: Path, changes: dict[str, str], specs: dict[int, TensorSpec]) -> None:
+    """Change fields of a header and give it the checksum that goes with them."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    del metadata["checksum"]
+    tensors = [TensorSpec(n, t["dtype"], tuple(t["shape"])) for n, t in header.items()]
+    tensors = [specs.get(i, spec) for i, spec in enumerate(tensors)]
+    metadata |= changes
+    metadata["checksum"] = _header_checksum(metadata, tensors)
+    path.write_bytes(_safetensors_header(metadata, tensors) + content[8 + length :])
+
+
+@fuzz(150)
+@given(data=st.data())
+def test_any_field_of_a_header_may_be_forged(filled: Path, data: st.DataObject) -> None:
+    with copied(filled) as (folder, outside):
+        path = data.draw(st.sampled_from(sorted(folder.glob("blobs/*/*.safetensors"))))
+        names = st.sampled_from(FIELDS)
+        seal(path, data.draw(st.dictionaries(names, ODD, min_size=1, max_size=2)), {})
+        if data.draw(st.booleans()):
+            (folder / "index.db").unlink()
+        use(folder, outside)
+
+
+SPECS = st.builds(
+    TensorSpec,
+    st.sampled_from(["token_ids", "rows", "logits", "layers.0.keys", "../it"]),
+    st.sampled_from(["F32", "U8", "BF16", "U32", "I64", "BOOL"]),
+    st.lists(st.integers(0, 2**40), max_size=4).map(tuple),
+)
+
+
+@fuzz(80)
+@given(data=st.data())
+def test_any_shape_and_dtype_may_be_forged(filled: Path, data: st.DataObject) -> None:
+    with copied(filled) as (folder, outside):
+        path = data.draw(st.sampled_from(sorted(folder.glob("blobs/*/*.safetensors"))))
+        seal(path, {}, data.draw(st.dictionaries(st.integers(0, 2), SPECS, min_size=1)))
+        use(folder, outside)
+
+
+@fuzz(150)
+@given(data=st.data())
+def test_any_bytes_of_the_index_may_change(filled: Path, data: st.DataObject) -> None:
+    with copied(filled) as (folder, outside):
+        damage(folder / "index.db", data)
+        use(folder, outside)
+
+
+VALUES = (
+    st.none()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.integers(-3, 8)
+    | st.floats()
+    | st.binary(max_size=200)
+    | ODD
+)
+
+
+@fuzz(60)
+@given(data=st.data())
+def test_any_value_in_the_index_may_change(filled: Path, data: st.DataObject) -> None:
+    with copied(filled) as (folder, outside):
+        with closing(sqlite3.connect(folder / "index.db")) as connection:
+            for _ in range(data.draw(st.integers(1, 3))):
+                forge(connection, data)
+            connection.commit()
+        use(folder, outside)
+
+
+def forge(connection: sqlite3.Connection, data: st.DataObject) -> None:
+    """Put some value into some place of the index."""
+    tables = ("segments", "segments", "prefixes", "blocks", "fingerprints", "usage")
+    table = data.draw(st.sampled_from(tables))
+    columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+    column = data.draw(st.sampled_from(columns))
+    num_rows = connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+    row = data.draw(st.integers(0, max(num_rows - 1, 0)))
+    keys = {"blocks": "hash", "prefixes": "key", "usage": "key"}
+    key = keys.get(table, "id")
+    sql = f"""
+        UPDATE OR IGNORE {table} SET {column} = ? WHERE {key} =
+            (SELECT {key} FROM {table} LIMIT 1 OFFSET {row})
+    """
+    try:
+        connection.execute(sql, [data.draw(VALUES)])
+    except (sqlite3.IntegrityError, UnicodeEncodeError):
+        return
+
+
+def test_circle_of_parents_does_not_hang(filled: Path) -> None:
+    with copied(filled) as (folder, outside):
+        with closing(sqlite3.connect(folder / "index.db")) as connection:
+            connection.execute("UPDATE segments SET parent_id = id")
+            connection.commit()
+        use(folder, outside)
+
+
+# With a model: never a wrong token
+
+
+@pytest.fixture(scope="module")
+def built(
+    tmp_path_factory: pytest.TempPathFactory, model_dir: Path
+) -> tuple[Path, CachedGenerator, list[int]]:
+    """A store with a prefix of a model, the model, and what it answers."""
+    folder = tmp_path_factory.mktemp("built") / "store"
+    with CachedGenerator.load(model_dir, store=folder, memory_limit=0) as generator:
+        generator.build(PROMPT[:66], prefill_step_size=32)
+    plain = CachedGenerator(
+        generator.model,
+        generator.tokenizer,
+        reuse=False,
+        save=False,
+        memory_limit=0,
+        identity=generator.identity,
+    )
+    return folder, plain, answer(plain)
+
+
+def answer(generator: CachedGenerator) -> list[int]:
+    return [r.token for r in generator.stream_generate(PROMPT, 6)]
+
+
+def check_answer(folder: Path, plain: CachedGenerator, wanted: list[int]) -> None:
+    with warnings.catch_warnings(), watched():
+        warnings.simplefilter("ignore")
+        with CachedGenerator(
+            plain.model,
+            plain.tokenizer,
+            store=folder,
+            memory_limit=0,
+            identity=plain.identity,
+        ) as generator:
+            assert answer(generator) == wanted
+
+
+@fuzz(60)
+@given(data=st.data())
+def test_no_damage_to_a_blob_makes_a_wrong_token(
+    built: tuple[Path, CachedGenerator, list[int]], data: st.DataObject
+) -> None:
+    folder, plain, wanted = built
+    with copied(folder) as (copy, _):
+        damage(data.draw(st.sampled_from(sorted(copy.glob("blobs/*/*")))), data)
+        check_answer(copy, plain, wanted)
+
+
+@fuzz(60)
+@given(data=st.data())
+def test_no_damage_to_the_index_makes_a_wrong_token(
+    built: tuple[Path, CachedGenerator, list[int]], data: st.DataObject
+) -> None:
+    folder, plain, wanted = built
+    with copied(folder) as (copy, _):
+        with closing(sqlite3.connect(copy / "index.db")) as connection:
+            forge(connection, data)
+            connection.commit()
+        check_answer(copy, plain, wanted)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE segments SET id = 0 WHERE start = 0",
+        "UPDATE segments SET id = 99 WHERE start = 0",
+        "UPDATE segments SET parent_id = 0",
+        "DELETE FROM segments WHERE start = 0",
+        "UPDATE segments SET start = 0, end = end - start",
+        "UPDATE segments SET token_ids = zeroblob(length(token_ids))",
+    ],
+)
+def test_rows_that_are_left_out_are_not_taken_for_zeros(
+    built: tuple[Path, CachedGenerator, list[int]], sql: str
+) -> None:
+    folder, plain, wanted = built
+    with copied(folder) as (copy, _):
+        with closing(sqlite3.connect(copy / "index.db")) as connection:
+            connection.execute(sql)
+            connection.commit()
+        check_answer(copy, plain, wanted)
+
+
+@fuzz(60)
+@given(layout=ODD)
+def test_no_forged_layout_breaks_a_generation(
+    built: tuple[Path, CachedGenerator, list[int]], layout: str
+) -> None:
+    folder, plain, wanted = built
+    with copied(folder) as (copy, _):
+        for path in copy.glob("blobs/*/*"):
+            seal(path, {"layout": layout}, {})
+        check_answer(copy, plain, wanted)
+
+
+def test_checksum_is_compared_before_bytes_are_used(
+    built: tuple[Path, CachedGenerator, list[int]],
+) -> None:
+    folder, plain, wanted = built
+    with copied(folder) as (copy, _):
+        with PrefixStore(copy) as store:
+            paths = blob_paths(store)
+        for path in paths:
+            content = bytearray(path.read_bytes())
+            content[-100] ^= 1
+            path.write_bytes(content)
+        with PrefixStore(copy) as store, pytest.raises(DamagedBlobError):
+            store._blobs.check(paths[0].stem)
+        check_answer(copy, plain, wanted)
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        *[("start", "-1"), ("start", "71"), ("end", str(2**63)), ("end", "nan")],
+        *[("fingerprint", "zz"), ("fingerprint", "ab"), ("worth", "9")],
+        *[("fingerprint_parts", "[]"), ("fingerprint_parts", '{"a": 1}')],
+        *[("created_at", "nan"), ("created_at", "1e999"), ("created_at", "-1")],
+        *[("resumption", '{"divisible": 7}'), ("resumption", '{"more": true}')],
+    ],
+)
+def test_field_of_the_wrong_kind_is_damage(filled: Path, field: str, text: str) -> None:
+    with copied(filled) as (folder, _), PrefixStore(folder) as store:
+        (part,) = store.lookup(PROMPT, TINY).slices
+        path, _header = store.open_blob(part)
+        seal(path, {field: text}, {})
+
+        with pytest.raises(DamagedBlobError, match="header cannot be read"):
+            store.open_blob(part)

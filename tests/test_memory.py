@@ -1,0 +1,75 @@
+"""What does not fit into memory is read again, not restored."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from promptcache import CachedGenerator, PromptCacheWarning, memory
+from promptcache.errors import StoreError
+
+PROMPT = [i % 250 for i in range(100)]
+GIB = 1024**3
+
+
+def test_memory_of_this_machine_is_known() -> None:
+    available = memory.available_nbytes()
+
+    assert available is None or 10_000_000 < available < 2**50
+
+
+def test_restore_that_does_not_fit_is_one_warning_and_a_prefill(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "store"
+    with CachedGenerator.load(model_dir, store=path, memory_limit=0) as generator:
+        generator.build(PROMPT, prefill_step_size=32)
+        warm = [*generator.stream_generate(PROMPT, 6, save=False)]
+        monkeypatch.setattr(memory, "available_nbytes", lambda: 1000)
+
+        with pytest.warns(PromptCacheWarning, match="do not fit into") as record:
+            cold = [*generator.stream_generate(PROMPT, 6, save=False)]
+
+        monkeypatch.setattr(memory, "available_nbytes", lambda: GIB)
+        again = [*generator.stream_generate(PROMPT, 6, save=False)]
+
+    assert len(record) == 1
+    assert [r.token for r in cold] == [r.token for r in warm]
+    assert cold[-1].cached_tokens == 0
+    # Nothing was given up for it.
+    assert again[-1].cached_tokens == warm[-1].cached_tokens == 99
+
+
+def test_what_is_free_is_told() -> None:
+    with pytest.raises(StoreError, match="of memory that are free"):
+        if memory.available_nbytes() is None:
+            pytest.skip("it is not known here")
+        memory.check_fits(2**60)
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="of the CPU backend")
+def test_limit_of_a_container_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory._of_container() is None
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("100\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 30\n")
+    assert memory._of_container() is None
+
+    (tmp_path / "memory.max").write_text("1000\n")
+
+    assert memory._of_container() == 930
+    assert memory.available_nbytes() == 930
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="of the CPU backend")
+def test_without_any_figure_everything_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+
+    assert memory.available_nbytes() is None
+    memory.check_fits(2**80)
