@@ -130,8 +130,12 @@ class LoadedModel:
             raise ModelError(
                 f"draft model {path_or_hf_repo} has another vocabulary than the model"
             )
-        self._drafts[id(draft)] = (draft, identity)
+        self.know_draft(draft, identity)
         return draft
+
+    def know_draft(self, draft: Any, identity: loading.ModelIdentity) -> None:
+        """Note what a draft model is, so that it need not be hashed."""
+        self._drafts[id(draft)] = (draft, identity)
 
     def _draft(self, draft: Any) -> loading.ModelIdentity:
         """Return what a draft model is; it is kept, so that no other gets its id."""
