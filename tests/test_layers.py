@@ -33,6 +33,7 @@ LAYERS = [
             "at_rest",
         ],
         "length_dependence",
+        *["json_form", "request_check", "api_keys"],
     ],
     ["manifest", "transcript", "volatility"],
     ["destination", "differences", "hot_tier"],
@@ -49,12 +50,23 @@ LAYERS = [
     ["building"],
     ["generator"],
     ["conversation", "parity", "syncing"],
+    ["mlx_lm_server", "served_prompt", "serving_metrics", "background_saver"],
+    ["model_provider", "served_request", "served_cache"],
+    ["single_flight", "cache_api"],
+    ["response_generator"],
+    ["api_errors"],
+    ["api_handler"],
+    ["server"],
 ]
 HEIGHTS = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
 # Where tensors live. The first import mlx when they are imported themselves.
 TENSOR_MODULES = {
     "building",
+    "mlx_lm_server",
+    "model_provider",
+    "served_cache",
+    "server",
     "decoding",
     "generation",
     "generator",
