@@ -74,11 +74,10 @@ class CachedResponseGenerator(ResponseGenerator):
         except Exception as error:
             request.error = error
             raise
-        reading = request.reading
-        if reading is not None and reading.saved is not None:
+        if request.reading is not None:
             # One that is killed now loses nothing.
             with contextlib.suppress(TimeoutError):
-                reading.saved.result(SAVE_SECONDS)
+                request.reading.settled.result(SAVE_SECONDS)
 
     def _await_response(self, response_queue: "Queue[Any]") -> Any:
         while True:

@@ -8,7 +8,7 @@ disk to write, and which no trouble of its own may end.
 import contextlib
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
@@ -28,8 +28,10 @@ from promptcache.writer import MAX_QUEUED_NBYTES, Writer
 
 # What an interrupted prefill may lose of the time it read; see `generation`.
 KEEP_SECONDS = 5.0
-# Of the memory that caches may take, what may be on its way to the disk.
+# Of the memory that caches may take, what may be on its way to the disk, and the least
+# with which the ends of one prompt need not wait for each other.
 QUEUE_SHARE = 4
+LEAST_QUEUE_NBYTES = 32 * 1024**2
 
 Found = tuple[list[Any] | None, int, str]
 
@@ -53,7 +55,8 @@ class ServedCache:
         self._store = store
         self._memory_limit = memory_limit
         self._save_answers = save_answers
-        queue = min(memory_limit // QUEUE_SHARE, MAX_QUEUED_NBYTES)
+        share = max(memory_limit // QUEUE_SHARE, LEAST_QUEUE_NBYTES)
+        queue = min(share, MAX_QUEUED_NBYTES)
         self._writer = Writer(queue)
         self._clerk = ThreadPoolExecutor(1, thread_name_prefix="promptcache-clerk")
         self._saver = BackgroundSaver(store, self._writer, queue) if store else None
@@ -99,10 +102,13 @@ class ServedCache:
         """Keep a cache that has read tokens; the caller keeps nothing of it."""
         if not isinstance(tokens, ServedPrompt):
             return
+        reading, saved = tokens.reading, None
         try:
-            self._insert(tokens.reading, tokens, prompt_cache)
+            saved = self._insert(reading, tokens, prompt_cache)
         except Exception as error:
             warn(f"a prompt is not kept: {error}")
+        if len(tokens) >= reading.num_tokens:
+            reading.settle_with(saved)
 
     def trim_to(
         self, *, n_sequences: int | None = None, n_bytes: int | None = None
@@ -231,24 +237,29 @@ class ServedCache:
 
     # Keeping
 
-    def _insert(self, reading: Reading, tokens: ServedPrompt, cache: list[Any]) -> None:
+    def _insert(
+        self, reading: Reading, tokens: ServedPrompt, cache: list[Any]
+    ) -> "Future[None] | None":
+        """Keep a cache, and return what is done when it is stored, too."""
         start, reading.num_read = reading.num_read, len(tokens)
         was_read = start >= reading.num_tokens - 1
         if reading.is_read and not was_read:
             self._record(reading)
         cache, end = _usable(reading, cache, len(tokens))
         if end <= reading.cached_tokens or not cache:
-            return
+            return None
         is_answer = end >= reading.num_tokens
         if not self._is_due(reading, cache, end):
-            return
+            return None
         mx.eval([part.state for _, part in parts_of(cache) if not part.empty()])
         reading.kept_at = time.perf_counter()
         self._token_nbytes = sum(layer.nbytes for layer in cache) / end
+        saved = None
         if self._saver is not None and (self._save_answers or not is_answer):
-            self._save(reading, [*tokens[:end]], cache, start=start)
+            saved = self._save(reading, [*tokens[:end]], cache, start=start)
         self._hot.add(reading.fingerprint.digest, tokens[:end], cache)
         self._hold_limit()
+        return saved
 
     def _is_due(self, reading: Reading, cache: list[Any], end: int) -> bool:
         """Return whether to keep a place, which costs a copy of the whole cache."""
@@ -260,13 +271,13 @@ class ServedCache:
 
     def _save(
         self, reading: Reading, token_ids: list[int], cache: list[Any], *, start: int
-    ) -> None:
+    ) -> "Future[None] | None":
         assert self._saver is not None
         end = len(token_ids)
         if not _has_rows_since(cache, start):
             # An answer that was longer than a window.
             reading.captures.clear()
-            return
+            return None
         taken = codec.capture(cache, start, end)
         mx.eval(taken.rows, taken.states)
         reading.captures.append(taken)
@@ -281,10 +292,10 @@ class ServedCache:
             is_listed=self._is_listed(reading, end),
             store_bits=reading.settings.store_bits,
         )
-        reading.saved = ending.saved
         self._saver.save(ending)
         # What it held is on its way to the disk.
         del reading.captures[:-1]
+        return ending.saved
 
     def _is_listed(self, reading: Reading, end: int) -> bool:
         """Return whether to list an end: of a system prompt and the last of a turn."""

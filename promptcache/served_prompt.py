@@ -45,7 +45,7 @@ class Reading:
         load_seconds: How long it took to find and to load what was cached.
         loaded_tokens: How many tokens were loaded from disk.
         kept_at: When it was kept last.
-        saved: Done when all that was to be saved of it is.
+        settled: Done when its answer is kept and, if it is to be, stored.
     """
 
     token_ids: list[int]
@@ -67,7 +67,7 @@ class Reading:
     load_seconds: float = 0.0
     loaded_tokens: int = 0
     kept_at: float = 0.0
-    saved: "Future[None] | None" = None
+    settled: "Future[None]" = field(default_factory=Future)
     _data: bytes = b""
 
     @property
@@ -92,6 +92,18 @@ class Reading:
         now = time.perf_counter()
         self.load_seconds = now - self.started_at
         self.kept_at = now
+
+    def settle_with(self, saved: "Future[None] | None") -> None:
+        """Be settled when something is saved, or at once."""
+
+        def settle(_: object) -> None:
+            if not self.settled.done():
+                self.settled.set_result(None)
+
+        if saved is None:
+            settle(saved)
+        else:
+            saved.add_done_callback(settle)
 
     def ends(self) -> Iterable[int]:
         """Return where what it is going to read can be taken over."""

@@ -101,7 +101,9 @@ class Server:
         for line in self.get("/metrics").splitlines():
             found = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line)
             if found and found[1] == f"promptcache_{name}":
-                wanted = all(f'{k}="{v}"' in (found[2] or "") for k, v in labels.items())
+                wanted = all(
+                    f'{k}="{v}"' in (found[2] or "") for k, v in labels.items()
+                )
                 total += float(found[3]) if wanted else 0.0
         return total
 
