@@ -2,10 +2,11 @@
 
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Collection
 
-# Whether these are this machine's own; anything else can be reached from outside.
-LOOPBACK_NAMES = ("localhost", "::1")
+# A name that is always this machine's own.
+LOOPBACK_NAMES = ("localhost",)
 
 
 class ApiKeys:
@@ -42,4 +43,9 @@ def _namespace(key: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Return whether a host can be reached from this machine only."""
-    return host in LOOPBACK_NAMES or host.startswith("127.")
+    if host in LOOPBACK_NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -42,6 +42,7 @@ class Server:
         model: Path | str | None,
         *options: str | Path,
         store: Path,
+        key: str | None = None,
         command: Sequence[str] = ("-m", "promptcache_cli", "serve"),
         env: dict[str, str] | None = None,
     ) -> None:
@@ -55,6 +56,7 @@ class Server:
             text=True,
             env={**os.environ, "PROMPTCACHE_DIR": str(store), **(env or {})},
         )
+        self.key = key
         self.said: list[str] = []
         self._listening = threading.Event()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -98,7 +100,7 @@ class Server:
     def metric(self, name: str, **labels: str) -> float:
         """Return a figure of `/metrics`, summed over the labels that are not given."""
         total = 0.0
-        for line in self.get("/metrics").splitlines():
+        for line in self.get("/metrics", self.key).splitlines():
             found = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line)
             if found and found[1] == f"promptcache_{name}":
                 wanted = all(
