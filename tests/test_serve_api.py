@@ -13,8 +13,9 @@ import openai
 import pytest
 from commands import assert_fails, invoke
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Server, ask, running, system_and, wait_until
+from serving import Server, ask, running, system_and
 
+from benchmarks.served import wait_until
 from promptcache.api_keys import ApiKeys, is_loopback
 
 SYSTEM = "You are the narrator of a long story about a lighthouse. " * 12
