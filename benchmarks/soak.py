@@ -211,6 +211,7 @@ def soak(model: Path, seconds: float, store: Path, *, seed: int = 0) -> Soak:
             _sample(server, found)
             time.sleep(min(0.25, seconds / 40))
         wait_until(lambda: server.metric("active_requests") == 0)
+        server.wait_saved()
         _sample(server, found)
         _check(server, found, num_threads)
         if code := server.stop():
@@ -235,8 +236,9 @@ def _check(server: Server, found: Soak, num_threads: int) -> None:
     wait_until(lambda: server.num_threads <= num_threads + 16)
     if max(found.held) > MEMORY_LIMIT:
         found.problems.append(f"{max(found.held)} bytes in memory")
-    if max(found.disk) > DISK_LIMIT:
-        found.problems.append(f"{max(found.disk)} bytes on disk")
+    # The limit holds after a save; in the middle of one there is more for a moment.
+    if found.disk[-1] > DISK_LIMIT or max(found.disk) > DISK_LIMIT * 1.02:
+        found.problems.append(f"{found.disk[-1]}, {max(found.disk)} bytes on disk")
     if found.growth > MEMORY_LIMIT + SLACK:
         found.problems.append(f"the process grew by {found.growth} bytes")
 

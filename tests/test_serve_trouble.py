@@ -1,5 +1,6 @@
 """The server when the disk is in trouble: a request in flight gets its answer."""
 
+import contextlib
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -18,10 +19,10 @@ SLOWLY = ("--prefill-step-size", "8", "--memory-limit", "64MB")
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for a megabyte."""
+    """A file system of 32 megabytes."""
     folder = tmp_path / "small"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=32M", "tmpfs", str(folder)]
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
@@ -62,12 +63,9 @@ def test_answer_comes_when_the_disk_fills(
     messages, text = expected
 
     def fill() -> None:
-        with open(small_disk / "other", "wb") as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-                    file.flush()
-            except OSError:
+        other = small_disk / "other"
+        with contextlib.suppress(OSError), other.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
                 pass
 
     with running(model_dir, *SLOWLY, store=small_disk / "store") as server:
@@ -86,22 +84,29 @@ def test_answer_comes_when_the_store_turns_read_only(
     model_dir: Path, small_disk: Path, expected: tuple[Messages, str]
 ) -> None:
     messages, text = expected
+    unfinished = small_disk / "store" / "tmp"
 
     def turn_read_only() -> None:
-        # Files that are open for writing would forbid it without a bind mount.
-        command = ["mount", "-o", "remount,ro,bind", str(small_disk)]
-        subprocess.run(command, check=True)
+        # Where new blobs are written; what is open already could not be mounted so.
+        for options in (
+            ["--bind", unfinished, unfinished],
+            ["-o", "remount,ro,bind", unfinished],
+        ):
+            subprocess.run(["mount", *options], check=True)
 
-    subprocess.run(["mount", "--bind", str(small_disk), str(small_disk)], check=True)
     try:
         with running(model_dir, *SLOWLY, store=small_disk / "store") as server:
             answer = answers_meanwhile(server, messages, turn_read_only)
             again = ask(server.client(), messages)
+
+            assert server.metric("saves_total", result="failed") > 0
+            assert any("not saved" in line for line in server.said)
             assert not any("Traceback" in line for line in server.said)
     finally:
-        subprocess.run(["umount", "-l", str(small_disk)], check=True)
+        subprocess.run(["umount", "-l", unfinished], check=True)
 
     assert answer.text == again.text == text
+    assert again.prefilled_tokens == 1
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
