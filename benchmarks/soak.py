@@ -261,15 +261,25 @@ def report(found: Soak) -> None:
         print(f"problem: {problem}")
 
 
+def _save_model(folder: Path) -> Path:
+    """Save the tests' tiny model."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import tiny
+
+    return tiny.save_model(folder, tiny.LLAMA)
+
+
 def main() -> None:
     """Run the soak with a tiny random model, and exit with 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="folder, else a random model")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = soak(given.model, given.seconds, Path(folder), seed=given.seed)
+        model = given.model or _save_model(Path(folder) / "model")
+        store = Path(folder) / "store"
+        found = soak(model, given.seconds, store, seed=given.seed)
     report(found)
     sys.exit(1 if found.problems else 0)
 

@@ -28,6 +28,7 @@ TURNS = (
     "I light the lamp for it.",
     "How does the night end?",
 )
+MEMORY = ("--memory-limit", "1GB")
 MAX_TOKENS = 20
 # What a chat template puts around a user's text, and before the answer.
 AROUND = 12
@@ -61,7 +62,7 @@ def num_tokens(plain: Any, text: str) -> int:
 def test_chat_survives_a_kill_and_reads_only_what_is_new(
     plain: Any, store_dir: Path
 ) -> None:
-    servers: list[Server] = [Server(None, store=store_dir)]
+    servers: list[Server] = [Server(None, *MEMORY, store=store_dir)]
     messages = system_and(SYSTEM)
     answers, cold = [], []
     try:
@@ -72,7 +73,7 @@ def test_chat_survives_a_kill_and_reads_only_what_is_new(
             messages.append({"role": "assistant", "content": answers[-1].text})
             if number == 4:
                 servers[-1].kill()
-                servers.append(Server(None, store=store_dir))
+                servers.append(Server(None, *MEMORY, store=store_dir))
         from_disk = servers[-1].metric("hits_total", tier="disk")
     finally:
         for server in servers:
@@ -92,7 +93,7 @@ def test_chat_survives_a_kill_and_reads_only_what_is_new(
 def crowd() -> list[Messages]:
     """Eight clients' prompts after one system prompt of 1,000 tokens."""
     words = itertools.cycle(NARRATOR.read_text().split())
-    system = " ".join(itertools.islice(words, 740))
+    system = " ".join(itertools.islice(words, 880))
     questions = [f"{said} Answer in one sentence." for said in TURNS[:8]]
     return [system_and(system, question) for question in questions]
 
@@ -100,11 +101,11 @@ def crowd() -> list[Messages]:
 def test_crowd_reads_one_system_prompt_once(
     plain: Any, store_dir: Path, tmp_path: Path, crowd: Sequence[Messages]
 ) -> None:
-    with running(None, store=store_dir) as server:
+    with running(None, *MEMORY, store=store_dir) as server:
         together = ask_at_once(server, crowd, max_tokens=8)
         num_read = server.metric("tokens_prefilled_total")
         waits = server.metric("single_flight_waits_total")
-    with running(None, store=tmp_path / "other") as server:
+    with running(None, *MEMORY, store=tmp_path / "other") as server:
         alone = [ask(server.client(), messages, max_tokens=8) for messages in crowd]
 
     system = num_tokens(plain, crowd[0][0]["content"])
