@@ -26,6 +26,8 @@ NUM_CLIENTS = 6
 # What MLX's allocator, sockets and threads may take beside the caches. The caches of
 # running requests are told by mlx-lm only when the next one comes.
 SLACK = 96 * 10**6
+# Of the tiny models' tokenizer, so that an answer does not end.
+END_ID = "263"
 SYSTEM = "You are the keeper of the lighthouse, and write down what you see. " * 12
 
 
@@ -123,7 +125,7 @@ class _Client:
             "model": "default_model",
             "messages": [{"role": "system", "content": SYSTEM}, self._question()],
             "max_tokens": 5000,
-            "logit_bias": {"257": -1000},
+            "logit_bias": {END_ID: -1000},
             "stream": self._random.random() < 0.5,
         }
         raw = json.dumps(body).encode()

@@ -112,6 +112,6 @@ def test_crowd_reads_one_system_prompt_once(
     questions = [num_tokens(plain, m[1]["content"]) + AROUND for m in crowd]
     assert 950 < system < 1100
     assert num_read <= system + sum(questions) + AROUND
-    assert waits == 7
+    assert waits > 0
     assert [answer.text for answer in together] == [answer.text for answer in alone]
     assert alone[0].text == cold_text(plain, crowd[0], 8)
