@@ -3,7 +3,7 @@
 import gc
 import threading
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,8 @@ class IdentifiedModelProvider(ModelProvider):
             store_bits=self._store_bits,
         )
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
-        made_for = config.get("max_position_embeddings")
-        self.most_tokens = (made_for if self._limit is None else self._limit) or None
+        limit = _context(config) if self._limit is None else self._limit
+        self.most_tokens = limit or None
 
     def _load_draft(self, path: str, vocab_size: int) -> Any:
         draft, tokenizer, self._draft_identity = loading.load(path)
@@ -158,3 +158,10 @@ class IdentifiedModelProvider(ModelProvider):
         """Return the default model's folder, if it is one."""
         path = Path(str(self.cli_args.model)).expanduser()
         return path.resolve() if path.is_dir() else None
+
+
+def _context(config: Mapping[str, Any]) -> int | None:
+    """Return for how many tokens a model was made, None if its config does not say."""
+    text_config = config.get("text_config") or {}
+    found = {**text_config, **config}.get("max_position_embeddings")
+    return int(found) if isinstance(found, int) else None

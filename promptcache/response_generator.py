@@ -43,6 +43,7 @@ class CachedResponseGenerator(ResponseGenerator):
         """Take what loads models and what keeps prefixes; starts to generate."""
         self._cache = cache
         self._flight = SingleFlight(self._must_wait)
+        cache.on_kept = self._flight.look
         self._listener = _Listener()
         super().__init__(provider, cache)
         self._time_budget = _Turn(self._is_wanted)

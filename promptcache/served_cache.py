@@ -7,7 +7,7 @@ disk to write, and which no trouble of its own may end.
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -33,11 +33,19 @@ KEEP_SECONDS = 5.0
 QUEUE_SHARE = 4
 LEAST_QUEUE_NBYTES = 32 * 1024**2
 
+# Clients ask for as many tokens as they may get; few answers are that long.
+EXPECTED_ANSWER_TOKENS = 1024
+
 Found = tuple[list[Any] | None, int, str]
 
 
 class ServedCache:
     """Prompt caches in memory and on disk, with the methods of mlx-lm's own.
+
+    Attributes:
+        on_kept: Called when something was kept, which others may wait for.
+        num_waiting: How many requests wait, to be told.
+        metrics: What it did.
 
     Invariants:
         What it holds in memory fits into `memory_limit`, together with the caches of
@@ -65,6 +73,7 @@ class ServedCache:
         self._active_nbytes = 0
         self._token_nbytes = 0.0
         self.num_waiting = 0
+        self.on_kept: Callable[[], None] = lambda: None
         self.metrics = ServingMetrics(self._levels)
 
     # What mlx-lm calls
@@ -107,6 +116,7 @@ class ServedCache:
             saved = self._insert(reading, tokens, prompt_cache)
         except Exception as error:
             warn(f"a prompt is not kept: {error}")
+        self.on_kept()
         if len(tokens) >= reading.num_tokens:
             reading.settle_with(saved)
 
@@ -218,7 +228,10 @@ class ServedCache:
         self._running.append(reading)
 
     def running(self) -> list[Reading]:
-        """Return the requests that somebody waits for."""
+        """Return the requests that somebody waits for.
+
+        To be called on the thread that generates.
+        """
         self._running = [r for r in self._running if not r.over.is_set()]
         return self._running
 
@@ -233,7 +246,8 @@ class ServedCache:
         return not running or nbytes <= self._memory_limit
 
     def _expected_nbytes(self, reading: Reading) -> float:
-        return self._token_nbytes * (reading.num_tokens + reading.max_tokens)
+        answer = min(reading.max_tokens, EXPECTED_ANSWER_TOKENS)
+        return self._token_nbytes * (reading.num_tokens + answer)
 
     # Keeping
 
@@ -304,6 +318,9 @@ class ServedCache:
 
     def advance(self) -> None:
         """Hand to the writer what waits for it."""
+        if not self.running():
+            # mlx-lm tells it only when it takes one in.
+            self._active_nbytes = 0
         if self._saver is not None:
             self._saver.advance()
         self._hold_limit()
@@ -364,7 +381,7 @@ class ServedCache:
             },
             self._queued_nbytes,
             len(saver) if saver is not None else 0,
-            len(self.running()),
+            sum(not reading.over.is_set() for reading in [*self._running]),
             self.num_waiting,
         )
 
