@@ -13,15 +13,20 @@ EXTRAS := dev$(if $(BACKEND),$(comma)$(BACKEND))
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
 RUN := PATH="$(BIN):$$PATH" $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 
+# The oldest mlx-lm that pyproject.toml allows.
+OLDEST_MLX_LM := $(shell sed -n 's/.*"mlx-lm>=\(.*\)",/\1/p' pyproject.toml)
+SOAK_SECONDS ?= 1800
+
 # Where the benchmarks write what they measured, and the plots of it.
 MEASURED ?= docs/benchmarks
 
-.PHONY: help demo test soak lint format bench bench-plots models clean
+.PHONY: help demo test oldest soak lint format bench bench-plots models clean
 
 help:
 	@echo "make demo    run the main job with the embedded default model"
 	@echo "make test    run the tests"
-	@echo "make soak    run the long forms of the tests, about 15 minutes"
+	@echo "make oldest  try the server with the oldest mlx-lm that is supported"
+	@echo "make soak    run the long forms of the tests, three quarters of an hour"
 	@echo "make lint    check style, types and generated docs"
 	@echo "make format  mend style and generated docs"
 	@echo "make bench   measure, side by side with mlx-lm"
@@ -42,7 +47,16 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN) python -m pytest --cov --cov-report=term
 
+# Everything else stays as it is: only mlx-lm's own code decides.
+oldest: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade \
+		--target $(VENV)/oldest 'mlx-lm==$(OLDEST_MLX_LM)'
+	PYTHONPATH="$(CURDIR)/$(VENV)/oldest" $(RUN) python -m pytest -q \
+		tests/test_mlx_lm_server.py tests/test_serve.py \
+		-k 'mlx_lm or restart or read_once or options or draft'
+
 soak: $(VENV)/.installed
+	$(RUN) python -m benchmarks.soak --seconds $(SOAK_SECONDS)
 	$(RUN) python -m tests.soak_store
 
 lint: $(VENV)/.installed
@@ -62,6 +76,7 @@ bench: $(VENV)/.installed
 	$(RUN) python -m benchmarks.chat --json $(MEASURED)/chat.json
 	$(RUN) python -m benchmarks.overhead --json $(MEASURED)/overhead.json
 	$(RUN) python -m benchmarks.ttft --json $(MEASURED)/ttft.json
+	$(RUN) python -m benchmarks.serve --json $(MEASURED)/serve.json
 
 bench-plots: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[plots]'

@@ -7,6 +7,9 @@ shared ones a cache of their own. So a prompt that goes on where another one sto
 costs no copy, and one that shares a long system prompt costs that of the few rows
 after it.
 
+A server's batches copy what they are given, so that a prefix can stay here while they
+use it: they `share` it, and `add` what is new, which becomes a branch.
+
 Rows of `KVCache` are shared at any token. A cache with parts of other classes is taken
 as a whole, by prompts that continue all it has read.
 """
@@ -14,7 +17,7 @@ as a whole, by prompts that continue all it has read.
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +33,8 @@ from promptcache.treatment import (
 
 # So much of the memory that models and others share is a safe part for caches.
 MEMORY_SHARE = 8
+# Of how many pieces a prefix is put together before they become one.
+MOST_PIECES = 8
 
 Rows = dict[str, list[Any]]
 
@@ -57,7 +62,7 @@ class _Trunk:
     @property
     def is_divisible(self) -> bool:
         """Return whether a run can take over at any token of it."""
-        return _has_only_rows(self.cache)
+        return has_only_rows(self.cache)
 
 
 @dataclass(eq=False, slots=True)
@@ -110,11 +115,16 @@ class HotTier:
     Invariants:
         All arrays that it holds fit into `max_nbytes`.
         Nobody else writes to an array that it holds.
+
+    Attributes:
+        max_nbytes: How many bytes it holds at most.
+        num_evicted: How many entries had to go for that.
     """
 
     def __init__(self, max_nbytes: int) -> None:
         """Take how many bytes to hold, 0 to hold nothing."""
         self.max_nbytes = max_nbytes
+        self.num_evicted = 0
         self._entries: list[_Trunk | _Branch] = []
         self._lock = threading.RLock()
 
@@ -151,16 +161,29 @@ class HotTier:
         """
         data = pack(token_ids)
         with self._lock:
+            branches = self._branches(fingerprint, data)
             found = (
-                self._prefix(trunk, data, last_resumable)
+                self._prefix(trunk, branches, data, last_resumable)
                 for trunk in self._entries
                 if isinstance(trunk, _Trunk) and trunk.fingerprint == fingerprint
             )
             best = max(found, key=lambda prefix: prefix.num_tokens, default=None)
         return best if best and best.num_tokens else None
 
+    def _branches(self, fingerprint: str, data: bytes) -> list[_Piece]:
+        """Return all branches with how far they agree with a prompt."""
+        return [
+            _Piece(entry, common_length(entry.data, data))
+            for entry in self._entries
+            if isinstance(entry, _Branch) and entry.fingerprint == fingerprint
+        ]
+
     def _prefix(
-        self, trunk: _Trunk, data: bytes, last_resumable: Callable[[int], int]
+        self,
+        trunk: _Trunk,
+        branches: Sequence[_Piece],
+        data: bytes,
+        last_resumable: Callable[[int], int],
     ) -> HotPrefix:
         """Return what a trunk has of a prompt, with the branches that go on from it."""
         last = len(data) // TOKEN_NBYTES - 1
@@ -171,24 +194,10 @@ class HotTier:
                 covered if is_whole else 0, False, (_Piece(trunk, covered),)
             )
         pieces = [_Piece(trunk, covered)]
-        while longer := self._longest_branch(trunk.fingerprint, data, covered, last):
+        while longer := _longest_branch(branches, covered, last):
             pieces.append(longer)
             covered = longer.stop
         return HotPrefix(last_resumable(covered), True, tuple(pieces))
-
-    def _longest_branch(
-        self, fingerprint: str, data: bytes, covered: int, last: int
-    ) -> _Piece | None:
-        """Return the branch that reaches furthest beyond what is covered, if any."""
-        pieces = (
-            _Piece(entry, min(common_length(entry.data, data), last))
-            for entry in self._entries
-            if isinstance(entry, _Branch)
-            and entry.fingerprint == fingerprint
-            and entry.start <= covered
-        )
-        best = max(pieces, key=lambda piece: piece.stop, default=None)
-        return best if best and best.stop > covered else None
 
     def take(self, found: HotPrefix) -> list[Any] | None:
         """Return a cache that holds a prefix which was just found; it is the caller's.
@@ -231,6 +240,33 @@ class HotTier:
             _trim(trunk.cache, num_tokens)
         return trunk.cache
 
+    def share(self, found: HotPrefix) -> list[Any] | None:
+        """Return a cache with a prefix that was just found, which stays here, too.
+
+        Its arrays are objects of its own, and it has no room: what is written to it is
+        written to copies. None if another thread has taken it meanwhile.
+        """
+        with self._lock:
+            (trunk, stop), *branches = found.pieces
+            if any(piece.entry not in self._entries for piece in found.pieces):
+                return None
+            assert isinstance(trunk, _Trunk)
+            covered = min(stop, found.num_tokens)
+            if not trunk.is_divisible:
+                self._use(trunk)
+                return deepcopy(trunk.cache)
+            cache = shared_rows(trunk.cache, covered)
+            for branch, stop in branches:
+                assert isinstance(branch, _Branch)
+                stop = min(stop, found.num_tokens)
+                if stop > covered:
+                    _append(cache, branch, covered, stop)
+                    self._use(branch)
+                    covered = stop
+            # Last, so that it outlives what is of no use without it.
+            self._use(trunk)
+            return cache
+
     def _use(self, entry: _Trunk | _Branch) -> None:
         """Make an entry the last to go."""
         self._entries.remove(entry)
@@ -255,7 +291,7 @@ class HotTier:
             good_to: How many of these other prompts may share, all if None.
         """
         num_good = len(token_ids) if good_to is None else good_to
-        if _has_only_rows(cache):
+        if has_only_rows(cache):
             _trim(cache, num_good)
         elif num_good < len(token_ids):
             return
@@ -280,6 +316,52 @@ class HotTier:
             self._entries.append(new)
             self._hold_limit()
 
+    def add(self, fingerprint: str, token_ids: Sequence[int], cache: list[Any]) -> None:
+        """Keep what a cache has read, but only rows of it that are not here yet.
+
+        Args:
+            fingerprint: What its values depend on.
+            token_ids: What it has read.
+            cache: One mlx-lm cache object a layer, of which the caller keeps nothing.
+        """
+        if not has_only_rows(cache):
+            return self.put(fingerprint, token_ids, cache)
+        with self._lock:
+            # One more, as a prefix leaves one to read.
+            found = self.find(fingerprint, [*token_ids, 0], lambda end: end)
+            if found is None or len(found.pieces) >= MOST_PIECES:
+                data = pack(token_ids)
+                self._forget_prefixes(fingerprint, data)
+                return self.put(fingerprint, token_ids, cache)
+            for entry, _ in reversed(found.pieces):
+                self._use(entry)
+            if found.num_tokens == len(token_ids):
+                return
+            rows = _copied_rows(cache, found.num_tokens, len(token_ids))
+            nbytes = sum(array.nbytes for arrays in rows.values() for array in arrays)
+            branch = _Branch(
+                fingerprint, pack(token_ids), found.num_tokens, rows, nbytes
+            )
+            # Before its trunk, which is to outlive it.
+            self._entries.insert(len(self._entries) - 1, branch)
+            self._hold_limit()
+
+    def _forget_prefixes(self, fingerprint: str, data: bytes) -> None:
+        """Remove the branches that a longer trunk makes superfluous."""
+        self._entries = [
+            entry
+            for entry in self._entries
+            if isinstance(entry, _Trunk)
+            or entry.fingerprint != fingerprint
+            or not data.startswith(entry.data)
+        ]
+
+    def hold(self, max_nbytes: int) -> None:
+        """Set how many bytes to hold, and give up what is more."""
+        with self._lock:
+            self.max_nbytes = max_nbytes
+            self._hold_limit()
+
     def _alike(self, new: _Trunk) -> Iterator[_Trunk]:
         """Yield the trunks that are good for all that a new one is, or the reverse."""
         for entry in self._entries:
@@ -295,6 +377,20 @@ class HotTier:
     def _hold_limit(self) -> None:
         while self._entries and self.nbytes > self.max_nbytes:
             self._entries.pop(0)
+            self.num_evicted += 1
+
+
+def _longest_branch(
+    branches: Sequence[_Piece], covered: int, last: int
+) -> _Piece | None:
+    """Return the branch that reaches furthest beyond what is covered, if any."""
+    pieces = (
+        _Piece(entry, min(stop, last))
+        for entry, stop in branches
+        if isinstance(entry, _Branch) and entry.start <= covered
+    )
+    best = max(pieces, key=lambda piece: piece.stop, default=None)
+    return best if best and best.stop > covered else None
 
 
 def _row_parts(cache: Sequence[Any]) -> Iterator[Any]:
@@ -304,7 +400,7 @@ def _row_parts(cache: Sequence[Any]) -> Iterator[Any]:
             yield part
 
 
-def _has_only_rows(cache: Sequence[Any]) -> bool:
+def has_only_rows(cache: Sequence[Any]) -> bool:
     """Return whether a cache is nothing but plain rows of the same tokens."""
     parts = [part for _, part in parts_of(cache)]
     position = max((part.offset for part in _row_parts(cache)), default=0)
@@ -345,6 +441,23 @@ def _copied(cache: Sequence[Any], num_tokens: int) -> list[Any]:
     parts = [copied(part) for _, part in parts_of(cache)]
     mx.eval([part.state for part in parts if not part.empty()])
     return with_parts(cache, iter(parts))
+
+
+def shared_rows(cache: Sequence[Any], num_tokens: int) -> list[Any]:
+    """Return a cache with the first tokens of another one, on the same memory.
+
+    All of its parts keep plain rows. Its arrays are other objects, so that it can be
+    written to.
+    """
+
+    def shared(part: Any) -> Any:
+        other = copy(part)
+        if not part.empty():
+            other.keys, other.values = rows_of(part, 0, num_tokens)
+            other.offset = num_tokens
+        return other
+
+    return with_parts(cache, (shared(part) for _, part in parts_of(cache)))
 
 
 def _append(cache: Sequence[Any], branch: _Branch, start: int, stop: int) -> None:

@@ -13,7 +13,7 @@ from promptcache.length_dependence import length_dependence
 from promptcache.prefill import Cuts
 from promptcache.settings import DEFAULT_SETTINGS, Settings
 from promptcache.speculation import DraftedModel
-from promptcache.treatment import check_supported, needs_checkpoints
+from promptcache.treatment import check_supported, needs_checkpoints, parts_of
 from promptcache.types import Fingerprint
 
 
@@ -62,6 +62,11 @@ class LoadedModel:
     def needs_checkpoints(self, settings: Settings = DEFAULT_SETTINGS) -> bool:
         """Return whether it can be resumed only where a checkpoint was taken."""
         return needs_checkpoints(self.make_cache(settings))
+
+    def is_divisible(self, settings: Settings = DEFAULT_SETTINGS) -> bool:
+        """Return whether its cache is nothing but rows, of which any are a prefix."""
+        parts = parts_of(self.make_cache(settings))
+        return all(type(part).__name__ == "KVCache" for _, part in parts)
 
     def check_supported(self, settings: Settings) -> None:
         """Raise UnsupportedCacheError if a part of the cache cannot be stored."""
@@ -130,8 +135,12 @@ class LoadedModel:
             raise ModelError(
                 f"draft model {path_or_hf_repo} has another vocabulary than the model"
             )
-        self._drafts[id(draft)] = (draft, identity)
+        self.know_draft(draft, identity)
         return draft
+
+    def know_draft(self, draft: Any, identity: loading.ModelIdentity) -> None:
+        """Note what a draft model is, so that it need not be hashed."""
+        self._drafts[id(draft)] = (draft, identity)
 
     def _draft(self, draft: Any) -> loading.ModelIdentity:
         """Return what a draft model is; it is kept, so that no other gets its id."""

@@ -50,6 +50,20 @@ def load(
     Raises:
         ModelError: The model cannot be found or loaded.
     """
+    model, tokenizer, identity, _ = load_with_config(
+        path_or_hf_repo, adapter_path=adapter_path, announce=announce, **kwargs
+    )
+    return model, tokenizer, identity
+
+
+def load_with_config(
+    path_or_hf_repo: str | Path | None = None,
+    *,
+    adapter_path: str | Path | None = None,
+    announce: Callable[[str], None] | None = None,
+    **kwargs: Any,
+) -> tuple[Any, Any, ModelIdentity, dict[str, Any]]:
+    """Do what `load` does, and return the model's config, too. Raises ModelError."""
     import mlx_lm
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, snapshot_download
 
@@ -87,7 +101,7 @@ def load(
     }
     # Another revision than the hub's newest is found by its folder only.
     source = str(folder) if revision else source
-    return model, tokenizer, ModelIdentity(display_name(wanted), source, parts)
+    return model, tokenizer, ModelIdentity(display_name(wanted), source, parts), config
 
 
 def load_tokenizer(source: str | None) -> Any:

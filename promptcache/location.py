@@ -71,6 +71,12 @@ def memory_limit() -> int | None:
     return parse_size(size) if size else None
 
 
+def api_keys() -> tuple[str, ...]:
+    """Return the keys in `PROMPTCACHE_API_KEY`, which commas separate."""
+    keys = os.environ.get("PROMPTCACHE_API_KEY", "").split(",")
+    return tuple(key.strip() for key in keys if key.strip())
+
+
 def model_name() -> str | None:
     """Return the model named by `PROMPTCACHE_MODEL`, or None."""
     return os.environ.get("PROMPTCACHE_MODEL") or None

@@ -164,8 +164,8 @@ def report(
 
 def make_room(
     index: Index, blobs: BlobFolder, *, nbytes: int, limit: int, protect: str | None
-) -> None:
-    """Sweep garbage, then evict, until so many bytes more fit.
+) -> int:
+    """Sweep garbage, then evict, until so many bytes more fit; return how many went.
 
     Args:
         nbytes: Room that is needed.
@@ -176,7 +176,7 @@ def make_room(
         StoreFullError: It cannot be had; nothing was evicted then.
     """
     if blobs.total_nbytes() + nbytes <= limit:
-        return
+        return 0
     index.shrink()
     garbage = find_garbage(index, blobs)
     over = blobs.total_nbytes() + nbytes - limit - _nbytes(garbage)
@@ -192,7 +192,8 @@ def make_room(
     removals = _removals(evicted, "makes room")
     execute(index, blobs, PrunePlan(tuple(removals), tuple(garbage), 0))
     # Once more, because a blob that is gone already gives less room than its row says.
-    make_room(index, blobs, nbytes=nbytes, limit=limit, protect=protect)
+    more = make_room(index, blobs, nbytes=nbytes, limit=limit, protect=protect)
+    return len(evicted) + more
 
 
 def _full_message(segments: Collection[Leaf], nbytes: int, limit: int) -> str:

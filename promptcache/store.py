@@ -99,7 +99,8 @@ class PrefixStore:
         """Open a store, creating it where there is none.
 
         An index that is missing or damaged is rebuilt from the blobs; `rebuilt`
-        then tells how many segments it got back.
+        then tells how many segments it got back. `num_evicted` counts what had to go
+        to make room for saves.
 
         Args:
             path: The folder, else `PROMPTCACHE_DIR`, else in the user's cache folder.
@@ -123,6 +124,7 @@ class PrefixStore:
             else max_daily_nbytes,
         )
         self.rebuilt = 0
+        self.num_evicted = 0
         self._blobs = BlobFolder(self.path)
         try:
             self._blobs.create()
@@ -335,14 +337,21 @@ class PrefixStore:
         """
         return recovery.give_up(self._index, self._blobs, key)
 
-    def prefixes(self) -> list[Prefix]:
-        """Return what was built or saved, the last used first. Raises StoreError."""
+    def prefixes(self, *, namespace: str | None = None) -> list[Prefix]:
+        """Return what was built or saved, the last used first.
+
+        Only what is in a namespace, if one is given. Raises StoreError.
+        """
         with self._index.reading():
             tree = self._tree()
             return [
                 self._with_nbytes(prefix, segment_id, tree)
                 for prefix, segment_id in self._index.prefixes()
+                if namespace in (None, self._namespace_of(segment_id))
             ]
+
+    def _namespace_of(self, segment_id: int) -> str:
+        return self._index.fingerprint_of(segment_id).parts.get("namespace", "")
 
     def _with_nbytes(
         self, prefix: Prefix, segment_id: int, tree: pruning.Tree
@@ -636,7 +645,7 @@ class PrefixStore:
             raise
 
     def _make_room(self, nbytes: int, *, protect: str | None) -> None:
-        pruning.make_room(
+        self.num_evicted += pruning.make_room(
             self._index,
             self._blobs,
             nbytes=nbytes,

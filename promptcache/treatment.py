@@ -155,6 +155,13 @@ def window_rows(part: Any, start: int, end: int) -> list["mx.array"]:
     return [_turned_rows(array, first, stop) for array in arrays_of(part)]
 
 
+def first_row(part: Any) -> int:
+    """Return the first token whose row a window still has."""
+    if type(part).__name__ == "ChunkedKVCache":
+        return int(part.start_position)
+    return max(int(part.offset) - int(part.keys.shape[-2]), 0)
+
+
 def _turned_rows(array: "mx.array", first: int, stop: int) -> "mx.array":
     """Return the rows `[first, stop)` of a ring, negative ones counted from its end."""
     import mlx.core as mx

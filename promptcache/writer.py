@@ -40,13 +40,14 @@ class Writer:
     def submit(self, job: Callable[[], None], nbytes: int) -> "Future[None]":
         """Run a job that holds so many bytes, once there is room for them."""
         with self._has_less:
-            self._has_less.wait_for(lambda: self._has_room(nbytes))
+            self._has_less.wait_for(lambda: self.has_room(nbytes))
             self._queued_nbytes += nbytes
         future = self._pool.submit(job)
         future.add_done_callback(lambda _: self._release(nbytes))
         return future
 
-    def _has_room(self, nbytes: int) -> bool:
+    def has_room(self, nbytes: int) -> bool:
+        """Return whether a job of so many bytes would not have to wait."""
         queued = self._queued_nbytes
         return queued == 0 or queued + nbytes <= self._max_nbytes
 

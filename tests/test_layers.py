@@ -35,6 +35,7 @@ LAYERS = [
             "at_rest",
         ],
         "length_dependence",
+        *["request_check", "api_keys"],
     ],
     ["manifest", "transcript", "volatility"],
     ["header"],
@@ -55,18 +56,29 @@ LAYERS = [
     ["store"],
     ["prefill", "rendering", "gguf"],
     ["explanation", "lint"],
-    ["default_model", "decoding", "saving", "settings"],
+    ["default_model", "decoding", "saving", "settings", "json_form"],
     ["loading", "resuming", "speculation"],
     ["generation", "loaded_model"],
     ["building"],
     ["generator"],
     ["conversation", "parity", "syncing"],
+    ["mlx_lm_server", "served_prompt", "serving_metrics", "background_saver"],
+    ["model_provider", "served_request", "served_cache"],
+    ["single_flight", "cache_api"],
+    ["response_generator"],
+    ["api_errors"],
+    ["api_handler"],
+    ["server"],
 ]
 HEIGHTS = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
 # Where tensors live. The first import mlx when they are imported themselves.
 TENSOR_MODULES = {
     "building",
+    "mlx_lm_server",
+    "model_provider",
+    "served_cache",
+    "server",
     "decoding",
     "generation",
     "generator",

@@ -1,10 +1,10 @@
 """`promptcache explain`."""
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from promptcache import json_form
 from promptcache_cli import output
 from promptcache_cli.options import (
     PROMPT,
@@ -67,21 +67,9 @@ def explain(
             **settings,
         )
     if json_:
-        output.json_data(_as_json(explanation))
+        output.json_data(json_form.of_explanation(explanation))
     else:
         _print(explanation)
-
-
-def _as_json(explanation: "Explanation") -> dict[str, Any]:
-    return {
-        "prompt_tokens": explanation.prompt_tokens,
-        "cached_tokens": explanation.cached_tokens,
-        "key": explanation.key,
-        "divergence": explanation.divergence and asdict(explanation.divergence),
-        "is_miss": explanation.is_miss,
-        "declined": explanation.declined and asdict(explanation.declined),
-        "verdict": explanation.verdict,
-    }
 
 
 def _print(explanation: "Explanation") -> None:

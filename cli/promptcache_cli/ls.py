@@ -2,25 +2,10 @@
 
 import click
 
-from promptcache import Prefix
+from promptcache import Prefix, json_form
 from promptcache.units import format_size
 from promptcache_cli import output
 from promptcache_cli.options import json_option, open_store, quiet_option, store_option
-
-
-def as_json(prefix: Prefix) -> dict[str, object]:
-    """Return a prefix as JSON shows it."""
-    return {
-        "key": prefix.key,
-        "name": prefix.name,
-        "model": prefix.model,
-        "num_tokens": prefix.num_tokens,
-        "nbytes": prefix.nbytes,
-        "created_at": output.iso_time(prefix.created_at),
-        "used_at": output.iso_time(prefix.used_at),
-        "hits": prefix.hits,
-        "pinned": prefix.pinned,
-    }
 
 
 @click.command()
@@ -42,7 +27,7 @@ def ls(store_path: str | None, json_: bool, quiet: bool) -> None:
     with open_store(store_path) as store:
         prefixes = store.prefixes()
         if json_:
-            output.json_data([as_json(prefix) for prefix in prefixes])
+            output.json_data([json_form.of_prefix(prefix) for prefix in prefixes])
         elif quiet:
             for prefix in prefixes:
                 output.data(prefix.key)

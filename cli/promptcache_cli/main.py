@@ -18,6 +18,7 @@ from promptcache_cli.path import path
 from promptcache_cli.pin import pin, unpin
 from promptcache_cli.prune import prune
 from promptcache_cli.rm import rm
+from promptcache_cli.serve import serve
 from promptcache_cli.show import show
 from promptcache_cli.stats import stats
 from promptcache_cli.sync import sync
@@ -92,6 +93,7 @@ COMMANDS = (
     explain,
     stats,
     parity,
+    serve,
     path,
 )
 for command in COMMANDS:

@@ -7,7 +7,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -142,11 +141,6 @@ def warn_of_volatile_text(found: Sequence["VolatileText"]) -> None:
     if found[MOST_WARNINGS:]:
         more = len(found) - MOST_WARNINGS
         click.echo(f"promptcache: warning: and {more} more like these", err=True)
-
-
-def iso_time(seconds: float) -> str:
-    """Return a Unix time as ISO 8601 in UTC."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def ago(seconds: float) -> str:

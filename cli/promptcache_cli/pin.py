@@ -2,9 +2,8 @@
 
 import click
 
-from promptcache import Prefix
+from promptcache import Prefix, json_form
 from promptcache_cli import output
-from promptcache_cli.ls import as_json
 from promptcache_cli.options import json_option, open_store, quiet_option, store_option
 
 
@@ -49,6 +48,6 @@ def unpin(name: str, store_path: str | None, json_: bool, quiet: bool) -> None:
 
 def _report(prefix: Prefix, summary: str, *, json_: bool, quiet: bool) -> None:
     if json_:
-        output.json_data(as_json(prefix))
+        output.json_data(json_form.of_prefix(prefix))
     else:
         output.Talk(quiet=quiet).say(summary)

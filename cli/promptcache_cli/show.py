@@ -2,10 +2,9 @@
 
 import click
 
-from promptcache import ModelError, PrefixReport
+from promptcache import ModelError, PrefixReport, json_form
 from promptcache.units import format_size
 from promptcache_cli import output
-from promptcache_cli.ls import as_json
 from promptcache_cli.options import json_option, open_store, store_option
 
 
@@ -48,7 +47,7 @@ def _as_json(report: PrefixReport, text: str | None) -> dict[str, object]:
     from promptcache.codec import describe
 
     return {
-        **as_json(report.prefix),
+        **json_form.of_prefix(report.prefix),
         "source": report.fingerprint.source,
         "fingerprint": report.fingerprint.digest,
         "fingerprint_parts": dict(report.fingerprint.parts),
@@ -77,7 +76,7 @@ def _print_report(report: PrefixReport) -> None:
         "source": report.fingerprint.source or "(loaded by the caller)",
         "tokens": prefix.num_tokens,
         "frees": format_size(prefix.nbytes),
-        "created": output.iso_time(prefix.created_at),
+        "created": json_form.iso_time(prefix.created_at),
         "used": f"{output.ago(prefix.used_at)}, {prefix.hits} hits",
     }
     for name, value in facts.items():

@@ -1,0 +1,126 @@
+"""Served prompts: whose they are, what others can take over, and who waits."""
+
+import threading
+from typing import Any
+
+import pytest
+
+from benchmarks import architectures
+from promptcache.loaded_model import LoadedModel
+from promptcache.prefill import Cuts
+from promptcache.served_cache import ServedCache
+from promptcache.served_prompt import Reading, ServedPrompt
+from promptcache.settings import DEFAULT_SETTINGS
+from promptcache.single_flight import SingleFlight
+from promptcache.store import PrefixStore
+
+MODEL = LoadedModel(architectures.build("llama"))
+
+
+def reading(token_ids: list[int], *boundaries: int, **options: Any) -> Reading:
+    cuts = Cuts(step_size=options.pop("step_size", 64), boundaries=boundaries)
+    return Reading(
+        token_ids,
+        MODEL,
+        DEFAULT_SETTINGS,
+        MODEL.fingerprint(),
+        cuts,
+        None,
+        0,
+        16,
+        threading.Event(),
+        **options,
+    )
+
+
+def test_slices_know_whose_they_are() -> None:
+    prompt = ServedPrompt(range(10), reading([*range(10)]))
+
+    part = prompt[2:7]
+    part += [1, 2]
+    again = part[:]
+    again.append(5)
+
+    assert isinstance(part, ServedPrompt) and isinstance(again, ServedPrompt)
+    assert again.reading is prompt.reading
+    assert again == [2, 3, 4, 5, 6, 1, 2, 5]
+    assert prompt[3] == 3
+
+
+@pytest.mark.parametrize(
+    ("shared", "is_divisible", "expected"),
+    [(150, True, 150), (150, False, 128), (30, True, 30), (30, False, 0)],
+)
+def test_others_take_over_where_a_piece_ends(
+    shared: int, is_divisible: bool, expected: int
+) -> None:
+    leader = reading([1] * 200, is_divisible=is_divisible)
+    other = reading([1] * shared + [2] * 50)
+
+    assert leader.usable_by(other) == expected
+
+
+def test_what_is_read_already_is_no_reason_to_wait() -> None:
+    leader = reading([1] * 200)
+    leader.begin(199)
+
+    assert leader.is_read
+    assert leader.usable_by(reading([1] * 300)) == 0
+
+
+def test_those_who_wait_go_on_in_their_order() -> None:
+    held = {1, 2}
+    flight = SingleFlight(lambda reading: reading.token_ids[0] in held)
+    jobs: list[Any] = [(None, number, None) for number in range(4)]
+    readings = [reading([number]) for number in range(4)]
+
+    assert [flight.holds(jobs[n], readings[n]) for n in (0, 1, 2)] == [
+        *(False, True, True)
+    ]
+    assert flight.release() is None
+    assert not flight.is_due()
+    held.clear()
+    flight.look()
+
+    assert flight.is_due()
+    assert [flight.release(), flight.release()] == jobs[1:3]
+    assert len(flight) == 0
+
+
+def test_those_whose_client_is_gone_do_not_wait() -> None:
+    flight = SingleFlight(lambda reading: True)
+    job: Any = (None, None, None)
+    one = reading([1])
+    assert flight.holds(job, one)
+
+    one.over.set()
+
+    assert flight.release() == job
+
+
+def test_trouble_of_the_cache_is_a_cold_prompt(store: PrefixStore) -> None:
+    cache = ServedCache(store, memory_limit=10**6)
+    prompt = ServedPrompt([1] * 40, reading([1] * 40))
+    # Nothing expects this.
+    prompt.reading.cuts = None  # type: ignore[assignment]
+
+    with pytest.warns(UserWarning, match="going on without the cache"):
+        found = cache.fetch_nearest_cache(("model", None, None), prompt)
+    with pytest.warns(UserWarning, match="is not kept"):
+        cache.insert_cache(
+            ("model", None, None), prompt, MODEL.make_cache(DEFAULT_SETTINGS)
+        )
+
+    assert found == (None, prompt)
+    cache.close()
+
+
+def test_tokens_of_nobody_are_not_cached(store: PrefixStore) -> None:
+    cache = ServedCache(store, memory_limit=10**6)
+
+    assert cache.fetch_nearest_cache(("model", None, None), [1, 2]) == (None, [1, 2])
+    cache.insert_cache(("model", None, None), [1, 2], [], cache_type="user")
+
+    assert (len(cache), cache.nbytes) == (0, 0)
+    assert set(cache.stats_by_type()["memory"]) == {"n_sequences", "n_bytes"}
+    cache.close()
