@@ -23,6 +23,7 @@ from promptcache.files import (
     intruder,
     is_locked,
     lock_at_once,
+    locked_folder,
     make_durable,
     make_names_durable,
     open_file,
@@ -165,12 +166,8 @@ class BlobFolder:
 
         Others would make the same room for themselves. Raises OSError.
         """
-        lock = self._tmp / "room.lock"
-        with open_locked(lock):
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
+        with locked_folder(self._tmp):
+            yield
 
     def _create_folder(self, folder: Path) -> None:
         if not folder.is_dir():

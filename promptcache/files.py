@@ -1,5 +1,6 @@
 """Files: opened without following links, locked, made durable, counted."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -56,6 +57,20 @@ def open_locked(path: Path) -> BinaryIO:
             return file
         # A prune took it between the two.
         file.close()
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Let one at a time work in a folder; a lock of its own would leave a file behind.
+
+    Raises OSError.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def is_locked(path: Path) -> bool:

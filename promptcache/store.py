@@ -242,13 +242,15 @@ class PrefixStore:
         saved_seconds = cached_tokens / speed if speed else 0.0
         if self.is_read_only:
             return match.key, saved_seconds
-        with self._index.impatient(), self._index.writing():
-            # Less is shared by chance: templates begin alike.
-            least = min(BLOCK_SIZE, cached_tokens + receipt.prefilled_tokens - 1)
-            is_hit = cached_tokens >= max(least, 1)
-            key = (self.touch(match) or match.key) if is_hit else None
-            counts_for = (key or MEMORY_KEY) if is_hit else None
-            self._index.add_receipt(receipt, counts_for, saved_seconds)
+        with self._index.impatient():
+            with self._index.writing():
+                # Less is shared by chance: templates begin alike.
+                least = min(BLOCK_SIZE, cached_tokens + receipt.prefilled_tokens - 1)
+                is_hit = cached_tokens >= max(least, 1)
+                key = (self.touch(match) or match.key) if is_hit else None
+                counts_for = (key or MEMORY_KEY) if is_hit else None
+                self._index.add_receipt(receipt, counts_for, saved_seconds)
+            self._keep_room(0, protect=match.key)
         return key or match.key, saved_seconds
 
     def add_speed(
@@ -638,11 +640,18 @@ class PrefixStore:
         """Make up for rows that took more room than was made, or take them back."""
         try:
             self._make_room(0, protect=key)
+            # What is noted of it later is to fit, too.
+            self._keep_room(ROWS_NBYTES, protect=key)
         except StoreFullError:
             self._index.remove_leaf(key)
             pruning.remove_blobs(self._index, self._blobs, [key])
             self._index.shrink()
             raise
+
+    def _keep_room(self, nbytes: int, *, protect: str | None) -> None:
+        """Make room for what is noted, if that can be; it is written all the same."""
+        with contextlib.suppress(StoreFullError):
+            self._make_room(nbytes, protect=protect)
 
     def _make_room(self, nbytes: int, *, protect: str | None) -> None:
         self.num_evicted += pruning.make_room(
@@ -691,6 +700,7 @@ class PrefixStore:
     def set_origin(self, key: str, origin: Origin) -> None:
         """Note how a listed prefix was rendered. Raises StoreError."""
         self._index.set_origin(key, origin)
+        self._keep_room(0, protect=None)
 
     @contextlib.contextmanager
     def building(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:

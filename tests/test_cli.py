@@ -29,6 +29,7 @@ COMMANDS = [
     "pin",
     "prune",
     "rm",
+    "serve",
     "show",
     "stats",
     "sync",
