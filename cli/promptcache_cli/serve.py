@@ -66,13 +66,33 @@ server_options = stacked(
         is_flag=True,
         help="Use the tokenizer's default chat template where the model has none",
     ),
-    click.option("--temp", type=click.FloatRange(0), default=0.0, show_default=True),
     click.option(
-        "--top-p", type=click.FloatRange(0, 1), default=1.0, show_default=True
+        "--temp",
+        type=click.FloatRange(0),
+        default=0.0,
+        show_default=True,
+        help="Sampling temperature, unless a request says otherwise, as the next three",
     ),
-    click.option("--top-k", type=click.IntRange(0), default=0, show_default=True),
     click.option(
-        "--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True
+        "--top-p",
+        type=click.FloatRange(0, 1),
+        default=1.0,
+        show_default=True,
+        help="Sample from the likeliest tokens of this probability in all",
+    ),
+    click.option(
+        "--top-k",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        help="Sample from so many of the likeliest tokens, 0 for all",
+    ),
+    click.option(
+        "--min-p",
+        type=click.FloatRange(0, 1),
+        default=0.0,
+        show_default=True,
+        help="Sample from tokens this likely, as a share of the likeliest",
     ),
     click.option(
         "--max-tokens",
@@ -117,7 +137,13 @@ server_options = stacked(
     click.option(
         "--kv-bits", type=int, help="Quantize keys and values; no batches then"
     ),
-    click.option("--kv-group-size", type=int, default=64, show_default=True),
+    click.option(
+        "--kv-group-size",
+        type=int,
+        default=64,
+        show_default=True,
+        help="How many values share a scale when quantized",
+    ),
     click.option(
         "--quantized-kv-start",
         type=int,
