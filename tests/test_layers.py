@@ -13,10 +13,15 @@ import promptcache
 from promptcache.store import PrefixStore
 
 PACKAGE = Path(promptcache.__file__).parent
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem[0] != "_")
-TREES = {
-    path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))
-}
+
+
+def name_of(path: Path) -> str:
+    """Return a module's name below the package, such as `server.api_keys`."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+TREES = {name_of(path): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+MODULES = sorted(name for name in TREES if "__" not in name)
 
 # From the bottom up; a module imports from lower lines only.
 LAYERS = [
@@ -35,7 +40,6 @@ LAYERS = [
             "at_rest",
         ],
         "length_dependence",
-        *["request_check", "api_keys"],
     ],
     ["manifest", "transcript", "volatility"],
     ["header"],
@@ -62,28 +66,34 @@ LAYERS = [
     ["building"],
     ["generator"],
     ["conversation", "parity", "syncing"],
-    ["mlx_lm_server", "served_prompt", "serving_metrics", "background_saver"],
-    ["model_provider", "served_request", "served_cache"],
-    ["single_flight", "cache_api"],
-    ["response_generator"],
-    ["api_errors"],
-    ["api_handler"],
-    ["server"],
+    *[
+        [f"server.{name}" for name in layer]
+        for layer in [
+            ["mlx_lm_server", "served_prompt", "metrics", "background_saver"],
+            ["request_check", "api_keys"],
+            ["model_provider", "served_request", "served_cache"],
+            ["single_flight", "cache_api"],
+            ["response_generator"],
+            ["api_errors"],
+            ["api_handler"],
+            ["http_server"],
+        ]
+    ],
 ]
 HEIGHTS = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
 # Where tensors live. The first import mlx when they are imported themselves.
 TENSOR_MODULES = {
     "building",
-    "mlx_lm_server",
-    "model_provider",
-    "served_cache",
-    "server",
     "decoding",
     "generation",
     "generator",
     "loaded_model",
     "parity",
+    "server.http_server",
+    "server.mlx_lm_server",
+    "server.model_provider",
+    "server.served_cache",
     "speculation",
 }
 LAZY_TENSOR_MODULES = {
@@ -128,9 +138,7 @@ def imports_on_import(tree: ast.Module) -> Iterator[str]:
 
 def own_imports(name: str) -> set[str]:
     """Return the modules of promptcache that a module imports."""
-    found = [imported.split(".") for imported in imports(TREES[name])]
-    own = {parts[1] for parts in found if parts[0] == "promptcache" and parts[1:]}
-    return own & set(MODULES)
+    return {m for m in MODULES if f"promptcache.{m}" in set(imports(TREES[name]))}
 
 
 def top_names(names: Iterator[str]) -> set[str]:
@@ -144,6 +152,13 @@ def code_of(name: str) -> str:
 
 def test_every_module_has_a_layer() -> None:
     assert sorted(HEIGHTS) == MODULES
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    page = (PACKAGE.parent / "docs/architecture.md").read_text()
+    named = page.split("```")[1].split()
+
+    assert {name.split(".")[-1] for name in MODULES} - set(named) == set()
 
 
 @pytest.mark.parametrize("name", MODULES)

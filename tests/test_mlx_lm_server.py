@@ -9,7 +9,7 @@ import click
 from mlx_lm import server
 from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator
 
-from promptcache.mlx_lm_server import changes, told
+from promptcache.server.mlx_lm_server import changes, told
 
 
 def test_mlx_lm_server_is_as_it_is_used() -> None:

@@ -8,10 +8,10 @@ import pytest
 from benchmarks import architectures
 from promptcache.loaded_model import LoadedModel
 from promptcache.prefill import Cuts
-from promptcache.served_cache import ServedCache
-from promptcache.served_prompt import Reading, ServedPrompt
+from promptcache.server.served_cache import ServedCache
+from promptcache.server.served_prompt import Reading, ServedPrompt
+from promptcache.server.single_flight import SingleFlight
 from promptcache.settings import DEFAULT_SETTINGS
-from promptcache.single_flight import SingleFlight
 from promptcache.store import PrefixStore
 
 MODEL = LoadedModel(architectures.build("llama"))

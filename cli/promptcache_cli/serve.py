@@ -224,7 +224,7 @@ def serve(
         promptcache serve -m mlx-community/Qwen3-4B-4bit --port 8080
         promptcache serve --host 0.0.0.0 --api-key "$KEY"
     """
-    from promptcache.server import Server
+    from promptcache.server.http_server import Server
 
     talk = output.Talk(quiet=quiet)
     _log(options["log_level"])

@@ -11,15 +11,15 @@ from queue import Empty, Queue
 from typing import Any
 
 from promptcache.errors import UsageError
-from promptcache.mlx_lm_server import ResponseGenerator, TimeBudget
-from promptcache.model_provider import IdentifiedModelProvider
 from promptcache.prefill import Cuts
 from promptcache.rendering import RenderedPrompt, render_prompt
-from promptcache.request_check import check_vocabulary
-from promptcache.served_cache import ServedCache
-from promptcache.served_prompt import Reading, ServedPrompt
-from promptcache.served_request import HungUpError, ServedRequest
-from promptcache.single_flight import LEAST_SHARED_TOKENS, Job, SingleFlight
+from promptcache.server.mlx_lm_server import ResponseGenerator, TimeBudget
+from promptcache.server.model_provider import IdentifiedModelProvider
+from promptcache.server.request_check import check_vocabulary
+from promptcache.server.served_cache import ServedCache
+from promptcache.server.served_prompt import Reading, ServedPrompt
+from promptcache.server.served_request import HungUpError, ServedRequest
+from promptcache.server.single_flight import LEAST_SHARED_TOKENS, Job, SingleFlight
 
 # How often a thread that waits for an answer looks whether its client still does.
 LISTEN_SECONDS = 0.25

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from promptcache.api_errors import (
+from promptcache.server.api_errors import (
     ApiError,
     ForbiddenError,
     NotFoundError,
@@ -17,18 +17,18 @@ from promptcache.api_errors import (
     UnauthorizedError,
     api_error,
 )
-from promptcache.api_keys import ApiKeys
-from promptcache.cache_api import CacheApi
-from promptcache.mlx_lm_server import APIHandler
-from promptcache.model_provider import IdentifiedModelProvider
-from promptcache.request_check import (
+from promptcache.server.api_keys import ApiKeys
+from promptcache.server.cache_api import CacheApi
+from promptcache.server.metrics import CONTENT_TYPE, ServingMetrics
+from promptcache.server.mlx_lm_server import APIHandler
+from promptcache.server.model_provider import IdentifiedModelProvider
+from promptcache.server.request_check import (
     BadRequestError,
     check_completion,
     parse_body,
 )
-from promptcache.response_generator import CachedResponseGenerator
-from promptcache.served_request import ServedRequest
-from promptcache.serving_metrics import CONTENT_TYPE, ServingMetrics
+from promptcache.server.response_generator import CachedResponseGenerator
+from promptcache.server.served_request import ServedRequest
 
 # As in OpenAI's paths, and mlx-lm's second one.
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")

@@ -12,14 +12,14 @@ import mlx.core as mx
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from promptcache import default_model, hot_tier, location
-from promptcache.api_handler import ApiHandler, Site
-from promptcache.api_keys import ApiKeys, is_loopback
-from promptcache.cache_api import CacheApi
 from promptcache.errors import ModelError, UsageError
-from promptcache.mlx_lm_server import changes, told
-from promptcache.model_provider import IdentifiedModelProvider
-from promptcache.response_generator import CachedResponseGenerator
-from promptcache.served_cache import ServedCache
+from promptcache.server.api_handler import ApiHandler, Site
+from promptcache.server.api_keys import ApiKeys, is_loopback
+from promptcache.server.cache_api import CacheApi
+from promptcache.server.mlx_lm_server import changes, told
+from promptcache.server.model_provider import IdentifiedModelProvider
+from promptcache.server.response_generator import CachedResponseGenerator
+from promptcache.server.served_cache import ServedCache
 from promptcache.store import PrefixStore
 
 # A prompt of a million tokens, with its tools.

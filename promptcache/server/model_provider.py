@@ -13,7 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from promptcache import loading
 from promptcache.errors import ModelError, PromptCacheError
 from promptcache.loaded_model import LoadedModel
-from promptcache.mlx_lm_server import ModelProvider, load_processor
+from promptcache.server.mlx_lm_server import ModelProvider, load_processor
 from promptcache.settings import Settings
 
 

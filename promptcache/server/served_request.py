@@ -6,8 +6,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from promptcache.mlx_lm_server import CompletionRequest
-from promptcache.served_prompt import Reading
+from promptcache.server.mlx_lm_server import CompletionRequest
+from promptcache.server.served_prompt import Reading
 
 
 class HungUpError(ConnectionError):

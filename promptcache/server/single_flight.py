@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from promptcache.served_prompt import Reading
-from promptcache.served_request import ServedRequest
+from promptcache.server.served_prompt import Reading
+from promptcache.server.served_request import ServedRequest
 
 # What is shared by less is read again: templates begin alike.
 LEAST_SHARED_TOKENS = 32

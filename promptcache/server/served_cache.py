@@ -14,13 +14,13 @@ from typing import Any
 import mlx.core as mx
 
 from promptcache import codec
-from promptcache.background_saver import BackgroundSaver, Ending
 from promptcache.errors import StoreError
 from promptcache.hot_tier import HotTier, has_only_rows, shared_rows
 from promptcache.resuming import resume
 from promptcache.saving import warn
-from promptcache.served_prompt import Reading, ServedPrompt
-from promptcache.serving_metrics import Levels, ServingMetrics
+from promptcache.server.background_saver import BackgroundSaver, Ending
+from promptcache.server.metrics import Levels, ServingMetrics
+from promptcache.server.served_prompt import Reading, ServedPrompt
 from promptcache.store import PrefixStore
 from promptcache.treatment import Treatment, first_row, parts_of, treatment_of
 from promptcache.types import Receipt

@@ -9,7 +9,7 @@ from promptcache.errors import (
     StoreError,
     UsageError,
 )
-from promptcache.response_generator import PromptTooLongError, UnavailableError
+from promptcache.server.response_generator import PromptTooLongError, UnavailableError
 
 
 class UnauthorizedError(PromptCacheError):

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: mlx-lm's, with a prompt cache that survives."""
