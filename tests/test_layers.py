@@ -71,7 +71,8 @@ LAYERS = [
         for layer in [
             ["mlx_lm_server", "served_prompt", "metrics", "background_saver"],
             ["request_check", "api_keys"],
-            ["model_provider", "served_request", "served_cache"],
+            ["model_provider", "served_request", "clerk"],
+            ["served_cache"],
             ["single_flight", "cache_api"],
             ["response_generator"],
             ["api_errors"],

@@ -8,7 +8,7 @@ disk to write, and which no trouble of its own may end.
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import mlx.core as mx
@@ -19,11 +19,11 @@ from promptcache.hot_tier import HotTier, has_only_rows, shared_rows
 from promptcache.resuming import resume
 from promptcache.saving import warn
 from promptcache.server.background_saver import BackgroundSaver, Ending
+from promptcache.server.clerk import Clerk
 from promptcache.server.metrics import Levels, ServingMetrics
 from promptcache.server.served_prompt import Reading, ServedPrompt
 from promptcache.store import PrefixStore
 from promptcache.treatment import Treatment, first_row, parts_of, treatment_of
-from promptcache.types import Receipt
 from promptcache.writer import MAX_QUEUED_NBYTES, Writer
 
 # What an interrupted prefill may lose of the time it read; see `generation`.
@@ -66,7 +66,6 @@ class ServedCache:
         share = max(memory_limit // QUEUE_SHARE, LEAST_QUEUE_NBYTES)
         queue = min(share, MAX_QUEUED_NBYTES)
         self._writer = Writer(queue)
-        self._clerk = ThreadPoolExecutor(1, thread_name_prefix="promptcache-clerk")
         self._saver = BackgroundSaver(store, self._writer, queue) if store else None
         self._hot = HotTier(memory_limit)
         self._running: list[Reading] = []
@@ -75,6 +74,7 @@ class ServedCache:
         self.num_waiting = 0
         self.on_kept: Callable[[], None] = lambda: None
         self.metrics = ServingMetrics(self._levels)
+        self._clerk = Clerk(store, self.metrics) if store else None
 
     # What mlx-lm calls
 
@@ -258,7 +258,7 @@ class ServedCache:
         start, reading.num_read = reading.num_read, len(tokens)
         was_read = start >= reading.num_tokens - 1
         if reading.is_read and not was_read:
-            self._record(reading)
+            self._note(reading)
         cache, end = _usable(reading, cache, len(tokens))
         if end <= reading.cached_tokens or not cache:
             return None
@@ -336,31 +336,9 @@ class ServedCache:
 
     # Telling
 
-    def _record(self, reading: Reading) -> None:
-        """Note what a request reused, and how long reading the rest took."""
-        if self._store is None:
-            return
-        seconds = time.perf_counter() - reading.started_at - reading.load_seconds
-        num_new = reading.num_tokens - reading.cached_tokens
-        fingerprint, store = reading.fingerprint, self._store
-        receipt = Receipt(
-            fingerprint,
-            reading.match,
-            reading.cached_tokens,
-            num_new,
-            reading.load_seconds,
-            seconds,
-        )
-
-        def job() -> None:
-            with contextlib.suppress(StoreError):
-                if reading.is_alone:
-                    store.add_speed(fingerprint, num_new - 1, seconds)
-                store.add_load(fingerprint, reading.loaded_tokens, reading.load_seconds)
-                _, saved_seconds = store.record(receipt)
-                self.metrics.save_seconds(saved_seconds)
-
-        self._clerk.submit(job)
+    def _note(self, reading: Reading) -> None:
+        if self._clerk is not None:
+            self._clerk.note(reading)
 
     def _levels(self) -> Levels:
         store, saver = self._store, self._saver
@@ -391,7 +369,8 @@ class ServedCache:
             self._saver.advance()
             time.sleep(0.01)
         self._writer.close()
-        self._clerk.shutdown()
+        if self._clerk is not None:
+            self._clerk.close()
         self._hot.clear()
 
 
