@@ -20,11 +20,12 @@ SOAK_SECONDS ?= 1800
 # Where the benchmarks write what they measured, and the plots of it.
 MEASURED ?= docs/benchmarks
 
-.PHONY: help demo test oldest soak lint format bench bench-plots models clean
+.PHONY: help demo test coverage oldest soak lint format bench bench-plots models clean
 
 help:
 	@echo "make demo    run the main job with the embedded default model"
 	@echo "make test    run the tests"
+	@echo "make coverage run the tests, and tell which lines they do not reach"
 	@echo "make oldest  try the server with the oldest mlx-lm that is supported"
 	@echo "make soak    run the long forms of the tests, three quarters of an hour"
 	@echo "make lint    check style, types and generated docs"
@@ -45,7 +46,11 @@ demo: $(VENV)/.installed
 	$(RUN) docs/examples/demo.sh
 
 test: $(VENV)/.installed
-	$(RUN) python -m pytest --cov --cov-report=term
+	$(RUN) python -m pytest
+
+# Apart from the tests, because counting lines slows them down.
+coverage: $(VENV)/.installed
+	$(RUN) python -m pytest --cov
 
 # Everything else stays as it is: only mlx-lm's own code decides.
 oldest: $(VENV)/.installed

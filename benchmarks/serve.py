@@ -3,24 +3,28 @@
 Both servers get the same requests at the same time, each from nothing, in turns.
 """
 
-import argparse
 import contextlib
 import json
 import os
-import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.harness import (
+    Measurement,
+    check_equal,
+    median_ratio,
+    narrate,
+    options_parser,
+    report,
+)
 from promptcache.default_model import ensure_default_model
 
 WORDS = (
@@ -146,33 +150,39 @@ def compare(
     return runs
 
 
-def report(runs: Sequence[tuple[Run, Run]], say: Callable[[str], None]) -> float:
-    """Print the figures; return the median of the ratios of throughput."""
-    ratios = []
+def measurements(runs: Sequence[tuple[Run, Run]]) -> list[Measurement]:
+    """Return how fast each server answered, against the other one."""
+    ours, plain = zip(*runs, strict=True)
+    speeds = [[run.tokens / run.seconds for run in side] for side in (ours, plain)]
+    ratio = median_ratio(*speeds)
+    return [
+        Measurement(
+            {"server": "promptcache"}, "tokens/s", speeds[0], {"mlx-lm": ratio}
+        ),
+        Measurement({"server": "mlx-lm"}, "tokens/s", speeds[1]),
+        *(
+            Measurement(
+                {"server": f"{name}, all answers"}, "s", [r.seconds for r in side]
+            )
+            for name, side in (("promptcache", ours), ("mlx-lm", plain))
+        ),
+    ]
+
+
+def check(runs: Sequence[tuple[Run, Run]]) -> None:
+    """Raise AssertionError unless both servers gave the same answers."""
     for ours, plain in runs:
-        speeds = [run.tokens / run.seconds for run in (ours, plain)]
-        ratios.append(speeds[0] / speeds[1])
-        same = sum(a == b for a, b in zip(ours.texts, plain.texts, strict=True))
-        say(
-            f"promptcache {ours.seconds:.2f} s, {speeds[0]:.1f} tokens/s, cached "
-            f"{ours.cached_tokens}; mlx-lm {plain.seconds:.2f} s, "
-            f"{speeds[1]:.1f} tokens/s; ratio {ratios[-1]:.2f}; "
-            f"{same} of {len(ours.texts)} texts equal"
-        )
-    ratio = statistics.median(ratios)
-    say(f"median ratio of throughput {ratio:.2f}")
-    return ratio
+        check_equal("the answers", ours.texts, plain.texts)
+        narrate(f"tokens of prompts that were not read: {ours.cached_tokens}")
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options_parser(__doc__, trials=3)
     parser.add_argument("--model", help="folder, else the embedded default")
     parser.add_argument("--words", type=int, default=800)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=24)
-    parser.add_argument("--trials", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     model = Path(given.model) if given.model else ensure_default_model()
     runs = compare(
@@ -182,11 +192,8 @@ def main() -> None:
         max_tokens=given.max_tokens,
         trials=given.trials,
     )
-    ratio = report(runs, print)
-    if given.json:
-        rows = [[ours._asdict(), plain._asdict()] for ours, plain in runs]
-        found = {"ratio": ratio, "runs": rows}
-        given.json.write_text(re.sub(r"\n\s+(?=[\d\"])", " ", json.dumps(found)))
+    check(runs)
+    report("serve", measurements(runs), file=given.json)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,16 @@ def test_safetensors_reads_a_blob(folder: BlobFolder) -> None:
     assert (metadata["start"], metadata["end"]) == ("0", "5")
 
 
+def test_the_format_page_names_what_a_header_has(folder: BlobFolder) -> None:
+    page = (Path(__file__).parents[1] / "docs/store-format.md").read_text()
+    key = publish(folder, tokens(5))
+
+    with safe_open(folder.path(key), framework="numpy") as blob:
+        unnamed = {name for name in blob.metadata() if f"`{name}`" not in page}
+
+    assert unnamed == set()
+
+
 def test_mlx_reads_a_blob(folder: BlobFolder) -> None:
     folder.publish(mixed_info(), mixed_segment(3))
 
