@@ -1,7 +1,9 @@
 """Memory: whether what is to be restored fits into it."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from promptcache.errors import StoreError
 from promptcache.units import format_size
@@ -30,9 +32,16 @@ def available_nbytes() -> int | None:
     if mx.default_device().type == mx.DeviceType.cpu:
         found = [n for n in (_of_system(), _of_container()) if n is not None]
         return min(found, default=None)
-    info = mx.device_info()
+    return _of_gpu(mx.device_info(), mx.get_active_memory(), mx.get_cache_memory())
+
+
+def _of_gpu(info: Mapping[str, Any], active: int, cached: int) -> int | None:
+    """Return what is left by what MLX tells of a GPU; buffers it keeps are reused."""
+    if "free_memory" in info:
+        # CUDA, where other processes' memory counts as taken.
+        return int(info["free_memory"]) + cached
     most = info.get("max_recommended_working_set_size")
-    return None if most is None else max(int(most) - mx.get_active_memory(), 0)
+    return None if most is None else max(int(most) - active, 0)
 
 
 def _of_system() -> int | None:

@@ -47,6 +47,22 @@ def test_what_is_free_is_told() -> None:
         memory.check_fits(2**60)
 
 
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ({"free_memory": 10 * GIB, "total_memory": 20 * GIB}, 11 * GIB),
+        ({"max_recommended_working_set_size": 12 * GIB}, 9 * GIB),
+        ({"max_recommended_working_set_size": 2 * GIB}, 0),
+        ({"device_name": "a new one"}, None),
+    ],
+    ids=["cuda", "metal", "full", "unknown"],
+)
+def test_memory_of_a_gpu_is_what_mlx_tells(
+    info: dict[str, object], expected: int | None
+) -> None:
+    assert memory._of_gpu(info, active=3 * GIB, cached=GIB) == expected
+
+
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="of the CPU backend")
 def test_limit_of_a_container_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
