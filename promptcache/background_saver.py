@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from promptcache import codec
+from promptcache.capturing import Capture
 from promptcache.chain import common_length, pack
 from promptcache.errors import StoreError
 from promptcache.prefill import Cuts, KVSettings
@@ -48,7 +49,7 @@ class Ending:
     token_ids: Sequence[int]
     fingerprint: Fingerprint
     cache: list[Any]
-    captures: Sequence[codec.Capture]
+    captures: Sequence[Capture]
     cuts: Cuts
     kv: KVSettings
     origin: Origin | None = None

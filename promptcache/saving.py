@@ -6,7 +6,7 @@ from concurrent.futures import Future, wait
 from copy import copy
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from promptcache import codec
+from promptcache import capturing, codec
 from promptcache.errors import PromptCacheWarning, StoreError
 from promptcache.prefill import Cuts, KVSettings
 from promptcache.store import PrefixStore
@@ -82,8 +82,8 @@ class Saver:
         self._is_build = is_build
         self._origin = origin
         self._store_bits = store_bits
-        self._captures: list[codec.Capture] = []
-        self._answer_captures: list[codec.Capture] = []
+        self._captures: list[capturing.Capture] = []
+        self._answer_captures: list[capturing.Capture] = []
         self._window = least_window(cache)
         self._num_prompt = len(token_ids)
         self._logits: mx.array | None = None
@@ -110,14 +110,14 @@ class Saver:
         """
         every_row = self._kv.bits is not None
         self._captures.append(
-            codec.capture(self._cache, start, end, every_row=every_row)
+            capturing.capture(self._cache, start, end, every_row=every_row)
         )
         if logits is not None:
             # Logits processors may change the array in place.
             self._logits = copy(logits)
 
     def take_over(
-        self, taken: codec.Capture | None, logits: "mx.array | None" = None
+        self, taken: capturing.Capture | None, logits: "mx.array | None" = None
     ) -> None:
         """Note what the cache was filled with, if it is to be saved here, too."""
         if taken is not None:
@@ -132,8 +132,8 @@ class Saver:
         begin = self._answer_start
         end = len(self._token_ids) + num_tokens
         if self._window and end - begin >= max(self._window // 2, 1):
-            taken = codec.capture(self._cache, begin, end)
-            self._answer_captures.append(codec.detached(taken))
+            taken = capturing.capture(self._cache, begin, end)
+            self._answer_captures.append(capturing.detached(taken))
 
     def can_keep(self, num_tokens: int) -> bool:
         """Return whether an answer of so many tokens can be saved.
@@ -166,7 +166,7 @@ class Saver:
         if self._answer_start == end:
             # The last capture is to have states, too.
             self._answer_captures.pop()
-        last = codec.capture(self._cache, self._answer_start, end)
+        last = capturing.capture(self._cache, self._answer_start, end)
         self._captures += [*self._answer_captures, last]
         self._token_ids = [*self._token_ids, *answer]
         self._logits = None
@@ -348,14 +348,14 @@ class Saver:
             )
         )
 
-    def _checkpoint(self, taken: codec.Capture) -> EncodedSegment:
+    def _checkpoint(self, taken: capturing.Capture) -> EncodedSegment:
         is_prompt = taken.end == len(self._token_ids)
         segment = codec.encode_checkpoint(taken, self._logits if is_prompt else None)
         extendable = not self._is_tail(taken.end)
         resumption = segment.resumption._replace(extendable=extendable)
         return segment._replace(resumption=resumption)
 
-    def _wants_checkpoint(self, taken: codec.Capture) -> bool:
+    def _wants_checkpoint(self, taken: capturing.Capture) -> bool:
         """Return whether to keep the state at a capture's end."""
         is_end = taken.end == len(self._token_ids)
         if self._is_tail(taken.end):

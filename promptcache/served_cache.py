@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from promptcache import codec
+from promptcache import capturing
 from promptcache.background_saver import BackgroundSaver, Ending
 from promptcache.errors import StoreError
 from promptcache.hot_tier import HotTier, has_only_rows, shared_rows
@@ -292,7 +292,7 @@ class ServedCache:
             # An answer that was longer than a window.
             reading.captures.clear()
             return None
-        taken = codec.capture(cache, start, end)
+        taken = capturing.capture(cache, start, end)
         mx.eval(taken.rows, taken.states)
         reading.captures.append(taken)
         ending = Ending(
