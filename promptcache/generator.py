@@ -17,18 +17,12 @@ from promptcache.building import Building
 from promptcache.decoding import LogitsProcessor, Sampler
 from promptcache.errors import KeyNotFoundError, StoreError, UsageError
 from promptcache.explanation import Explanation
-from promptcache.generation import (
-    DEFAULT_DRAFT_TOKENS,
-    Generation,
-    GenerationResponse,
-    Progress,
-    Request,
-    SavePolicy,
-)
+from promptcache.generation import Generation, GenerationResponse
 from promptcache.hot_tier import HotTier
 from promptcache.lint import VolatileText, find_volatile_text
 from promptcache.loaded_model import LoadedModel
 from promptcache.prefill import DEFAULT_STEP_SIZE
+from promptcache.request import DEFAULT_DRAFT_TOKENS, Progress, Request, SavePolicy
 from promptcache.saving import warn
 from promptcache.settings import DEFAULT_SETTINGS, Settings
 from promptcache.store import PrefixStore, check_name

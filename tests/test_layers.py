@@ -57,8 +57,9 @@ LAYERS = [
     ["prefill", "rendering", "gguf"],
     ["explanation", "lint"],
     ["default_model", "decoding", "saving", "settings", "json_form"],
-    ["loading", "resuming", "speculation"],
-    ["generation", "loaded_model"],
+    ["loading", "request", "resuming", "speculation"],
+    ["loaded_model", "starting"],
+    ["generation"],
     ["building"],
     ["generator"],
     ["conversation", "parity", "syncing"],
@@ -84,7 +85,9 @@ TENSOR_MODULES = {
     "generator",
     "loaded_model",
     "parity",
+    "request",
     "speculation",
+    "starting",
 }
 LAZY_TENSOR_MODULES = {
     "at_rest",
