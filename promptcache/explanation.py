@@ -7,10 +7,12 @@ from typing import Any
 
 from promptcache import location
 from promptcache.chain import common_length, pack
+from promptcache.chat_prompt import message_texts
+from promptcache.chat_template import render
 from promptcache.differences import compare
 from promptcache.errors import UsageError
 from promptcache.neighbourhood import is_alike, shares_tools
-from promptcache.rendering import RenderedPrompt, message_texts, render
+from promptcache.rendering import RenderedPrompt
 from promptcache.types import (
     Eviction,
     Fingerprint,

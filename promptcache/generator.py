@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from promptcache import explanation, hot_tier, loading, location, rendering
 from promptcache.building import Building
+from promptcache.chat_prompt import Message, is_messages
 from promptcache.decoding import LogitsProcessor, Sampler
 from promptcache.errors import KeyNotFoundError, StoreError, UsageError
 from promptcache.explanation import Explanation
@@ -22,6 +23,8 @@ from promptcache.hot_tier import HotTier
 from promptcache.lint import VolatileText, find_volatile_text
 from promptcache.loaded_model import LoadedModel
 from promptcache.prefill import DEFAULT_STEP_SIZE
+from promptcache.prompt_parts import PromptParts, compose
+from promptcache.rendering import Prompt, RenderedPrompt
 from promptcache.request import DEFAULT_DRAFT_TOKENS, Progress, Request, SavePolicy
 from promptcache.saving import warn
 from promptcache.settings import DEFAULT_SETTINGS, Settings
@@ -205,10 +208,10 @@ class CachedGenerator:
 
     def render(
         self,
-        prompt: rendering.Prompt,
-        tools: Sequence[rendering.Message] | None = None,
+        prompt: Prompt,
+        tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
-    ) -> rendering.RenderedPrompt:
+    ) -> RenderedPrompt:
         """Return a prompt as token ids, with the places where it is worth resuming.
 
         Args:
@@ -228,10 +231,10 @@ class CachedGenerator:
 
     def render_open(
         self,
-        messages: Sequence[rendering.Message],
-        tools: Sequence[rendering.Message] | None = None,
+        messages: Sequence[Message],
+        tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
-    ) -> rendering.RenderedPrompt:
+    ) -> RenderedPrompt:
         """Return what comes before the last user's text, or before its last part.
 
         Args:
@@ -248,14 +251,14 @@ class CachedGenerator:
             **self._template_options(tools, chat_template_config),
         )
 
-    def render_parts(self, parts: rendering.PromptParts) -> rendering.RenderedPrompt:
+    def render_parts(self, parts: PromptParts) -> RenderedPrompt:
         """Return a whole prompt that is given in parts. Raises UsageError."""
         if parts.raw:
             return self.render(parts.text())
         messages = parts.compose(parts.prompt)
         return self.render(messages, parts.tools, parts.chat_template_config)
 
-    def render_prefix(self, parts: rendering.PromptParts) -> rendering.RenderedPrompt:
+    def render_prefix(self, parts: PromptParts) -> RenderedPrompt:
         """Return what is to be built of a prompt that is given in parts.
 
         Without a user's text that is everything before it. Raises UsageError.
@@ -267,7 +270,7 @@ class CachedGenerator:
 
     def _template_options(
         self,
-        tools: Sequence[rendering.Message] | None,
+        tools: Sequence[Message] | None,
         config: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         return {
@@ -280,9 +283,9 @@ class CachedGenerator:
 
     def match(
         self,
-        prompt: rendering.Prompt,
+        prompt: Prompt,
         *,
-        tools: Sequence[rendering.Message] | None = None,
+        tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Match:
@@ -307,9 +310,9 @@ class CachedGenerator:
 
     def explain(
         self,
-        prompt: rendering.Prompt,
+        prompt: Prompt,
         *,
-        tools: Sequence[rendering.Message] | None = None,
+        tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Explanation:
@@ -348,10 +351,10 @@ class CachedGenerator:
 
     def build(
         self,
-        prompt: rendering.Prompt | None = None,
+        prompt: Prompt | None = None,
         *,
         system: str | None = None,
-        tools: Sequence[rendering.Message] | None = None,
+        tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
         name: str | None = None,
         exact: bool | None = None,
@@ -429,25 +432,23 @@ class CachedGenerator:
 
     def _prompt_to_build(
         self,
-        prompt: rendering.Prompt | None,
+        prompt: Prompt | None,
         system: str | None,
-        tools: Sequence[rendering.Message] | None,
+        tools: Sequence[Message] | None,
         chat_template_config: Mapping[str, Any] | None,
-    ) -> rendering.RenderedPrompt:
+    ) -> RenderedPrompt:
         if prompt is None:
             if system is None and not tools:
                 raise UsageError("there is nothing to build, give a prompt or a system")
-            messages = rendering.compose(system=system, user="")
+            messages = compose(system=system, user="")
             return self.render_open(messages, tools, chat_template_config)
         if isinstance(prompt, str) and (system is not None or tools):
-            prompt = rendering.compose(system=system, user=prompt)
-        elif rendering.is_messages(prompt):
-            prompt = rendering.compose(system=system, messages=prompt)
+            prompt = compose(system=system, user=prompt)
+        elif is_messages(prompt):
+            prompt = compose(system=system, messages=prompt)
         return self.render(prompt, tools, chat_template_config)
 
-    def is_built(
-        self, prompt: rendering.RenderedPrompt, **settings: Any
-    ) -> tuple[str, bool]:
+    def is_built(self, prompt: RenderedPrompt, **settings: Any) -> tuple[str, bool]:
         """Return the key that `build` would give, and whether all of it is stored.
 
         Args:
@@ -464,22 +465,22 @@ class CachedGenerator:
         building = Building(self._loaded, store, self._writer, prompt, wanted)
         return building.key, building.is_stored()
 
-    def lint(self, prompt: rendering.RenderedPrompt) -> list[VolatileText]:
+    def lint(self, prompt: RenderedPrompt) -> list[VolatileText]:
         """Return what is likely to change early in a prompt, and spoil its reuse."""
         return find_volatile_text(self.tokenizer, prompt)
 
     # Generating
 
-    def generate(self, prompt: rendering.Prompt, **kwargs: Any) -> str:
+    def generate(self, prompt: Prompt, **kwargs: Any) -> str:
         """Return the whole answer; see `stream_generate`."""
         return "".join(r.text for r in self.stream_generate(prompt, **kwargs))
 
     def stream_generate(
         self,
-        prompt: rendering.Prompt,
+        prompt: Prompt,
         max_tokens: int = 256,
         *,
-        tools: Sequence[rendering.Message] | None = None,
+        tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
         save: SavePolicy | None = None,
         reuse: bool | None = None,
@@ -608,7 +609,7 @@ class CachedGenerator:
         ).stream()
 
     def _tell_other_config(
-        self, rendered: rendering.RenderedPrompt, settings: Settings, match: Match
+        self, rendered: RenderedPrompt, settings: Settings, match: Match
     ) -> None:
         """Warn if more would be reused with other arguments of the chat template."""
         store, chat = self.store, rendered.chat
@@ -640,7 +641,7 @@ def _memory_limit(nbytes: int | None) -> int:
     return hot_tier.default_nbytes() if nbytes is None else nbytes
 
 
-def _least_meant(rendered: rendering.RenderedPrompt) -> int:
+def _least_meant(rendered: RenderedPrompt) -> int:
     """Return how much prompts share at least that are meant to begin alike.
 
     That is the system prompt and tools, or without these all but the last text.
