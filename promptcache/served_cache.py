@@ -16,7 +16,8 @@ import mlx.core as mx
 from promptcache import capturing
 from promptcache.background_saver import BackgroundSaver, Ending
 from promptcache.errors import StoreError
-from promptcache.hot_tier import HotTier, has_only_rows, shared_rows
+from promptcache.hot_tier import HotTier
+from promptcache.plain_rows import has_only_rows, shared_rows
 from promptcache.resuming import resume
 from promptcache.saving import warn
 from promptcache.served_prompt import Reading, ServedPrompt
