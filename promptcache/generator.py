@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from promptcache import explanation, hot_tier, loading, location, rendering
+from promptcache import hot_tier, inquiry, loading, location, rendering
 from promptcache.building import Building
 from promptcache.chat_prompt import Message, is_messages
 from promptcache.decoding import LogitsProcessor, Sampler
@@ -334,7 +334,7 @@ class CachedGenerator:
         around = store.neighbourhood(rendered.token_ids, fingerprint, rendered.origin)
         estimate = store.estimate(fingerprint, around.match.cached_tokens)
         declines = estimate is not None and estimate.favours_prefill
-        return explanation.explain(
+        return inquiry.explain(
             self.tokenizer,
             rendered,
             fingerprint,
