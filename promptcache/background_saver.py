@@ -14,9 +14,8 @@ from typing import Any
 from promptcache import codec
 from promptcache.capturing import Capture
 from promptcache.chain import common_length, pack
-from promptcache.errors import StoreError
+from promptcache.errors import StoreError, warn
 from promptcache.prefill import Cuts, KVSettings
-from promptcache.saving import warn
 from promptcache.store import PrefixStore
 from promptcache.types import EncodedSegment, Fingerprint, Origin, Resumption, Worth
 from promptcache.writer import Writer

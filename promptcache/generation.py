@@ -20,8 +20,9 @@ from promptcache.decoding import Step, decode, read_rest
 from promptcache.errors import StoreError
 from promptcache.hot_tier import HotTier
 from promptcache.prefill import check_quantizable, prefill, quantize
+from promptcache.quiet_saver import QuietSaver
 from promptcache.request import Request
-from promptcache.saving import QuietSaver, Saver
+from promptcache.saving import Saver
 from promptcache.speculation import DraftedModel, speculate
 from promptcache.starting import Start
 from promptcache.store import PrefixStore

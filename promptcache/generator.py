@@ -16,7 +16,7 @@ from promptcache import hot_tier, inquiry, loading, location, rendering
 from promptcache.building import Building
 from promptcache.chat_prompt import Message, is_messages
 from promptcache.decoding import LogitsProcessor, Sampler
-from promptcache.errors import KeyNotFoundError, StoreError, UsageError
+from promptcache.errors import KeyNotFoundError, StoreError, UsageError, warn
 from promptcache.explanation import Explanation
 from promptcache.generation import Generation, GenerationResponse
 from promptcache.hot_tier import HotTier
@@ -26,7 +26,6 @@ from promptcache.prefill import DEFAULT_STEP_SIZE
 from promptcache.prompt_parts import PromptParts, compose
 from promptcache.rendering import Prompt, RenderedPrompt
 from promptcache.request import DEFAULT_DRAFT_TOKENS, Progress, Request, SavePolicy
-from promptcache.saving import warn
 from promptcache.settings import DEFAULT_SETTINGS, Settings
 from promptcache.store import PrefixStore, check_name
 from promptcache.types import Fingerprint, Match, Prefix

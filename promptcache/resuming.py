@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from promptcache import capturing, codec, memory
 from promptcache.chain import pack
 from promptcache.destination import Destination
-from promptcache.errors import DamagedBlobError, StoreError
+from promptcache.errors import DamagedBlobError, StoreError, warn
 from promptcache.layout import is_quantized
 from promptcache.prefill import Cuts, KVSettings, quantize
 from promptcache.reading import LoadedSegment, Reading
-from promptcache.saving import warn
 from promptcache.store import PrefixStore
 from promptcache.treatment import parts_of
 from promptcache.types import (

@@ -15,11 +15,10 @@ import mlx.core as mx
 
 from promptcache import capturing
 from promptcache.background_saver import BackgroundSaver, Ending
-from promptcache.errors import StoreError
+from promptcache.errors import StoreError, warn
 from promptcache.hot_tier import HotTier
 from promptcache.plain_rows import has_only_rows, shared_rows
 from promptcache.resuming import resume
-from promptcache.saving import warn
 from promptcache.served_prompt import Reading, ServedPrompt
 from promptcache.serving_metrics import Levels, ServingMetrics
 from promptcache.store import PrefixStore

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 from mlx_lm.models.cache import make_prompt_cache
 
-from promptcache.errors import PromptCacheError, StoreError, UnsupportedCacheError
+from promptcache.errors import PromptCacheError, StoreError, UnsupportedCacheError, warn
 from promptcache.hot_tier import HotTier
 from promptcache.request import Request
 from promptcache.resuming import Resumed, resume
-from promptcache.saving import warn
 from promptcache.store import PrefixStore
 from promptcache.treatment import check_supported
 from promptcache.types import Fingerprint, Match
