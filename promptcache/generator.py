@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import mlx.core as mx
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from promptcache import hot_tier, inquiry, loading, location, rendering
 from promptcache.building import Building
 from promptcache.chat_prompt import Message, is_messages
-from promptcache.decoding import LogitsProcessor, Sampler
 from promptcache.errors import KeyNotFoundError, StoreError, UsageError, warn
 from promptcache.explanation import Explanation
 from promptcache.generation import Generation, GenerationResponse
@@ -26,6 +24,7 @@ from promptcache.prefill import DEFAULT_STEP_SIZE
 from promptcache.prompt_parts import PromptParts, compose
 from promptcache.rendering import Prompt, RenderedPrompt
 from promptcache.request import DEFAULT_DRAFT_TOKENS, Progress, Request, SavePolicy
+from promptcache.sampling import LogitsProcessor, penalties_of, sampler_of
 from promptcache.settings import DEFAULT_SETTINGS, Settings
 from promptcache.store import PrefixStore, check_name
 from promptcache.types import Fingerprint, Match, Prefix
@@ -580,9 +579,9 @@ class CachedGenerator:
             max_tokens=max_tokens,
             save=self.save if save is None else save,
             reuse=self._reuse if reuse is None else reuse,
-            sampler=sampler or _sampler(temp, top_p, min_p, top_k),
+            sampler=sampler or sampler_of(temp, top_p, min_p, top_k),
             logits_processors=[
-                *_penalty(repetition_penalty, repetition_context_size),
+                *penalties_of(repetition_penalty, repetition_context_size),
                 *(logits_processors or []),
             ],
             cuts=self._loaded.cuts(settings, rendered.boundaries),
@@ -649,22 +648,3 @@ def _least_meant(rendered: RenderedPrompt) -> int:
     if origin is not None and (origin.system or origin.tools):
         return rendered.head
     return max(rendered.boundaries, default=rendered.head)
-
-
-def _penalty(penalty: float | None, context_size: int) -> list[LogitsProcessor]:
-    try:
-        processors: list[LogitsProcessor] = make_logits_processors(
-            repetition_penalty=penalty, repetition_context_size=context_size
-        )
-    except ValueError as error:
-        raise UsageError(f"cannot penalize: {error}".rstrip(".")) from error
-    return processors
-
-
-def _sampler(
-    temp: float | None, top_p: float | None, min_p: float | None, top_k: int | None
-) -> Sampler:
-    sampler: Sampler = make_sampler(
-        temp or 0.0, top_p or 0.0, min_p or 0.0, top_k=top_k or 0
-    )
-    return sampler

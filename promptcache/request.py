@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from promptcache.decoding import LogitsProcessor, Sampler
 from promptcache.prefill import Cuts, KVSettings
+from promptcache.sampling import LogitsProcessor, Sampler
 from promptcache.types import Match, Origin
 
 # Below this, prefilling again costs less than it is worth to keep: a second on

@@ -55,7 +55,7 @@ LAYERS = [
     ["chat_template", "codec", "matching", "pruning", "recovery"],
     ["neighbourhood"],
     ["store"],
-    ["prefill", "rendering", "gguf"],
+    ["prefill", "rendering", "sampling", "gguf"],
     ["inquiry", "lint"],
     ["default_model", "decoding", "saving", "settings", "json_form"],
     ["loading", "quiet_saver", "request", "resuming", "speculation"],
@@ -87,6 +87,7 @@ TENSOR_MODULES = {
     "loaded_model",
     "parity",
     "request",
+    "sampling",
     "speculation",
     "starting",
 }
