@@ -8,7 +8,7 @@ import mlx.core as mx
 import xxhash
 from mlx_lm.models.cache import KVCache
 
-from promptcache import codec
+from promptcache import capturing, codec
 from promptcache.store import PrefixStore
 from promptcache.types import Fingerprint
 
@@ -69,7 +69,7 @@ def save_cache(
     cut_at: Collection[int] = (),
 ) -> None:
     """Save what a cache holds of these tokens, in segments that end at `cut_at`."""
-    taken = codec.capture(cache, 0, len(token_ids))
+    taken = capturing.capture(cache, 0, len(token_ids))
 
     def encode(start: int, end: int) -> Any:
         return codec.encode_rows(cache, [taken], token_ids, start, end)

@@ -23,7 +23,7 @@ import numpy as np
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 from benchmarks import architectures, models_page
-from promptcache import CachedGenerator, codec, loading
+from promptcache import CachedGenerator, capturing, codec, loading
 from promptcache.length_dependence import length_dependence
 from promptcache.loaded_model import LoadedModel
 from promptcache.prefill import prefill
@@ -323,7 +323,7 @@ class Subject:
         """Return what is kept of a prefix of this model."""
         ids = token_ids(LENGTHS[0], 1)
         cache = make_prompt_cache(self.model)
-        captures: list[codec.Capture] = []
+        captures: list[capturing.Capture] = []
         prefill(
             self.model,
             cache,
@@ -332,7 +332,7 @@ class Subject:
             end=len(ids),
             cuts=self.cuts,
             on_piece=lambda start, end: captures.append(
-                codec.capture(cache, start, end)
+                capturing.capture(cache, start, end)
             ),
         )
         rows = codec.encode_rows(cache, captures, ids, 0, len(ids))

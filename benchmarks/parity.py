@@ -9,7 +9,8 @@ import argparse
 import tempfile
 
 from benchmarks.harness import NARRATOR, machine, print_table
-from promptcache import CachedGenerator, rendering
+from promptcache import CachedGenerator
+from promptcache.prompt_parts import compose
 
 MESSAGES = [
     "I open the door",
@@ -81,7 +82,7 @@ def answers(
     generator: CachedGenerator, message: str, max_tokens: int, settings: dict
 ) -> tuple[list[int], list[int], float]:
     """Return the token ids cold and warm, and how much faster the warm one began."""
-    prompt = rendering.compose(system=NARRATOR.read_text(), user=message)
+    prompt = compose(system=NARRATOR.read_text(), user=message)
     runs = []
     for reuse in (False, True):
         responses = list(

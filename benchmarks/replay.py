@@ -19,7 +19,8 @@ import numpy as np
 
 from benchmarks.harness import machine, print_table
 from promptcache import CachedGenerator
-from promptcache.rendering import Message, RenderedPrompt
+from promptcache.chat_prompt import Message
+from promptcache.rendering import RenderedPrompt
 
 MOST_TOKENS = 4000
 

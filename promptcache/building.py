@@ -6,12 +6,12 @@ from collections.abc import Callable
 from mlx_lm.generate import generation_stream, wired_limit
 
 from promptcache.decoding import read_rest
-from promptcache.errors import StoreError, UsageError
+from promptcache.errors import StoreError, UsageError, warn
 from promptcache.loaded_model import LoadedModel
 from promptcache.prefill import check_quantizable, prefill
 from promptcache.rendering import RenderedPrompt
 from promptcache.resuming import check_blobs, resume
-from promptcache.saving import Saver, warn
+from promptcache.saving import Saver
 from promptcache.settings import Settings
 from promptcache.store import PrefixStore
 from promptcache.writer import Writer

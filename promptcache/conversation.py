@@ -5,11 +5,13 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Self
 
-from promptcache import rendering
+from promptcache.chat_prompt import Message
 from promptcache.errors import PromptCacheError, StoreError, UsageError
 from promptcache.explanation import Explanation
 from promptcache.generation import GenerationResponse
 from promptcache.generator import CachedGenerator
+from promptcache.prompt_parts import compose
+from promptcache.rendering import RenderedPrompt
 from promptcache.transcript import INTERRUPTED, Transcript, transcript_path
 
 
@@ -32,7 +34,7 @@ class Conversation:
         *,
         name: str | None = None,
         system: str | None = None,
-        tools: Sequence[rendering.Message] | None = None,
+        tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin a conversation, or go on with the one of this name.
@@ -64,9 +66,9 @@ class Conversation:
         self._is_answering = False
 
     @property
-    def messages(self) -> list[rendering.Message]:
+    def messages(self) -> list[Message]:
         """Return the chat messages so far, the system prompt first."""
-        return rendering.compose(
+        return compose(
             system=self._transcript.head["system"], messages=self._transcript.messages
         )
 
@@ -128,16 +130,14 @@ class Conversation:
         rendered = self._render([*self.messages, *more])
         return self._generator.explain(rendered, **settings)
 
-    def _render(
-        self, messages: Sequence[rendering.Message]
-    ) -> rendering.RenderedPrompt:
+    def _render(self, messages: Sequence[Message]) -> RenderedPrompt:
         head = self._transcript.head
         return self._generator.render(
             messages, head["tools"], head["chat_template_config"]
         )
 
     def _answer(
-        self, rendered: rendering.RenderedPrompt, options: Mapping[str, Any]
+        self, rendered: RenderedPrompt, options: Mapping[str, Any]
     ) -> Generator[GenerationResponse]:
         self._is_answering = True
         try:
@@ -158,7 +158,7 @@ class Conversation:
             self._is_answering = False
 
     def _responses(
-        self, rendered: rendering.RenderedPrompt, options: Mapping[str, Any]
+        self, rendered: RenderedPrompt, options: Mapping[str, Any]
     ) -> Generator[GenerationResponse]:
         saving = {"save": self._generator.save is not False, "save_answer": True}
         started = time.time()

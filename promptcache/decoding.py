@@ -1,16 +1,13 @@
 """Decoding: the rest of a prompt, then token by token from a filled cache."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
-from promptcache.errors import UsageError
 from promptcache.prefill import KVSettings, quantize
-
-Sampler = Callable[[mx.array], mx.array]
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+from promptcache.sampling import LogitsProcessor, Sampler, sampled
 
 # How often to give unused memory back, as in mlx-lm's generate_step.
 CLEAR_CACHE_TOKENS = 256
@@ -89,7 +86,7 @@ def decode(
             for processor in logits_processors:
                 logits = processor(seen, logits)
             logprobs = logits - mx.logsumexp(logits, keepdims=True)
-            token = _sampled(sampler, logprobs)
+            token = sampled(sampler, logprobs)
             mx.async_eval(token, logprobs)
             return token, logprobs.squeeze(0)
 
@@ -114,11 +111,3 @@ def decode(
         yield Step(token.item(), logprobs, num_read=num_read)
         if num_tokens % CLEAR_CACHE_TOKENS == 0:
             mx.clear_cache()
-
-
-def _sampled(sampler: Sampler, logprobs: mx.array) -> mx.array:
-    try:
-        return sampler(logprobs)
-    except ValueError as error:
-        # mlx-lm's samplers check their arguments when they run.
-        raise UsageError(f"cannot sample: {error}".rstrip(".")) from error

@@ -11,8 +11,11 @@
         ├── StoreFullError
         └── DamagedBlobError
 
-Messages are one sentence without a full stop that says what to do next.
+Messages are one sentence without a full stop that says what to do next. What a
+generation survives is no error but a warning.
 """
+
+import warnings
 
 
 class PromptCacheError(Exception):
@@ -63,3 +66,8 @@ class DamagedBlobError(StoreError):
 
 class PromptCacheWarning(UserWarning):
     """The cache had trouble and generation went on without it."""
+
+
+def warn(message: str) -> None:
+    """Tell that the cache had trouble which the generation survives."""
+    warnings.warn(message, PromptCacheWarning, stacklevel=3)

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse as PlainResponse
@@ -14,39 +14,24 @@ from mlx_lm.generate import (
     generation_stream,
     wired_limit,
 )
-from mlx_lm.models.cache import make_prompt_cache
 
-from promptcache.decoding import LogitsProcessor, Sampler, Step, decode, read_rest
-from promptcache.errors import PromptCacheError, StoreError, UnsupportedCacheError
+from promptcache import starting
+from promptcache.decoding import Step, decode, read_rest
+from promptcache.errors import StoreError
 from promptcache.hot_tier import HotTier
-from promptcache.prefill import (
-    Cuts,
-    KVSettings,
-    check_quantizable,
-    prefill,
-    quantize,
-)
-from promptcache.resuming import Resumed, resume
-from promptcache.saving import QuietSaver, Saver, warn
+from promptcache.prefill import check_quantizable, prefill, quantize
+from promptcache.quiet_saver import QuietSaver
+from promptcache.request import Request
+from promptcache.saving import Saver
 from promptcache.speculation import DraftedModel, speculate
+from promptcache.starting import Start
 from promptcache.store import PrefixStore
-from promptcache.treatment import check_supported
-from promptcache.types import Fingerprint, LoadEstimate, Match, Origin, Receipt
+from promptcache.types import Fingerprint, LoadEstimate, Receipt
 from promptcache.writer import Writer
-
-# Below this, prefilling again costs less than it is worth to keep: a second on
-# the slow machines, and 24 MB of SmolLM2's cache.
-AUTO_SAVE_TOKENS = 512
 
 # What an interrupted generation may lose of the time it read. Where reading is fast,
 # encoding what was read would delay the first token.
 SAVE_SECONDS = 5.0
-
-# As in mlx-lm's speculative_generate_step.
-DEFAULT_DRAFT_TOKENS = 2
-
-SavePolicy = bool | Literal["auto"]
-Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -79,74 +64,6 @@ class GenerationResponse(PlainResponse):
     def ttft_seconds(self) -> float:
         """Return the time from the start of matching to the first token."""
         return self.load_seconds + self.prefill_seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a generation is asked for.
-
-    Attributes:
-        token_ids: The whole prompt.
-        max_tokens: Most tokens to generate, -1 for no limit.
-        save: Whether to save the prompt.
-        reuse: Whether to look for cached prefixes.
-        sampler: From log-probabilities to a token.
-        logits_processors: Called with all tokens so far and the logits.
-        cuts: Where the pieces of the prefill end.
-        kv: When to quantize keys and values.
-        origin: How the prompt was rendered.
-        on_progress: Called with the prompt tokens done so far and their total.
-        max_kv_size: Most tokens to keep in the cache; see `make_prompt_cache`.
-        draft_model: A smaller model that proposes tokens.
-        num_draft_tokens: How many it proposes at once.
-        on_match: Called with what is reused.
-        save_answer: Whether to save the answer with the prompt.
-        on_saved: Called with the key of what was saved.
-        input_embeddings: What to read in place of the tokens' own embeddings, shape
-            `(tokens, hidden)`; nothing is cached then.
-        store_bits: In how many bits keys and values are stored, None for their own.
-    """
-
-    token_ids: list[int]
-    max_tokens: int
-    save: SavePolicy
-    reuse: bool
-    sampler: Sampler
-    logits_processors: list[LogitsProcessor]
-    cuts: Cuts
-    kv: KVSettings
-    origin: Origin | None = None
-    on_progress: Progress = lambda done, total: None
-    max_kv_size: int | None = None
-    draft_model: Any = None
-    num_draft_tokens: int = DEFAULT_DRAFT_TOKENS
-    on_match: Callable[[Match], None] = lambda match: None
-    save_answer: bool = False
-    on_saved: Callable[[str], None] = lambda key: None
-    input_embeddings: mx.array | None = None
-    store_bits: int | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Return the length of the prompt."""
-        return len(self.token_ids)
-
-
-class _Start(NamedTuple):
-    """Where a generation starts: its cache, and what the cache already holds."""
-
-    cache: list[Any]
-    resumed: Resumed
-    saver: QuietSaver
-    fingerprint: Fingerprint | None = None
-
-    @property
-    def match(self) -> Match:
-        return self.resumed.match
-
-    @property
-    def cached_tokens(self) -> int:
-        return self.resumed.cached_tokens
 
 
 class Generation:
@@ -185,21 +102,24 @@ class Generation:
         self._num_pieced = 0
         # Tokens read in whole pieces, and the seconds that took.
         self._prefilled = (0, 0.0)
-        self._loaded_tokens = 0
         # How many tokens of the answer the cache is known to hold.
         self._num_read = 0
+        self._saver = QuietSaver(None)
 
     def stream(self) -> Generator[GenerationResponse, None, None]:
         """Generate; at the end, also an early one, save the prompt if it is due."""
         request = self._request
         started = time.perf_counter()
-        start = self._start()
+        start = starting.start(
+            self._reader, self._store, self._hot, self._fingerprint, request
+        )
+        self._saver = self._make_saver(start)
         loaded = time.perf_counter()
         num_new = request.num_tokens - start.cached_tokens
         prefill_seconds = 0.0
         try:
             with wired_limit(self._model, [generation_stream]):
-                for response in self._responses(self._steps(start), start.saver):
+                for response in self._responses(self._steps(start)):
                     prefill_seconds = prefill_seconds or time.perf_counter() - loaded
                     response.cached_tokens = start.cached_tokens
                     response.declined = start.resumed.declined
@@ -207,30 +127,31 @@ class Generation:
                     response.prefill_seconds = prefill_seconds
                     response.prompt_tps = num_new / prefill_seconds
                     if response.finish_reason is not None:
-                        key = self._save(start.saver)
+                        key = self._save()
                         reused, response.saved_seconds = self._record(start, response)
                         response.key = key or reused
                         self._keep(start)
                     last = response
                     yield response
                     if response.generation_tokens == 1:
-                        is_listed = not self._request.save_answer
-                        start.saver.begin(self._num_saved, is_listed=is_listed)
-                    start.saver.advance()
+                        is_listed = not request.save_answer
+                        self._saver.begin(request.num_saved, is_listed=is_listed)
+                    self._saver.advance()
         except GeneratorExit:
             # The cache holds whole tokens only here, not when a step is interrupted.
-            self._save(start.saver)
+            self._save()
             if not last.finish_reason:
                 self._record(start, last)
                 self._keep(start)
             raise
         finally:
             # Nothing is left to save unless something was raised.
-            start.saver.finish(self._num_saved if prefill_seconds else self._num_pieced)
+            end = request.num_saved if prefill_seconds else self._num_pieced
+            self._saver.finish(end)
 
-    def _save(self, saver: QuietSaver) -> str | None:
+    def _save(self) -> str | None:
         """Save what is due, and return the key if that was done."""
-        key = saver.finish(self._num_saved, self._kept_answer)
+        key = self._saver.finish(self._request.num_saved, self._kept_answer)
         if key is not None:
             self._request.on_saved(key)
         return key
@@ -238,124 +159,22 @@ class Generation:
     @property
     def _kept_answer(self) -> list[int]:
         """The tokens of the answer that are to be saved."""
-        is_whole = self._num_saved == self._request.num_tokens
+        is_whole = self._request.num_saved == self._request.num_tokens
         if self._request.save_answer and is_whole and self._drafted is None:
             return self._answer[: self._num_read]
         return []
 
-    # Starting
+    # The cache and the store
 
     @property
     def _reader(self) -> Any:
         """What reads the prompt: the model, or both of a pair."""
         return self._drafted or self._model
 
-    @property
-    def _num_saved(self) -> int:
-        """How much of the prompt is saved.
-
-        Speculation reads the last token itself, and rows that are quantized as they
-        are written cannot be kept together with others.
-        """
-        num_tokens, cuts = self._request.num_tokens, self._request.cuts
-        if self._drafted is not None:
-            return cuts.last_resumable(num_tokens - 1)
-        return num_tokens - cuts.quantizes_at_end(num_tokens, self._request.kv)
-
-    def _start(self) -> _Start:
-        """Find and load what is cached, and decide whether to save."""
-        if self._store is None:
-            return self._cold()
-        cache = self._make_cache()
-        try:
-            self._check_cacheable(cache)
-            fingerprint = self._fingerprint()
-            cache, resumed = self._resume(self._store, fingerprint, cache)
-        except (UnsupportedCacheError, StoreError) as error:
-            warn(f"going on without the store: {error}")
-            # With a cache of its own: the other one may have been filled.
-            return self._cold()
-        with contextlib.suppress(PromptCacheError):
-            self._request.on_match(resumed.match)
-        saver = self._saver(self._store, fingerprint, cache, resumed)
-        return _Start(cache, resumed, saver, fingerprint)
-
-    def _cold(self) -> _Start:
-        return _Start(self._make_cache(), Resumed(), QuietSaver(None))
-
-    def _make_cache(self) -> list[Any]:
-        cache: list[Any] = make_prompt_cache(self._reader, self._request.max_kv_size)
-        return cache
-
-    def _check_cacheable(self, cache: list[Any]) -> None:
-        """Raise UnsupportedCacheError if the prompt's state cannot be kept."""
-        if self._request.input_embeddings is not None:
-            raise UnsupportedCacheError(
-                "prefixes cannot be stored with input_embeddings"
-            )
-        check_supported(cache, self._reader)
-
-    def _resume(
-        self, store: PrefixStore, fingerprint: Fingerprint, cache: list[Any]
-    ) -> tuple[list[Any], Resumed]:
-        """Return a cache with the longest prefix there is, in memory or on disk."""
-        request = self._request
-        if not request.reuse:
-            return cache, Resumed()
-        if hot := self._resume_hot(store, fingerprint):
-            return hot
-        # Speculation reads the last token itself.
-        is_drafted = self._drafted is not None
-        resumed = resume(
-            store,
-            fingerprint,
-            cache,
-            request.token_ids[:-1] if is_drafted else request.token_ids,
-            cuts=request.cuts,
-            kv=request.kv,
-            generating=not is_drafted,
-            may_decline=True,
-        )
-        self._loaded_tokens = resumed.cached_tokens
-        return cache, resumed
-
-    @property
-    def _uses_hot(self) -> bool:
-        """Return whether the run's cache holds what a run from nothing would hold.
-
-        It may not where keys and values are quantized from some length on.
-        """
-        request = self._request
-        return request.reuse and request.kv.bits is None and self._drafted is None
-
-    def _resume_hot(
-        self, store: PrefixStore, fingerprint: Fingerprint
-    ) -> tuple[list[Any], Resumed] | None:
-        """Take a cache from memory, if no longer prefix is on disk."""
-        request, digest = self._request, fingerprint.digest
-        if not self._uses_hot:
-            return None
-        found = self._hot.find(digest, request.token_ids, request.cuts.last_resumable)
-        if found is None:
-            return None
-        match = store.lookup(request.token_ids, fingerprint, generating=True)
-        is_shorter = found.num_tokens < min(match.cached_tokens, request.num_tokens - 1)
-        # What is saved has to be captured, piece by piece, from where the store ends.
-        is_lost = not found.is_divisible and self._is_due(match)
-        if is_shorter or is_lost:
-            return None
-        try:
-            cache = self._hot.take(found)
-        except (RuntimeError, MemoryError):
-            # It does not fit twice; on disk it is safe.
-            self._hot.clear()
-            return None
-        return None if cache is None else (cache, Resumed(match, found.num_tokens))
-
-    def _keep(self, start: _Start) -> None:
+    def _keep(self, start: Start) -> None:
         """Keep the cache in memory, with as much of the answer as it has read."""
         request = self._request
-        if not self._uses_hot or start.fingerprint is None:
+        if not request.uses_hot or start.fingerprint is None:
             return
         token_ids = [*request.token_ids, *self._answer[: self._num_read]]
         end = len(token_ids)
@@ -364,41 +183,31 @@ class Generation:
         digest = start.fingerprint.digest
         self._hot.put(digest, token_ids, start.cache, good_to=end)
 
-    def _is_due(self, match: Match) -> bool:
-        """Return whether what the store lacks of the prompt is to be saved."""
-        if self._request.save == "auto":
-            num_new = self._request.num_tokens - match.cached_tokens
-            return num_new >= AUTO_SAVE_TOKENS
-        return bool(self._request.save)
-
-    def _saver(
-        self,
-        store: PrefixStore,
-        fingerprint: Fingerprint,
-        cache: list[Any],
-        resumed: Resumed,
-    ) -> QuietSaver:
+    def _make_saver(self, start: Start) -> QuietSaver:
+        """Return what saves the prompt, or nothing if that is not due."""
         request = self._request
-        token_ids = request.token_ids[: self._num_saved]
-        if not self._is_due(resumed.match) or not token_ids:
+        if self._store is None or start.fingerprint is None:
+            return QuietSaver(None)
+        token_ids = request.token_ids[: request.num_saved]
+        if not request.is_due(start.match) or not token_ids:
             return QuietSaver(None)
         saver = Saver(
-            store,
+            self._store,
             self._writer,
-            fingerprint,
+            start.fingerprint,
             token_ids,
-            cache,
+            start.cache,
             request.cuts,
             request.kv,
             is_prompt=len(token_ids) == request.num_tokens,
             origin=request.origin,
             store_bits=request.store_bits,
         )
-        saver.take_over(resumed.taken, resumed.logits)
+        saver.take_over(start.resumed.taken, start.resumed.logits)
         return QuietSaver(saver)
 
     def _record(
-        self, start: _Start, last: GenerationResponse
+        self, start: Start, last: GenerationResponse
     ) -> tuple[str | None, float]:
         """Note what the request reused; return its key and the seconds saved."""
         nothing = (start.match.key, 0.0)
@@ -416,14 +225,14 @@ class Generation:
         )
         with contextlib.suppress(StoreError):
             self._store.add_speed(start.fingerprint, *self._prefilled)
-            loaded = (self._loaded_tokens, last.load_seconds)
+            loaded = (start.loaded_tokens, last.load_seconds)
             self._store.add_load(start.fingerprint, *loaded)
             return self._store.record(receipt)
         return nothing
 
     # Running the model
 
-    def _steps(self, start: _Start) -> Iterator[Step]:
+    def _steps(self, start: Start) -> Iterator[Step]:
         """Read what is not cached and generate after it."""
         request = self._request
         if request.input_embeddings is not None:
@@ -457,7 +266,7 @@ class Generation:
             "kv": request.kv,
         }
 
-    def _logits(self, start: _Start) -> mx.array:
+    def _logits(self, start: Start) -> mx.array:
         """Read the prompt to its end; return the logits of the next token."""
         if start.resumed.logits is not None:
             return start.resumed.logits
@@ -472,24 +281,24 @@ class Generation:
             request.token_ids,
             num_read=num_read,
         )
-        if self._num_saved == request.num_tokens:
-            start.saver.capture(num_read, request.num_tokens, logits)
+        if request.num_saved == request.num_tokens:
+            self._saver.capture(num_read, request.num_tokens, logits)
         quantize(start.cache, request.num_tokens, request.kv)
         return logits
 
-    def _prefill(self, start: _Start, end: int) -> None:
+    def _prefill(self, start: Start, end: int) -> None:
         """Read the prompt up to `end`, and save full pieces on the way."""
         request, cache = self._request, start.cache
         saved_at = time.perf_counter()
 
         def on_piece(first: int, stop: int) -> None:
             nonlocal saved_at
-            start.saver.capture(first, stop)
-            if stop % request.cuts.step_size or stop > self._num_saved:
+            self._saver.capture(first, stop)
+            if stop % request.cuts.step_size or stop > request.num_saved:
                 return
             self._num_pieced = stop
             if time.perf_counter() - saved_at >= SAVE_SECONDS:
-                start.saver.begin(stop)
+                self._saver.begin(stop)
                 saved_at = time.perf_counter()
 
         seconds = prefill(
@@ -526,9 +335,7 @@ class Generation:
         )
         return (Step(*step) for step in steps)
 
-    def _responses(
-        self, steps: Iterator[Step], saver: QuietSaver
-    ) -> Iterator[GenerationResponse]:
+    def _responses(self, steps: Iterator[Step]) -> Iterator[GenerationResponse]:
         """Turn tokens into text, as mlx-lm's `stream_generate` does."""
         request = self._request
         detokenizer = self._tokenizer.detokenizer
@@ -541,7 +348,7 @@ class Generation:
             if step.num_read is not None:
                 self._num_read = step.num_read
                 if self._kept_answer:
-                    saver.capture_answer(self._num_read)
+                    self._saver.capture_answer(self._num_read)
             finish_reason = self._finish_reason(step, num_tokens)
             if finish_reason != "stop":
                 detokenizer.add_token(step.token)

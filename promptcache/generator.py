@@ -9,27 +9,22 @@ from pathlib import Path
 from typing import Any, Self
 
 import mlx.core as mx
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from promptcache import explanation, hot_tier, loading, location, rendering
+from promptcache import hot_tier, inquiry, loading, location, rendering
 from promptcache.building import Building
-from promptcache.decoding import LogitsProcessor, Sampler
-from promptcache.errors import KeyNotFoundError, StoreError, UsageError
+from promptcache.chat_prompt import Message, is_messages
+from promptcache.errors import KeyNotFoundError, StoreError, UsageError, warn
 from promptcache.explanation import Explanation
-from promptcache.generation import (
-    DEFAULT_DRAFT_TOKENS,
-    Generation,
-    GenerationResponse,
-    Progress,
-    Request,
-    SavePolicy,
-)
+from promptcache.generation import Generation, GenerationResponse
 from promptcache.hot_tier import HotTier
 from promptcache.lint import VolatileText, find_volatile_text
 from promptcache.loaded_model import LoadedModel
 from promptcache.prefill import DEFAULT_STEP_SIZE
-from promptcache.saving import warn
+from promptcache.prompt_parts import PromptParts, compose
+from promptcache.rendering import Prompt, RenderedPrompt
+from promptcache.request import DEFAULT_DRAFT_TOKENS, Progress, Request, SavePolicy
+from promptcache.sampling import LogitsProcessor, penalties_of, sampler_of
 from promptcache.settings import DEFAULT_SETTINGS, Settings
 from promptcache.store import PrefixStore, check_name
 from promptcache.types import Fingerprint, Match, Prefix
@@ -211,10 +206,10 @@ class CachedGenerator:
 
     def render(
         self,
-        prompt: rendering.Prompt,
-        tools: Sequence[rendering.Message] | None = None,
+        prompt: Prompt,
+        tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
-    ) -> rendering.RenderedPrompt:
+    ) -> RenderedPrompt:
         """Return a prompt as token ids, with the places where it is worth resuming.
 
         Args:
@@ -234,10 +229,10 @@ class CachedGenerator:
 
     def render_open(
         self,
-        messages: Sequence[rendering.Message],
-        tools: Sequence[rendering.Message] | None = None,
+        messages: Sequence[Message],
+        tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
-    ) -> rendering.RenderedPrompt:
+    ) -> RenderedPrompt:
         """Return what comes before the last user's text, or before its last part.
 
         Args:
@@ -254,14 +249,14 @@ class CachedGenerator:
             **self._template_options(tools, chat_template_config),
         )
 
-    def render_parts(self, parts: rendering.PromptParts) -> rendering.RenderedPrompt:
+    def render_parts(self, parts: PromptParts) -> RenderedPrompt:
         """Return a whole prompt that is given in parts. Raises UsageError."""
         if parts.raw:
             return self.render(parts.text())
         messages = parts.compose(parts.prompt)
         return self.render(messages, parts.tools, parts.chat_template_config)
 
-    def render_prefix(self, parts: rendering.PromptParts) -> rendering.RenderedPrompt:
+    def render_prefix(self, parts: PromptParts) -> RenderedPrompt:
         """Return what is to be built of a prompt that is given in parts.
 
         Without a user's text that is everything before it. Raises UsageError.
@@ -273,7 +268,7 @@ class CachedGenerator:
 
     def _template_options(
         self,
-        tools: Sequence[rendering.Message] | None,
+        tools: Sequence[Message] | None,
         config: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         return {
@@ -286,9 +281,9 @@ class CachedGenerator:
 
     def match(
         self,
-        prompt: rendering.Prompt,
+        prompt: Prompt,
         *,
-        tools: Sequence[rendering.Message] | None = None,
+        tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Match:
@@ -313,9 +308,9 @@ class CachedGenerator:
 
     def explain(
         self,
-        prompt: rendering.Prompt,
+        prompt: Prompt,
         *,
-        tools: Sequence[rendering.Message] | None = None,
+        tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Explanation:
@@ -337,7 +332,7 @@ class CachedGenerator:
         around = store.neighbourhood(rendered.token_ids, fingerprint, rendered.origin)
         estimate = store.estimate(fingerprint, around.match.cached_tokens)
         declines = estimate is not None and estimate.favours_prefill
-        return explanation.explain(
+        return inquiry.explain(
             self.tokenizer,
             rendered,
             fingerprint,
@@ -354,10 +349,10 @@ class CachedGenerator:
 
     def build(
         self,
-        prompt: rendering.Prompt | None = None,
+        prompt: Prompt | None = None,
         *,
         system: str | None = None,
-        tools: Sequence[rendering.Message] | None = None,
+        tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
         name: str | None = None,
         exact: bool | None = None,
@@ -435,25 +430,23 @@ class CachedGenerator:
 
     def _prompt_to_build(
         self,
-        prompt: rendering.Prompt | None,
+        prompt: Prompt | None,
         system: str | None,
-        tools: Sequence[rendering.Message] | None,
+        tools: Sequence[Message] | None,
         chat_template_config: Mapping[str, Any] | None,
-    ) -> rendering.RenderedPrompt:
+    ) -> RenderedPrompt:
         if prompt is None:
             if system is None and not tools:
                 raise UsageError("there is nothing to build, give a prompt or a system")
-            messages = rendering.compose(system=system, user="")
+            messages = compose(system=system, user="")
             return self.render_open(messages, tools, chat_template_config)
         if isinstance(prompt, str) and (system is not None or tools):
-            prompt = rendering.compose(system=system, user=prompt)
-        elif rendering.is_messages(prompt):
-            prompt = rendering.compose(system=system, messages=prompt)
+            prompt = compose(system=system, user=prompt)
+        elif is_messages(prompt):
+            prompt = compose(system=system, messages=prompt)
         return self.render(prompt, tools, chat_template_config)
 
-    def is_built(
-        self, prompt: rendering.RenderedPrompt, **settings: Any
-    ) -> tuple[str, bool]:
+    def is_built(self, prompt: RenderedPrompt, **settings: Any) -> tuple[str, bool]:
         """Return the key that `build` would give, and whether all of it is stored.
 
         Args:
@@ -470,22 +463,22 @@ class CachedGenerator:
         building = Building(self._loaded, store, self._writer, prompt, wanted)
         return building.key, building.is_stored()
 
-    def lint(self, prompt: rendering.RenderedPrompt) -> list[VolatileText]:
+    def lint(self, prompt: RenderedPrompt) -> list[VolatileText]:
         """Return what is likely to change early in a prompt, and spoil its reuse."""
         return find_volatile_text(self.tokenizer, prompt)
 
     # Generating
 
-    def generate(self, prompt: rendering.Prompt, **kwargs: Any) -> str:
+    def generate(self, prompt: Prompt, **kwargs: Any) -> str:
         """Return the whole answer; see `stream_generate`."""
         return "".join(r.text for r in self.stream_generate(prompt, **kwargs))
 
     def stream_generate(
         self,
-        prompt: rendering.Prompt,
+        prompt: Prompt,
         max_tokens: int = 256,
         *,
-        tools: Sequence[rendering.Message] | None = None,
+        tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
         save: SavePolicy | None = None,
         reuse: bool | None = None,
@@ -586,9 +579,9 @@ class CachedGenerator:
             max_tokens=max_tokens,
             save=self.save if save is None else save,
             reuse=self._reuse if reuse is None else reuse,
-            sampler=sampler or _sampler(temp, top_p, min_p, top_k),
+            sampler=sampler or sampler_of(temp, top_p, min_p, top_k),
             logits_processors=[
-                *_penalty(repetition_penalty, repetition_context_size),
+                *penalties_of(repetition_penalty, repetition_context_size),
                 *(logits_processors or []),
             ],
             cuts=self._loaded.cuts(settings, rendered.boundaries),
@@ -614,7 +607,7 @@ class CachedGenerator:
         ).stream()
 
     def _tell_other_config(
-        self, rendered: rendering.RenderedPrompt, settings: Settings, match: Match
+        self, rendered: RenderedPrompt, settings: Settings, match: Match
     ) -> None:
         """Warn if more would be reused with other arguments of the chat template."""
         store, chat = self.store, rendered.chat
@@ -646,7 +639,7 @@ def _memory_limit(nbytes: int | None) -> int:
     return hot_tier.default_nbytes() if nbytes is None else nbytes
 
 
-def _least_meant(rendered: rendering.RenderedPrompt) -> int:
+def _least_meant(rendered: RenderedPrompt) -> int:
     """Return how much prompts share at least that are meant to begin alike.
 
     That is the system prompt and tools, or without these all but the last text.
@@ -655,22 +648,3 @@ def _least_meant(rendered: rendering.RenderedPrompt) -> int:
     if origin is not None and (origin.system or origin.tools):
         return rendered.head
     return max(rendered.boundaries, default=rendered.head)
-
-
-def _penalty(penalty: float | None, context_size: int) -> list[LogitsProcessor]:
-    try:
-        processors: list[LogitsProcessor] = make_logits_processors(
-            repetition_penalty=penalty, repetition_context_size=context_size
-        )
-    except ValueError as error:
-        raise UsageError(f"cannot penalize: {error}".rstrip(".")) from error
-    return processors
-
-
-def _sampler(
-    temp: float | None, top_p: float | None, min_p: float | None, top_k: int | None
-) -> Sampler:
-    sampler: Sampler = make_sampler(
-        temp or 0.0, top_p or 0.0, min_p or 0.0, top_k=top_k or 0
-    )
-    return sampler

@@ -17,26 +17,26 @@ as a whole, by prompts that continue all it has read.
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from promptcache.chain import TOKEN_NBYTES, common_length, pack
-from promptcache.treatment import (
-    Treatment,
-    filled_rows,
-    parts_of,
-    rows_of,
-    treatment_of,
-    with_parts,
+from promptcache.plain_rows import (
+    Rows,
+    copied_cache,
+    copied_rows,
+    has_only_rows,
+    row_parts,
+    shared_rows,
+    trim,
 )
+from promptcache.treatment import parts_of
 
 # So much of the memory that models and others share is a safe part for caches.
 MEMORY_SHARE = 8
 # Of how many pieces a prefix is put together before they become one.
 MOST_PIECES = 8
-
-Rows = dict[str, list[Any]]
 
 
 @dataclass(eq=False, slots=True)
@@ -229,15 +229,15 @@ class HotTier:
         num_left = trunk.num_tokens - num_tokens
         if num_left > num_tokens:
             self._use(trunk)
-            return _copied(trunk.cache, num_tokens)
+            return copied_cache(trunk.cache, num_tokens)
         self._entries.remove(trunk)
         if num_left:
-            rows = _copied_rows(trunk.cache, num_tokens, trunk.num_tokens)
+            rows = copied_rows(trunk.cache, num_tokens, trunk.num_tokens)
             nbytes = sum(array.nbytes for arrays in rows.values() for array in arrays)
             self._entries.append(
                 _Branch(trunk.fingerprint, trunk.data, num_tokens, rows, nbytes)
             )
-            _trim(trunk.cache, num_tokens)
+            trim(trunk.cache, num_tokens)
         return trunk.cache
 
     def share(self, found: HotPrefix) -> list[Any] | None:
@@ -292,12 +292,12 @@ class HotTier:
         """
         num_good = len(token_ids) if good_to is None else good_to
         if has_only_rows(cache):
-            _trim(cache, num_good)
+            trim(cache, num_good)
         elif num_good < len(token_ids):
             return
         if not num_good:
             return
-        if any(part.offset != num_good for part in _row_parts(cache)):
+        if any(part.offset != num_good for part in row_parts(cache)):
             return
         try:
             nbytes = sum(layer.nbytes for layer in cache)
@@ -337,7 +337,7 @@ class HotTier:
                 self._use(entry)
             if found.num_tokens == len(token_ids):
                 return
-            rows = _copied_rows(cache, found.num_tokens, len(token_ids))
+            rows = copied_rows(cache, found.num_tokens, len(token_ids))
             nbytes = sum(array.nbytes for arrays in rows.values() for array in arrays)
             branch = _Branch(
                 fingerprint, pack(token_ids), found.num_tokens, rows, nbytes
@@ -391,73 +391,6 @@ def _longest_branch(
     )
     best = max(pieces, key=lambda piece: piece.stop, default=None)
     return best if best and best.stop > covered else None
-
-
-def _row_parts(cache: Sequence[Any]) -> Iterator[Any]:
-    """Yield the parts that keep plain rows and have some."""
-    for _, part in parts_of(cache):
-        if type(part).__name__ == "KVCache" and not part.empty():
-            yield part
-
-
-def has_only_rows(cache: Sequence[Any]) -> bool:
-    """Return whether a cache is nothing but plain rows of the same tokens."""
-    parts = [part for _, part in parts_of(cache)]
-    position = max((part.offset for part in _row_parts(cache)), default=0)
-    return position > 0 and all(
-        type(part).__name__ == "KVCache"
-        and treatment_of(part, position) in (Treatment.ROWS, Treatment.EMPTY)
-        for part in parts
-    )
-
-
-def _trim(cache: Sequence[Any], num_tokens: int) -> None:
-    for part in _row_parts(cache):
-        part.trim(part.offset - num_tokens)
-
-
-def _copied_rows(cache: Sequence[Any], start: int, stop: int) -> Rows:
-    import mlx.core as mx
-
-    rows = {
-        name: [mx.contiguous(array) for array in rows_of(part, start, stop)]
-        for name, part in parts_of(cache)
-        if not part.empty()
-    }
-    mx.eval(rows)
-    return rows
-
-
-def _copied(cache: Sequence[Any], num_tokens: int) -> list[Any]:
-    """Return a cache of its own with the first tokens of another one."""
-    import mlx.core as mx
-
-    def copied(part: Any) -> Any:
-        if part.empty():
-            return copy(part)
-        columns = [[array] for array in rows_of(part, 0, num_tokens)]
-        return filled_rows(type(part)(), columns, num_tokens, num_tokens)
-
-    parts = [copied(part) for _, part in parts_of(cache)]
-    mx.eval([part.state for part in parts if not part.empty()])
-    return with_parts(cache, iter(parts))
-
-
-def shared_rows(cache: Sequence[Any], num_tokens: int) -> list[Any]:
-    """Return a cache with the first tokens of another one, on the same memory.
-
-    All of its parts keep plain rows. Its arrays are other objects, so that it can be
-    written to.
-    """
-
-    def shared(part: Any) -> Any:
-        other = copy(part)
-        if not part.empty():
-            other.keys, other.values = rows_of(part, 0, num_tokens)
-            other.offset = num_tokens
-        return other
-
-    return with_parts(cache, (shared(part) for _, part in parts_of(cache)))
 
 
 def _append(cache: Sequence[Any], branch: _Branch, start: int, stop: int) -> None:

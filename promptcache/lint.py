@@ -5,7 +5,8 @@ import re
 from typing import Any, NamedTuple
 
 from promptcache import location
-from promptcache.rendering import ChatPrompt, RenderedPrompt, system_text
+from promptcache.chat_prompt import ChatPrompt, system_text
+from promptcache.rendering import RenderedPrompt
 from promptcache.volatility import Volatile, find_volatile
 
 # Arguments by which well-known templates take what they else insert by themselves.

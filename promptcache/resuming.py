@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from promptcache import codec, memory
+from promptcache import capturing, codec, memory
 from promptcache.chain import pack
 from promptcache.destination import Destination
-from promptcache.errors import DamagedBlobError, StoreError
+from promptcache.errors import DamagedBlobError, StoreError, warn
+from promptcache.layout import is_quantized
 from promptcache.prefill import Cuts, KVSettings, quantize
-from promptcache.saving import warn
+from promptcache.reading import LoadedSegment, Reading
 from promptcache.store import PrefixStore
 from promptcache.treatment import parts_of
 from promptcache.types import (
@@ -47,7 +48,7 @@ class Resumed(NamedTuple):
     cached_tokens: int = 0
     logits: "mx.array | None" = None
     declined: LoadEstimate | None = None
-    taken: codec.Capture | None = None
+    taken: capturing.Capture | None = None
 
 
 def resume(
@@ -112,7 +113,7 @@ def resume(
         quantize(cache, match.cached_tokens, kv)
     taken = None
     if loader.digests[match.slices[-1].key] != fingerprint.digest:
-        taken = codec.capture_restored(cache, segments, match.cached_tokens)
+        taken = capturing.capture_restored(cache, segments, match.cached_tokens)
     logits = segments[-1].logits if match.has_logits else None
     return Resumed(match, match.cached_tokens, logits, taken=taken)
 
@@ -139,16 +140,16 @@ class _Loader:
         kv: KVSettings,
         destination: Destination | None,
     ) -> None:
-        self._loaded: dict[SegmentSlice, codec.LoadedSegment] = {}
+        self._loaded: dict[SegmentSlice, LoadedSegment] = {}
         self._opened: dict[SegmentSlice, tuple[Path, BlobHeader]] = {}
-        self._begun: dict[SegmentSlice, codec.Reading] = {}
+        self._begun: dict[SegmentSlice, Reading] = {}
         self.digests: dict[str, str] = {}
         self._store = store
         self._token_ids = token_ids
         self._quantized_from = cuts.quantized_from(kv) or 0
         self._destination = destination
 
-    def load(self, parts: Sequence[SegmentSlice]) -> list[codec.LoadedSegment]:
+    def load(self, parts: Sequence[SegmentSlice]) -> list[LoadedSegment]:
         """Read what is wanted of segments. Raises StoreError and _TooEarlyError."""
         try:
             for part in parts:
@@ -175,7 +176,7 @@ class _Loader:
         path, header = self._store.open_blob(part)
         self.digests[part.key] = header.info.fingerprint.digest
         # A run from nothing still reads these rows as they were computed.
-        if codec.is_quantized(header.layout) and part.start < self._quantized_from:
+        if is_quantized(header.layout) and part.start < self._quantized_from:
             raise _TooEarlyError
         self._opened[part] = path, header
 
@@ -198,7 +199,7 @@ class _Loader:
         }
         ids = pack(self._token_ids[part.start : part.stop])
         path, header = self._opened[part]
-        reading = codec.Reading(path, header, part, ids, self._destination)
+        reading = Reading(path, header, part, ids, self._destination)
         self._begun[part] = reading
 
     def _finish(self, part: SegmentSlice) -> None:

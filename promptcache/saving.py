@@ -1,13 +1,12 @@
 """Saving: hand the state of a prompt that is being read to the store."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from copy import copy
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from promptcache import codec
-from promptcache.errors import PromptCacheWarning, StoreError
+from promptcache import capturing, codec
+from promptcache.errors import StoreError
 from promptcache.prefill import Cuts, KVSettings
 from promptcache.store import PrefixStore
 from promptcache.treatment import least_window
@@ -17,12 +16,8 @@ from promptcache.writer import Writer
 if TYPE_CHECKING:
     import mlx.core as mx
 
-Result = TypeVar("Result")
-
 # How often a save starts again because others changed what it hangs on meanwhile.
 SAVE_ATTEMPTS = 3
-
-
 # A turn with less that is new is saved in one piece with its answer.
 JOINED_TOKENS = 512
 
@@ -82,8 +77,8 @@ class Saver:
         self._is_build = is_build
         self._origin = origin
         self._store_bits = store_bits
-        self._captures: list[codec.Capture] = []
-        self._answer_captures: list[codec.Capture] = []
+        self._captures: list[capturing.Capture] = []
+        self._answer_captures: list[capturing.Capture] = []
         self._window = least_window(cache)
         self._num_prompt = len(token_ids)
         self._logits: mx.array | None = None
@@ -110,14 +105,14 @@ class Saver:
         """
         every_row = self._kv.bits is not None
         self._captures.append(
-            codec.capture(self._cache, start, end, every_row=every_row)
+            capturing.capture(self._cache, start, end, every_row=every_row)
         )
         if logits is not None:
             # Logits processors may change the array in place.
             self._logits = copy(logits)
 
     def take_over(
-        self, taken: codec.Capture | None, logits: "mx.array | None" = None
+        self, taken: capturing.Capture | None, logits: "mx.array | None" = None
     ) -> None:
         """Note what the cache was filled with, if it is to be saved here, too."""
         if taken is not None:
@@ -132,8 +127,8 @@ class Saver:
         begin = self._answer_start
         end = len(self._token_ids) + num_tokens
         if self._window and end - begin >= max(self._window // 2, 1):
-            taken = codec.capture(self._cache, begin, end)
-            self._answer_captures.append(codec.detached(taken))
+            taken = capturing.capture(self._cache, begin, end)
+            self._answer_captures.append(capturing.detached(taken))
 
     def can_keep(self, num_tokens: int) -> bool:
         """Return whether an answer of so many tokens can be saved.
@@ -166,7 +161,7 @@ class Saver:
         if self._answer_start == end:
             # The last capture is to have states, too.
             self._answer_captures.pop()
-        last = codec.capture(self._cache, self._answer_start, end)
+        last = capturing.capture(self._cache, self._answer_start, end)
         self._captures += [*self._answer_captures, last]
         self._token_ids = [*self._token_ids, *answer]
         self._logits = None
@@ -348,14 +343,14 @@ class Saver:
             )
         )
 
-    def _checkpoint(self, taken: codec.Capture) -> EncodedSegment:
+    def _checkpoint(self, taken: capturing.Capture) -> EncodedSegment:
         is_prompt = taken.end == len(self._token_ids)
         segment = codec.encode_checkpoint(taken, self._logits if is_prompt else None)
         extendable = not self._is_tail(taken.end)
         resumption = segment.resumption._replace(extendable=extendable)
         return segment._replace(resumption=resumption)
 
-    def _wants_checkpoint(self, taken: codec.Capture) -> bool:
+    def _wants_checkpoint(self, taken: capturing.Capture) -> bool:
         """Return whether to keep the state at a capture's end."""
         is_end = taken.end == len(self._token_ids)
         if self._is_tail(taken.end):
@@ -380,77 +375,3 @@ class Saver:
         is_answered = self._is_prompt and end == len(self._token_ids)
         is_whole = self._cuts.is_cut(end) and not is_answered
         return not (self._cuts.is_divisible(end) or is_whole)
-
-
-class QuietSaver:
-    """Saves for a generation: trouble is one warning, and nothing more is saved."""
-
-    def __init__(self, saver: Saver | None) -> None:
-        """Take a saver, or None to save nothing."""
-        self._saver = saver
-
-    def capture(self, start: int, end: int, logits: "mx.array | None" = None) -> None:
-        """Note a piece that the cache has just read."""
-        if self._saver is not None:
-            try:
-                self._saver.capture(start, end, logits)
-            # Of a cache class that is not mlx-lm's own, anything can be expected.
-            except Exception as error:
-                self._stop(error)
-
-    def capture_answer(self, num_tokens: int) -> None:
-        """Note what the cache is about to lose of an answer."""
-        if self._saver is not None:
-            try:
-                self._saver.capture_answer(num_tokens)
-            except Exception as error:
-                self._stop(error)
-
-    def begin(self, end: int, *, is_listed: bool = True) -> None:
-        """Begin to save `[0, end)`, and list its end if that is the prompt's."""
-
-        def begin(saver: Saver) -> None:
-            if is_listed or not saver.joins_answer(end):
-                saver.begin(end, is_listed=is_listed)
-
-        self._try(begin)
-        self.advance()
-
-    def advance(self) -> None:
-        """Save some more of it, if that needs no wait."""
-        self._try(lambda saver: saver.advance())
-
-    def _try(self, save: Callable[[Saver], Result]) -> Result | None:
-        if self._saver is None:
-            return None
-        try:
-            return save(self._saver)
-        # mlx raises RuntimeError where memory is short, or the thread is another one.
-        except Exception as error:
-            self._stop(error)
-            return None
-
-    def _stop(self, error: Exception) -> None:
-        warn(f"the prompt is not saved: {error}")
-        self._saver = None
-
-    def finish(self, end: int, answer: Sequence[int] = ()) -> str | None:
-        """Save for the last time, and return the key of what was saved."""
-
-        def save(saver: Saver) -> str | None:
-            if not end:
-                return None
-            if not saver.can_keep(len(answer)):
-                return saver.save(end)
-            if not saver.joins_answer(end):
-                saver.save(end, is_listed=False)
-            return saver.save_answer(answer)
-
-        key = self._try(save)
-        self._saver = None
-        return key
-
-
-def warn(message: str) -> None:
-    """Tell that the cache had trouble which the generation survives."""
-    warnings.warn(message, PromptCacheWarning, stacklevel=3)

@@ -7,9 +7,10 @@ import mlx.core as mx
 from mlx_lm.generate import speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from promptcache.decoding import LogitsProcessor, Sampler, Step
+from promptcache.decoding import Step
 from promptcache.errors import UsageError
 from promptcache.prefill import KVSettings
+from promptcache.sampling import LogitsProcessor, Sampler
 from promptcache.treatment import parts_of
 
 TRIMMABLE = {"KVCache", "ConcatenateKVCache", "QuantizedKVCache"}

@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 from promptcache.errors import PromptCacheError, UsageError
 from promptcache.generator import BuiltPrefix, CachedGenerator
 from promptcache.manifest import Manifest, PromptSpec
-from promptcache.rendering import PromptParts, RenderedPrompt
+from promptcache.prompt_parts import PromptParts
+from promptcache.rendering import RenderedPrompt
 from promptcache.store import PrefixStore
 from promptcache.types import ListedPrefix
 

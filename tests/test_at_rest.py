@@ -17,9 +17,10 @@ from mlx_lm.models.cache import (
 )
 from test_codec import TOKEN_IDS, Published, load, publish
 
-from promptcache import DamagedBlobError, codec
+from promptcache import DamagedBlobError, capturing, codec
 from promptcache.at_rest import RowFormat
 from promptcache.blobs import BlobFolder
+from promptcache.layout import describe, is_quantized
 from promptcache.types import EncodedSegment
 
 # How many steps there are from the least value of a group to the largest.
@@ -52,7 +53,7 @@ def filled(
 
 
 def encode(cache: Sequence[Any], start: int, end: int, bits: int = 8) -> EncodedSegment:
-    captures = [codec.capture(cache, 0, cache[0].offset)]
+    captures = [capturing.capture(cache, 0, cache[0].offset)]
     return codec.encode_rows(cache, captures, TOKEN_IDS, start, end, store_bits=bits)
 
 
@@ -126,7 +127,9 @@ def test_bits_are_those_on_disk(
     blobs: BlobFolder, bits: int, most: float, dtype: mx.Dtype
 ) -> None:
     cache = [filled(KVCache(), num_rows=90, dtype=dtype)]
-    exact = codec.encode_rows(cache, [codec.capture(cache, 0, 90)], TOKEN_IDS, 0, 90)
+    exact = codec.encode_rows(
+        cache, [capturing.capture(cache, 0, 90)], TOKEN_IDS, 0, 90
+    )
 
     small = encode(cache, 0, 90, bits)
 
@@ -236,7 +239,7 @@ def test_quantized_parts_and_states_stay_as_they_are(blobs: BlobFolder) -> None:
     quantized, state = filled(QuantizedKVCache(32, 8)), ArraysCache(1)
     state[0] = random_rows(4)
     cache = [quantized, state]
-    taken = codec.capture(cache, 0, 40)
+    taken = capturing.capture(cache, 0, 40)
     rows = codec.encode_rows(cache, [taken], TOKEN_IDS, 0, 40, store_bits=4)
     parts = [
         publish(blobs, rows, 0, 40),
@@ -264,9 +267,9 @@ def test_layout_is_told_in_words() -> None:
 
     layout = encode(cache, 0, 40, 4).layout
 
-    assert codec.describe(layout) == "2 × KVCache (stored in 4 bits), 1 × KVCache"
+    assert describe(layout) == "2 × KVCache (stored in 4 bits), 1 × KVCache"
     # They are as they were computed once they are in memory.
-    assert not codec.is_quantized(layout)
+    assert not is_quantized(layout)
 
 
 # Damage

@@ -25,9 +25,10 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.utils import load as load_model
 
-from promptcache import DamagedBlobError, StoreError, codec
+from promptcache import DamagedBlobError, StoreError, capturing, codec, reading
 from promptcache.blobs import BlobFolder
 from promptcache.chain import pack
+from promptcache.layout import describe
 from promptcache.types import (
     AT_ANY_TOKEN,
     BlobHeader,
@@ -105,18 +106,18 @@ def encode(
     cache: Sequence[Any], start: int, end: int, token_ids: Sequence[int] = TOKEN_IDS
 ) -> EncodedSegment:
     """Return rows of a cache that has just read all it holds."""
-    captures = [codec.capture(cache, 0, cache[0].offset)]
+    captures = [capturing.capture(cache, 0, cache[0].offset)]
     return codec.encode_rows(cache, captures, token_ids, start, end)
 
 
 def load(
     published: Published, stop: int | None = None, token_ids: Sequence[int] = TOKEN_IDS
-) -> codec.LoadedSegment:
+) -> reading.LoadedSegment:
     stop = published.end if stop is None else stop
     key = published.header.info.key
     part = SegmentSlice(key, published.start, stop, published.end)
     expected = pack(token_ids[published.start : stop])
-    return codec.load(published.path, published.header, part, expected)
+    return reading.load(published.path, published.header, part, expected)
 
 
 @pytest.fixture
@@ -249,7 +250,7 @@ def test_trimmed_rows_and_padding_never_reach_the_bytes(make_layer: Any) -> None
 
 def test_a_range_that_the_cache_does_not_hold_cannot_be_encoded() -> None:
     cache = [filled(KVCache(), 31)]
-    captures = [codec.capture(cache, 0, 31)]
+    captures = [capturing.capture(cache, 0, 31)]
     cache[0].trim(1)
 
     with pytest.raises(AssertionError, match=r"\[0, 30\)"):
@@ -282,7 +283,7 @@ def test_layout_is_told_in_words() -> None:
 
     layout = encode(cache, 0, 4).layout
 
-    assert codec.describe(layout) == "2 × KVCache, 1 × QuantizedKVCache (8 bits)"
+    assert describe(layout) == "2 × KVCache, 1 × QuantizedKVCache (8 bits)"
 
 
 # Windows
@@ -298,18 +299,20 @@ def read(layer: Any, start: int, end: int, dtype: mx.Dtype = mx.float32) -> Any:
 
 def read_pieces(
     cache: Sequence[Any], pieces: Sequence[int], dtype: mx.Dtype = mx.float32
-) -> list[codec.Capture]:
+) -> list[capturing.Capture]:
     """Let a cache read pieces of so many tokens; return what was captured of each."""
     captures, start = [], 0
     for num_tokens in pieces:
         for layer in cache:
             read(layer, start, start + num_tokens, dtype)
-        captures.append(codec.capture(cache, start, start + num_tokens))
+        captures.append(capturing.capture(cache, start, start + num_tokens))
         start += num_tokens
     return captures
 
 
-def cut_at(published: Sequence[Published], position: int) -> list[codec.LoadedSegment]:
+def cut_at(
+    published: Sequence[Published], position: int
+) -> list[reading.LoadedSegment]:
     """Load the segments before a position, the last one up to it."""
     return [
         load(part, min(part.end, position))
@@ -490,7 +493,7 @@ def mixed_cache() -> list[Any]:
     ]
 
 
-def read_mixed(*pieces: int) -> tuple[list[Any], list[codec.Capture]]:
+def read_mixed(*pieces: int) -> tuple[list[Any], list[capturing.Capture]]:
     """Return such a cache that has read pieces, the last part unused."""
     cache = mixed_cache()
     arrays, inner = cache[1].caches
@@ -503,7 +506,7 @@ def read_mixed(*pieces: int) -> tuple[list[Any], list[codec.Capture]]:
         end = start + num_tokens
         for layer in (cache[0], *inner.caches, cache[2]):
             read(layer, start, end)
-        captures.append(codec.capture(cache, start, end))
+        captures.append(capturing.capture(cache, start, end))
         start = end
     return cache, captures
 
@@ -571,7 +574,7 @@ def test_state_of_every_dtype_comes_back_to_the_bit(
     cache = [ArraysCache(2)]
     cache[0][0] = mx.array([0, 1, 2, 100], dtype=dtype)
     cache[0][1] = mx.zeros((2, 0, 3), dtype=dtype)
-    taken = codec.capture(cache, 0, 4)
+    taken = capturing.capture(cache, 0, 4)
     rows_ = publish(blobs, codec.encode_rows(cache, [taken], TOKEN_IDS, 0, 4), 0, 4)
     state = publish(blobs, codec.encode_checkpoint(taken), 4, 4)
 

@@ -178,7 +178,7 @@ def test_a_hit_that_reads_everything_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "promptcache.generation.resume",
+        "promptcache.starting.resume",
         lambda store, fingerprint, cache, token_ids, **options: resume(
             store, fingerprint, list(cache), token_ids, **options
         )._replace(match=Match(), cached_tokens=0),

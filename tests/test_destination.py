@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from promptcache import codec
+from promptcache import capturing, codec, reading
 from promptcache.blobs import BlobFolder
 from promptcache.chain import pack
 from promptcache.destination import Destination
@@ -38,7 +38,7 @@ def filled(num_tokens: int, dtype: mx.Dtype = mx.float32) -> list[KVCache]:
 
 
 def save(blobs: BlobFolder, cache: list[KVCache], start: int, end: int) -> str:
-    captures = [codec.capture(cache, 0, cache[0].offset)]
+    captures = [capturing.capture(cache, 0, cache[0].offset)]
     segment = codec.encode_rows(cache, captures, TOKEN_IDS, start, end)
     fingerprint = Fingerprint("0" * 32, "tiny")
     key = f"{start:016x}{end:016x}"
@@ -48,11 +48,13 @@ def save(blobs: BlobFolder, cache: list[KVCache], start: int, end: int) -> str:
 
 def load(
     blobs: BlobFolder, key: str, part: tuple[int, int, int], destination: Destination
-) -> codec.LoadedSegment:
+) -> reading.LoadedSegment:
     start, stop, end = part
     ids = pack(TOKEN_IDS[start:stop])
     taken = SegmentSlice(key, start, stop, end)
-    return codec.load(blobs.path(key), blobs.read_header(key), taken, ids, destination)
+    return reading.load(
+        blobs.path(key), blobs.read_header(key), taken, ids, destination
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -107,7 +109,7 @@ def test_parts_of_another_kind_are_read_as_before(blobs: BlobFolder) -> None:
     cache = [KVCache(), RotatingKVCache(512)]
     for layer in cache:
         layer.update_and_fetch(*mx.random.normal((2, 1, 2, 40, 8)))
-    captures = [codec.capture(cache, 0, 40)]
+    captures = [capturing.capture(cache, 0, 40)]
     segment = codec.encode_rows(cache, captures, TOKEN_IDS, 0, 40)
     info = SegmentInfo("ab" * 16, None, Fingerprint("0" * 32, "t"), 0, 40, True, 1.0)
     blobs.publish(info, segment)
@@ -145,7 +147,7 @@ def test_blob_that_ends_early_is_damaged(blobs: BlobFolder) -> None:
         Destination({"0": KVCache(), "1": KVCache(), "2": KVCache()}, ROOM) as place,
         pytest.raises((DamagedBlobError, StoreError)),
     ):
-        codec.load(blobs.path(key), header, part, pack(TOKEN_IDS), place)
+        reading.load(blobs.path(key), header, part, pack(TOKEN_IDS), place)
 
 
 def test_rows_of_another_shape_are_not_taken(blobs: BlobFolder) -> None:

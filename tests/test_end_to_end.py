@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from promptcache import CachedGenerator, rendering
+from promptcache import CachedGenerator
 from promptcache.default_model import ensure_default_model
+from promptcache.prompt_parts import compose
 
 NARRATOR = Path(__file__).parents[1] / "docs" / "examples" / "narrator.txt"
 # Enough for a warm start to be worth it, and read in a few seconds.
@@ -24,7 +25,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> CachedGenerator:
 
 
 def answer(generator: CachedGenerator, text: str, **options: Any) -> list[Any]:
-    messages = rendering.compose(system=SYSTEM, user=text)
+    messages = compose(system=SYSTEM, user=text)
     return list(generator.stream_generate(messages, max_tokens=12, **options))
 
 

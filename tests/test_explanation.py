@@ -17,7 +17,7 @@ from test_generator_identity import LORA, save_adapter
 
 from promptcache import CachedGenerator, PrefixStore
 from promptcache.explanation import Explanation
-from promptcache.rendering import compose
+from promptcache.prompt_parts import compose
 from promptcache.settings import Settings
 from promptcache.types import Fingerprint, PrunePolicy
 

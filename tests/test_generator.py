@@ -22,7 +22,8 @@ from promptcache import (
     UsageError,
 )
 from promptcache.blobs import BlobFolder
-from promptcache.generation import AUTO_SAVE_TOKENS, GenerationResponse
+from promptcache.generation import GenerationResponse
+from promptcache.request import AUTO_SAVE_TOKENS
 
 MAX_TOKENS = 24
 

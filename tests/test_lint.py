@@ -15,7 +15,7 @@ from commands import invoke, ok
 
 from promptcache import CachedGenerator, PrefixStore
 from promptcache.lint import VolatileText
-from promptcache.rendering import PromptParts
+from promptcache.prompt_parts import PromptParts
 
 STRFTIME = '<|day|>{{ strftime_now("%Y-%m-%d") }}<|end|>' + tiny.CHAT_TEMPLATE
 # As in Llama 3's template.

@@ -13,14 +13,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from promptcache import UsageError
-from promptcache.rendering import (
-    compose,
-    encode_text,
-    is_messages,
-    render,
-    render_open,
-    render_prompt,
-)
+from promptcache.chat_prompt import is_messages
+from promptcache.chat_template import encode_text, render
+from promptcache.prompt_parts import compose
+from promptcache.rendering import render_open, render_prompt
 
 REAL_TEMPLATES = Path(__file__).parents[2] / "shared" / "data" / "chat-templates"
 SYSTEM = "You narrate. Answer briefly, in one sentence."

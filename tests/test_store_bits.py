@@ -20,7 +20,7 @@ from promptcache import (
     PromptCacheWarning,
     UsageError,
 )
-from promptcache.codec import describe
+from promptcache.layout import describe
 from promptcache.parity import check_parity
 from promptcache.settings import Settings
 

@@ -9,8 +9,10 @@ import tiny
 from mlx_lm.utils import load_tokenizer
 from test_rendering import REAL_TEMPLATES, SYSTEM, TOOLS
 
-from promptcache import CachedGenerator, PrefixStore, UsageError, rendering
-from promptcache.rendering import RenderedPrompt
+from promptcache import CachedGenerator, PrefixStore, UsageError
+from promptcache.chat_prompt import make_chat
+from promptcache.prompt_parts import compose
+from promptcache.rendering import RenderedPrompt, render_prompt
 
 TEMPLATES = sorted(REAL_TEMPLATES.glob("*.jinja"))
 QUESTIONS = ("I open the door", "What now?", "\n\nZebra", "42", "Äpfel", " the end")
@@ -57,7 +59,7 @@ def messages(question: str, *more: str) -> list[dict[str, Any]]:
     for text in more:
         said.append({"role": "assistant", "content": ANSWER})
         said.append({"role": "user", "content": text})
-    return list(rendering.compose(system=SYSTEM, messages=said))
+    return list(compose(system=SYSTEM, messages=said))
 
 
 def tools_for(generator: CachedGenerator) -> list[dict[str, Any]] | None:
@@ -122,9 +124,9 @@ def test_built_system_prompt_is_reused_to_its_end_by_every_question(
 def test_next_turn_shares_the_end_of_the_users_message(
     generator: CachedGenerator,
 ) -> None:
-    chat = rendering.make_chat(messages(QUESTIONS[0]), tools_for(generator))
+    chat = make_chat(messages(QUESTIONS[0]), tools_for(generator))
     options = {"tools": chat.tools, "every_message": True}
-    one = rendering.render_prompt(generator.tokenizer, chat.messages, **options)
+    one = render_prompt(generator.tokenizer, chat.messages, **options)
     try:
         other = render(generator, *QUESTIONS[:2])
     except UsageError as error:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from promptcache import UsageError
-from promptcache.rendering import PromptParts
+from promptcache.prompt_parts import PromptParts
 
 
 @dataclass(frozen=True, slots=True)

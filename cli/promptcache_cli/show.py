@@ -44,7 +44,7 @@ def _text(report: PrefixReport) -> str | None:
 
 
 def _as_json(report: PrefixReport, text: str | None) -> dict[str, object]:
-    from promptcache.codec import describe
+    from promptcache.layout import describe
 
     return {
         **json_form.of_prefix(report.prefix),
@@ -66,7 +66,7 @@ def _as_json(report: PrefixReport, text: str | None) -> dict[str, object]:
 
 
 def _print_report(report: PrefixReport) -> None:
-    from promptcache.codec import describe
+    from promptcache.layout import describe
 
     prefix = report.prefix
     facts = {

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from promptcache import codec
+from promptcache.capturing import Capture
 from promptcache.chain import common_length, pack
-from promptcache.errors import StoreError
+from promptcache.errors import StoreError, warn
 from promptcache.prefill import Cuts, KVSettings
-from promptcache.saving import warn
 from promptcache.store import PrefixStore
 from promptcache.types import EncodedSegment, Fingerprint, Origin, Resumption, Worth
 from promptcache.writer import Writer
@@ -48,7 +48,7 @@ class Ending:
     token_ids: Sequence[int]
     fingerprint: Fingerprint
     cache: list[Any]
-    captures: Sequence[codec.Capture]
+    captures: Sequence[Capture]
     cuts: Cuts
     kv: KVSettings
     origin: Origin | None = None

@@ -13,11 +13,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from promptcache import codec
-from promptcache.errors import StoreError
-from promptcache.hot_tier import HotTier, has_only_rows, shared_rows
+from promptcache import capturing
+from promptcache.errors import StoreError, warn
+from promptcache.hot_tier import HotTier
+from promptcache.plain_rows import has_only_rows, shared_rows
 from promptcache.resuming import resume
-from promptcache.saving import warn
 from promptcache.server.background_saver import BackgroundSaver, Ending
 from promptcache.server.clerk import Clerk
 from promptcache.server.metrics import Levels, ServingMetrics
@@ -292,7 +292,7 @@ class ServedCache:
             # An answer that was longer than a window.
             reading.captures.clear()
             return None
-        taken = codec.capture(cache, start, end)
+        taken = capturing.capture(cache, start, end)
         mx.eval(taken.rows, taken.states)
         reading.captures.append(taken)
         ending = Ending(

@@ -18,7 +18,7 @@ from promptcache.settings import Settings
 from promptcache.types import Fingerprint, Match, Origin
 
 if TYPE_CHECKING:
-    from promptcache.codec import Capture
+    from promptcache.capturing import Capture
 
 
 @dataclass(eq=False, slots=True)
