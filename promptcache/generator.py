@@ -11,7 +11,7 @@ from typing import Any, Self
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from promptcache import hot_tier, inquiry, loading, location, rendering
+from promptcache import inquiry, loading, memory, rendering
 from promptcache.building import Building
 from promptcache.chat_prompt import Message, is_messages
 from promptcache.errors import KeyNotFoundError, StoreError, UsageError, warn
@@ -101,7 +101,7 @@ class CachedGenerator:
         self._chat_template_config = chat_template_config
         self._loaded = LoadedModel(model, identity=identity, namespace=namespace)
         self._writer = Writer()
-        self._hot = HotTier(_memory_limit(memory_limit))
+        self._hot = HotTier(memory.cache_limit(memory_limit))
         self._store_error: StoreError | None = None
         self._owns_store = not isinstance(store, PrefixStore)
         if isinstance(store, PrefixStore):
@@ -630,13 +630,6 @@ class CachedGenerator:
                         f"{json.dumps(rendered.origin.config)}"
                     )
                     return
-
-
-def _memory_limit(nbytes: int | None) -> int:
-    """Return the limit that is given, else the user's, else the default."""
-    if nbytes is None:
-        nbytes = location.memory_limit()
-    return hot_tier.default_nbytes() if nbytes is None else nbytes
 
 
 def _least_meant(rendered: RenderedPrompt) -> int:

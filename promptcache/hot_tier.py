@@ -14,7 +14,6 @@ Rows of `KVCache` are shared at any token. A cache with parts of other classes i
 as a whole, by prompts that continue all it has read.
 """
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
@@ -33,8 +32,6 @@ from promptcache.plain_rows import (
 )
 from promptcache.treatment import parts_of
 
-# So much of the memory that models and others share is a safe part for caches.
-MEMORY_SHARE = 8
 # Of how many pieces a prefix is put together before they become one.
 MOST_PIECES = 8
 
@@ -399,12 +396,3 @@ def _append(cache: Sequence[Any], branch: _Branch, start: int, stop: int) -> Non
         if not part.empty():
             span = slice(start - branch.start, stop - branch.start)
             part.update_and_fetch(*(array[..., span, :] for array in branch.rows[name]))
-
-
-def default_nbytes() -> int:
-    """Return an eighth of the memory that this machine's device has."""
-    import mlx.core as mx
-
-    memory = mx.device_info().get("memory_size")
-    memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(memory) // MEMORY_SHARE

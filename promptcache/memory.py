@@ -1,15 +1,38 @@
-"""Memory: whether what is to be restored fits into it."""
+"""Memory: how much of it caches may take, and whether a restore fits into the rest."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from promptcache import location
 from promptcache.errors import StoreError
 from promptcache.units import format_size
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+# Of the memory of the device, what caches may take where nobody says more.
+CACHE_SHARE = 8
+
+
+def cache_limit(nbytes: int | None = None) -> int:
+    """Return how many bytes caches may take: so many, else the user's, else a share."""
+    if nbytes is None:
+        nbytes = location.memory_limit()
+    return total_nbytes() // CACHE_SHARE if nbytes is None else nbytes
+
+
+def total_nbytes() -> int:
+    """Return how many bytes of memory the device has."""
+    import mlx.core as mx
+
+    info = mx.device_info()
+    # As Metal and as CUDA calls it.
+    if of_gpu := info.get("memory_size") or info.get("total_memory"):
+        return int(of_gpu)
+    of_system = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(of_system, _limit_of_container() or of_system)
 
 
 def check_fits(nbytes: int) -> None:
@@ -55,13 +78,22 @@ def _of_system() -> int | None:
 
 def _of_container() -> int | None:
     """Return what is left of the limit of a container, as cgroup v2 tells it."""
+    most = _limit_of_container()
+    if most is None:
+        return None
     try:
-        most = int((CGROUP / "memory.max").read_text())
         used = int((CGROUP / "memory.current").read_text())
         stat = (CGROUP / "memory.stat").read_text()
     except (OSError, ValueError):
-        # Without a limit, it is the word "max".
         return None
     # Pages of files that can be dropped count as used.
     dropped = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)
     return max(most - used + (int(dropped[1]) if dropped else 0), 0)
+
+
+def _limit_of_container() -> int | None:
+    try:
+        return int((CGROUP / "memory.max").read_text())
+    except (OSError, ValueError):
+        # Without a limit, it is the word "max".
+        return None

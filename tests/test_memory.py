@@ -63,6 +63,19 @@ def test_memory_of_a_gpu_is_what_mlx_tells(
     assert memory._of_gpu(info, active=3 * GIB, cached=GIB) == expected
 
 
+def test_caches_take_what_is_asked_for_or_a_share_of_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PROMPTCACHE_MEMORY_LIMIT", raising=False)
+    assert memory.cache_limit(7) == 7
+    assert memory.cache_limit() == memory.total_nbytes() // 8
+    monkeypatch.setenv("PROMPTCACHE_MEMORY_LIMIT", "3MB")
+    assert memory.cache_limit() == 3_000_000
+    # As MLX tells of an NVIDIA H100.
+    monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 85_520_809_984})
+    assert memory.total_nbytes() == 85_520_809_984
+
+
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="of the CPU backend")
 def test_limit_of_a_container_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ from typing import Any, Self
 import mlx.core as mx
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from promptcache import default_model, hot_tier, location
+from promptcache import default_model, location, memory
 from promptcache.errors import ModelError, UsageError
 from promptcache.server.api_handler import ApiHandler, Site
 from promptcache.server.api_keys import ApiKeys, is_loopback
@@ -71,7 +71,7 @@ class Server:
         """
         keys = ApiKeys(api_keys or location.api_keys())
         _check(options, keys, insecure=insecure)
-        limit = _memory_limit(memory_limit)
+        limit = memory.cache_limit(memory_limit)
         # Has mlx-lm tell what running requests take.
         options.prompt_cache_bytes = limit
         if options.model in (None, default_model.NAME):
@@ -153,9 +153,3 @@ def _check(options: Namespace, keys: ApiKeys, *, insecure: bool) -> None:
             f"{options.host} can be reached from outside: give an --api-key, or "
             "--insecure to let everybody in"
         )
-
-
-def _memory_limit(nbytes: int | None) -> int:
-    if nbytes is None:
-        nbytes = location.memory_limit()
-    return hot_tier.default_nbytes() if nbytes is None else nbytes
