@@ -6,7 +6,7 @@ leaves go can be another one than the last use.
 
 import contextlib
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from promptcache.blobs import BlobFolder
 from promptcache.chain import Chain
 from promptcache.errors import StoreError
 from promptcache.index import Index
+from promptcache.index.history import History
 from promptcache.store import MAX_SEGMENT_TOKENS, PrefixStore
 from promptcache.types import (
     EncodedSegment,
@@ -89,6 +90,22 @@ class WeightlessBlobs(BlobFolder):
         return super().total_nbytes() + self.held_nbytes
 
 
+class RankingHistory(History):
+    """A history that tells which segments are taken away."""
+
+    def __init__(self, index: Index, on_eviction: Callable[[str], None]) -> None:
+        """Take the index, and what is called with the key of each one that goes."""
+        super().__init__(index.database, index.fingerprints)
+        self._on_eviction = on_eviction
+
+    def note_eviction(
+        self, segment_key: str, keys: Mapping[int, str], reason: str, *, now: float
+    ) -> None:
+        """Remember that a segment is being taken away."""
+        self._on_eviction(segment_key)
+        super().note_eviction(segment_key, keys, reason, now=now)
+
+
 class RankingIndex(Index):
     """An index that tells the rank of its leaves as the time of their last use."""
 
@@ -96,7 +113,8 @@ class RankingIndex(Index):
         """Take the database and an ordering."""
         super().__init__(path)
         # Waiting for the disk is not what is measured.
-        self._execute("PRAGMA synchronous=OFF")
+        self.database.execute("PRAGMA synchronous=OFF")
+        self.history = RankingHistory(self, self._forget)
         self._ordering = ordering
         self._floor = 0.0
         self._ranks: dict[str, float] = {}
@@ -130,14 +148,11 @@ class RankingIndex(Index):
                 self.pasts[key].note_use(self.now, self._floor)
         return super().touch(segment_keys, cached_tokens, now=now)
 
-    def note_eviction(
-        self, segment_key: str, keys: Mapping[int, str], reason: str, *, now: float
-    ) -> None:
-        """Remember that a segment is being taken away."""
+    def _forget(self, segment_key: str) -> None:
+        """Forget the past of a segment that is being taken away."""
         self.num_evictions += 1
         self._floor = max(self._floor, self._ranks.get(segment_key, 0.0))
         del self.pasts[segment_key]
-        super().note_eviction(segment_key, keys, reason, now=now)
 
 
 class BypassedError(StoreError):

@@ -26,7 +26,8 @@ from promptcache.errors import (
     UsageError,
 )
 from promptcache.eviction import surplus_checkpoints
-from promptcache.index import Deed, Index
+from promptcache.index import Index
+from promptcache.index.history import Deed
 from promptcache.matching import checkpoints_on, longest_match, longest_rows
 from promptcache.neighbourhood import find_neighbourhood, joined
 from promptcache.types import (
@@ -159,11 +160,11 @@ class PrefixStore:
     @property
     def is_read_only(self) -> bool:
         """Return whether nothing can be saved here."""
-        return self._index.read_only
+        return self._index.database.read_only
 
     def close(self) -> None:
         """Close the index; the store cannot be used any more."""
-        self._index.close()
+        self._index.database.close()
 
     def __enter__(self) -> Self:
         return self
@@ -242,14 +243,14 @@ class PrefixStore:
         saved_seconds = cached_tokens / speed if speed else 0.0
         if self.is_read_only:
             return match.key, saved_seconds
-        with self._index.impatient():
-            with self._index.writing():
+        with self._index.database.impatient():
+            with self._index.database.writing():
                 # Less is shared by chance: templates begin alike.
                 least = min(BLOCK_SIZE, cached_tokens + receipt.prefilled_tokens - 1)
                 is_hit = cached_tokens >= max(least, 1)
                 key = (self.touch(match) or match.key) if is_hit else None
                 counts_for = (key or MEMORY_KEY) if is_hit else None
-                self._index.add_receipt(receipt, counts_for, saved_seconds)
+                self._index.history.add_receipt(receipt, counts_for, saved_seconds)
             self._keep_room(0, protect=match.key)
         return key or match.key, saved_seconds
 
@@ -272,16 +273,18 @@ class PrefixStore:
     ) -> None:
         if seconds <= 0 or self.is_read_only:
             return
-        with self._index.impatient():
+        with self._index.database.impatient():
             now = time.time()
-            self._index.add_speed(fingerprint, deed, num_tokens, seconds, now=now)
+            self._index.history.add_speed(
+                fingerprint, deed, num_tokens, seconds, now=now
+            )
 
     def prefill_speed(self, fingerprint: Fingerprint) -> float | None:
         """Return how many tokens a second a model reads here, or None if unknown.
 
         Raises StoreError.
         """
-        return self._index.speed(fingerprint.digest, "prefill")
+        return self._index.history.speed(fingerprint.digest, "prefill")
 
     def estimate(
         self, fingerprint: Fingerprint, num_tokens: int
@@ -292,7 +295,7 @@ class PrefixStore:
         not believed, so that it is tried again from time to time. Raises StoreError.
         """
         since = time.time() - LOAD_BELIEVED_SECONDS
-        load = self._index.speed(fingerprint.digest, "load", since=since)
+        load = self._index.history.speed(fingerprint.digest, "load", since=since)
         prefill = self.prefill_speed(fingerprint)
         if load is None or prefill is None:
             return None
@@ -303,11 +306,11 @@ class PrefixStore:
 
         Raises StoreError.
         """
-        return self._index.usage()
+        return self._index.history.usage()
 
     def written(self) -> Written:
         """Return how many bytes of blobs were written. Raises StoreError."""
-        return self._index.written()
+        return self._index.history.written()
 
     def neighbourhood(
         self,
@@ -326,7 +329,7 @@ class PrefixStore:
             StoreError: The index cannot be read.
         """
         chains = [Chain(f.digest, token_ids) for f in fingerprint.reusable]
-        with self._index.reading():
+        with self._index.database.reading():
             return joined(
                 [find_neighbourhood(self._index, chain, origin) for chain in chains],
                 fingerprint,
@@ -344,16 +347,18 @@ class PrefixStore:
 
         Only what is in a namespace, if one is given. Raises StoreError.
         """
-        with self._index.reading():
+        with self._index.database.reading():
             tree = self._tree()
             return [
                 self._with_nbytes(prefix, segment_id, tree)
-                for prefix, segment_id in self._index.prefixes()
+                for prefix, segment_id in self._index.prefixes.all()
                 if namespace in (None, self._namespace_of(segment_id))
             ]
 
     def _namespace_of(self, segment_id: int) -> str:
-        return self._index.fingerprint_of(segment_id).parts.get("namespace", "")
+        return self._index.fingerprints.of_segment(segment_id).parts.get(
+            "namespace", ""
+        )
 
     def _with_nbytes(
         self, prefix: Prefix, segment_id: int, tree: pruning.Tree
@@ -362,7 +367,7 @@ class PrefixStore:
         return replace(prefix, nbytes=sum(segment.nbytes for segment in freed))
 
     def _tree(self) -> pruning.Tree:
-        return pruning.Tree(self._index.leaves(), self._index.prefixes())
+        return pruning.Tree(self._index.leaves(), self._index.prefixes.all())
 
     def resolve(self, key_or_name: str) -> Prefix:
         """Return the prefix with a name, a key or an unambiguous start of one.
@@ -370,14 +375,14 @@ class PrefixStore:
         Raises:
             KeyNotFoundError: There is none, or more than one.
         """
-        with self._index.reading():
+        with self._index.database.reading():
             prefix, segment_id = self._resolve(key_or_name)
             return self._with_nbytes(prefix, segment_id, self._tree())
 
     def _resolve(self, key_or_name: str) -> tuple[Prefix, int]:
         found = [
             (prefix, segment_id)
-            for prefix, segment_id in self._index.prefixes()
+            for prefix, segment_id in self._index.prefixes.all()
             if (key_or_name and prefix.key.startswith(key_or_name))
             or key_or_name == prefix.name
         ]
@@ -401,12 +406,12 @@ class PrefixStore:
             KeyNotFoundError: There is no such prefix.
             DamagedBlobError: One of its blobs cannot be read.
         """
-        with self._index.reading():
+        with self._index.database.reading():
             prefix, segment_id = self._resolve(key_or_name)
             rows = self._index.path_to(segment_id)
             return PrefixReport(
                 prefix=self._with_nbytes(prefix, segment_id, self._tree()),
-                fingerprint=self._index.fingerprint_of(segment_id),
+                fingerprint=self._index.fingerprints.of_segment(segment_id),
                 segments=tuple(self._segment_report(row) for row in rows),
                 token_ids=unpack(self._index.token_ids(segment_id, prefix.num_tokens)),
             )
@@ -588,11 +593,11 @@ class PrefixStore:
         """Remove the checkpoint that lacks the logits which a new one has."""
         kind = info.resumption._replace(has_logits=False)
         key = chain.tagged_key_at(info.end, tag_of(kind, is_checkpoint=True))
-        with self._index.writing():
+        with self._index.database.writing():
             old, new = (self._index.segment_id(k) for k in (key, info.key))
             if key == info.key or old is None or new is None:
                 return
-            self._index.move_prefixes(old, new)
+            self._index.prefixes.move(old, new)
             self._index.remove_leaf(key)
         pruning.remove_blobs(self._index, self._blobs, [key])
 
@@ -615,7 +620,7 @@ class PrefixStore:
         """
         with self._blobs.room():
             nbytes = segment.nbytes + ROWS_NBYTES
-            written_nbytes = self._index.written().today_nbytes
+            written_nbytes = self._index.history.written().today_nbytes
             self._allowance.check(self.path, nbytes, written_nbytes)
             self._make_room(nbytes, protect=info.parent_key)
             is_added = self._write(info, segment, chain)
@@ -624,7 +629,10 @@ class PrefixStore:
         return is_added
 
     def _write(self, info: SegmentInfo, segment: EncodedSegment, chain: Chain) -> bool:
-        with self._blobs.staged(info, segment) as staged, self._index.writing():
+        with (
+            self._blobs.staged(info, segment) as staged,
+            self._index.database.writing(),
+        ):
             if self._index.segment_id(info.key) is not None:
                 return True
             is_tail = not info.resumption.extendable
@@ -633,7 +641,7 @@ class PrefixStore:
                 return False
             staged.publish()
             self._index.add_segment(info, chain, nbytes=staged.nbytes)
-            self._index.add_written(staged.nbytes, now=info.created_at)
+            self._index.history.add_written(staged.nbytes, now=info.created_at)
         return True
 
     def _hold_limit(self, key: str) -> None:
@@ -645,7 +653,7 @@ class PrefixStore:
         except StoreFullError:
             self._index.remove_leaf(key)
             pruning.remove_blobs(self._index, self._blobs, [key])
-            self._index.shrink()
+            self._index.database.shrink()
             raise
 
     def _keep_room(self, nbytes: int, *, protect: str | None) -> None:
@@ -663,11 +671,11 @@ class PrefixStore:
         )
 
     def _list_prefix(self, chain: Chain, segment_key: str) -> bool:
-        with self._index.writing():
+        with self._index.database.writing():
             segment_id = self._index.segment_id(segment_key)
             if segment_id is None:
                 return False
-            is_new = self._index.add_prefix(
+            is_new = self._index.prefixes.add(
                 chain.key_at(len(chain)), segment_id, len(chain), now=time.time()
             )
             if is_new:
@@ -679,27 +687,31 @@ class PrefixStore:
 
     def listed_at(self, key: str) -> float | None:
         """Return when a prefix was listed, or None if it is not. Raises StoreError."""
-        return self._index.created_at(key)
+        return self._index.prefixes.created_at(key)
 
     def unlist(self, key: str) -> None:
         """Stop listing a prefix that is not pinned; what it holds stays.
 
         Raises StoreError.
         """
-        with self._index.writing():
-            if key not in {pinned for pinned, _ in self._index.names().values()}:
-                self._index.remove_prefix(key)
+        with self._index.database.writing():
+            if key not in {
+                pinned for pinned, _ in self._index.prefixes.names().values()
+            }:
+                self._index.prefixes.remove(key)
 
     def configs(self, template: str) -> list[dict[str, Any]]:
         """Return with which arguments of a template of this hash prompts were rendered.
 
         Raises StoreError.
         """
-        return self._index.configs(template)
+        return self._index.history.configs(template)
 
     def set_origin(self, key: str, origin: Origin) -> None:
         """Note how a listed prefix was rendered. Raises StoreError."""
-        self._index.set_origin(key, origin)
+        with self._index.database.writing():
+            self._index.prefixes.set_origin(key, origin)
+            self._index.history.add_config(origin)
         self._keep_room(0, protect=None)
 
     @contextlib.contextmanager
@@ -756,16 +768,16 @@ class PrefixStore:
             UsageError: The name cannot be one.
         """
         check_name(name)
-        with self._index.writing():
+        with self._index.database.writing():
             prefix, segment_id = self._resolve(key_or_name)
             for checkpoint in self._index.checkpoints([segment_id]):
                 # Without it, rows that are left of an interrupted build are of no use.
                 if checkpoint.position == prefix.num_tokens:
                     segment_id = self._index.segment_id(checkpoint.key) or segment_id
-            self._index.add_prefix(
+            self._index.prefixes.add(
                 prefix.key, segment_id, prefix.num_tokens, now=time.time()
             )
-            self._index.set_name(prefix.key, name, manifest=manifest)
+            self._index.prefixes.set_name(prefix.key, name, manifest=manifest)
             recovery.write_prefixes(self._index, self._blobs)
         return self.resolve(prefix.key)
 
@@ -775,19 +787,21 @@ class PrefixStore:
         Raises:
             KeyNotFoundError: No prefix has this name.
         """
-        with self._index.writing():
-            if name not in self._index.names():
+        with self._index.database.writing():
+            if name not in self._index.prefixes.names():
                 raise KeyNotFoundError(
                     f"no prefix is pinned as {name!r}, `promptcache ls` lists the names"
                 )
-            key, _ = self._index.names()[name]
-            self._index.set_name(key, None)
+            key, _ = self._index.prefixes.names()[name]
+            self._index.prefixes.set_name(key, None)
             recovery.write_prefixes(self._index, self._blobs)
         return self.resolve(key)
 
     def pins(self) -> list[ListedPrefix]:
         """Return the prefixes that are pinned. Raises StoreError."""
-        return [entry for entry in self._index.listed() if entry.name is not None]
+        return [
+            entry for entry in self._index.prefixes.listed() if entry.name is not None
+        ]
 
     # Removing and verifying
 
@@ -798,12 +812,12 @@ class PrefixStore:
             KeyNotFoundError: There is no such prefix.
             StoreError: It cannot be removed.
         """
-        with self._index.writing():
+        with self._index.database.writing():
             prefix, segment_id = self._resolve(key_or_name)
             freed = self._tree().freed(prefix.key, segment_id)
             for segment in freed:
                 pruning.note_eviction(self._index, segment.key, "removed")
-            self._index.remove_prefix(prefix.key)
+            self._index.prefixes.remove(prefix.key)
             for segment in freed:
                 self._index.remove_leaf(segment.key)
             if prefix.pinned:
@@ -846,8 +860,8 @@ class PrefixStore:
         Raises:
             StoreError: The index cannot be read or written.
         """
-        if not self._index.is_sound():
-            self._index.close()
+        if not self._index.database.is_sound():
+            self._index.database.close()
             with self._locked("index"):
                 recovery.set_index_aside(self._blobs)
                 self._index = self._new_index()

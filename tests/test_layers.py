@@ -13,10 +13,18 @@ import promptcache
 from promptcache.store import PrefixStore
 
 PACKAGE = Path(promptcache.__file__).parent
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem[0] != "_")
+
+
+def name_of(path: Path) -> str:
+    """Return a module's name below promptcache; a package has the one of its folder."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "__init__"
+
+
 TREES = {
-    path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))
+    name_of(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))
 }
+MODULES = sorted(name for name in TREES if name != "__init__")
 
 # From the bottom up; a module imports from lower lines only.
 LAYERS = [
@@ -40,7 +48,11 @@ LAYERS = [
     ["manifest", "transcript", "volatility"],
     ["header"],
     ["destination", "differences", "hot_tier"],
-    ["uploading"],
+    ["uploading", "index.schema"],
+    ["index.database"],
+    ["index.fingerprints", "index.prefixes"],
+    ["index.history"],
+    ["index.index"],
     [
         "location",
         "allowance",
@@ -105,13 +117,12 @@ LAZY_TENSOR_MODULES = {
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Yield the names of all modules that are imported anywhere."""
+    """Yield the names of all that is imported anywhere, with their modules'."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
-            yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -129,8 +140,10 @@ def imports_on_import(tree: ast.Module) -> Iterator[str]:
 def own_imports(name: str) -> set[str]:
     """Return the modules of promptcache that a module imports."""
     found = [imported.split(".") for imported in imports(TREES[name])]
-    own = {parts[1] for parts in found if parts[0] == "promptcache" and parts[1:]}
-    return own & set(MODULES)
+    own = [parts[1:] for parts in found if parts[0] == "promptcache" and parts[1:]]
+    # What is no module itself is something in one.
+    paths = {".".join(p) if ".".join(p) in TREES else ".".join(p[:-1]) for p in own}
+    return paths & set(MODULES)
 
 
 def top_names(names: Iterator[str]) -> set[str]:
@@ -155,6 +168,7 @@ def test_module_imports_from_lower_layers_only(name: str) -> None:
 
 def test_imports_are_seen() -> None:
     assert own_imports("store") >= {"location", "pruning", "blobs", "errors", "types"}
+    assert own_imports("index.history") >= {"index.database", "index.schema", "types"}
     assert own_imports("default_model") >= {"gguf"}
 
 
@@ -184,8 +198,8 @@ def test_modules_that_may_import_mlx_do() -> None:
 @pytest.mark.parametrize(
     ("module", "owners"),
     [
-        ("sqlite3", {"index"}),
-        ("sqlite_utils", {"index"}),
+        ("sqlite3", {"index.database", "index.schema"}),
+        ("sqlite_utils", {"index.schema"}),
         ("platformdirs", {"location"}),
         ("fcntl", {"files"}),
         ("subprocess", {"default_model"}),

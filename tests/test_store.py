@@ -869,7 +869,7 @@ def lose_rows(store: PrefixStore) -> None:
     """Make orphans of a segment, which is pinned, and its child."""
     index = Index(store.path / "index.db")
     assert len(index.remove_subtree(expected_key(TINY.digest, STORED[1]))) == 2
-    index.close()
+    index.database.close()
 
 
 def test_orphan_of_a_wrong_key_is_not_adopted(filled: PrefixStore) -> None:
@@ -1340,7 +1340,7 @@ def test_orphaned_checkpoint_is_adopted_with_its_rows(resumable: PrefixStore) ->
     before = rows_without_ids(resumable)
     index = Index(resumable.path / "index.db")
     index.remove_subtree(expected_key(TINY.digest, TURNS[1]))
-    index.close()
+    index.database.close()
 
     report = resumable.verify()
 
