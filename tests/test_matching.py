@@ -32,6 +32,7 @@ from promptcache.chain import Chain
 from promptcache.index import Index
 from promptcache.matching import longest_rows
 from promptcache.store import PrefixStore
+from promptcache.store.segment_writer import SegmentWriter
 from promptcache.types import AT_ANY_TOKEN, EncodedSegment, Match, Resumption
 
 OTHER = fingerprint("other")
@@ -341,7 +342,7 @@ def test_match_ends_where_token_ids_differ_though_all_hashes_agree(
 @pytest.fixture(autouse=True)
 def unthinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep all checkpoints, however close; which of them go is not matching's."""
-    monkeypatch.setattr(PrefixStore, "_thin", lambda store, chain: None)
+    monkeypatch.setattr(SegmentWriter, "_thin", lambda writer, key: None)
 
 
 def end_of(match: Match) -> tuple[int, bool]:

@@ -1173,7 +1173,8 @@ def test_processes_that_save_the_same_checkpoint_do_not_disturb_each_other(
 ) -> None:
     save(store, tokens(100), resumption=NEEDS_CHECKPOINT)
     others: list[PrefixStore] = []
-    add = store._add
+    writer = store._writer
+    add = writer._add
 
     def add_slowly(info: SegmentInfo, segment: EncodedSegment, chain: Chain) -> bool:
         if not others:
@@ -1181,7 +1182,7 @@ def test_processes_that_save_the_same_checkpoint_do_not_disturb_each_other(
             save_checkpoint(others[0], tokens(100))
         return add(info, segment, chain)
 
-    monkeypatch.setattr(store, "_add", add_slowly)
+    monkeypatch.setattr(writer, "_add", add_slowly)
 
     save_checkpoint(store, tokens(100), is_prefix=True)
 
