@@ -69,7 +69,7 @@ def measure(
 
 def fill(index: Index, random_: random.Random, num_prefixes: int) -> None:
     """Add prefixes of random tokens."""
-    with index.writing():
+    with index.database.writing():
         for _ in range(num_prefixes):
             add(index, random_ids(random_, BLOCKS_PER_PREFIX * BLOCK_SIZE))
 
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> list[Measurement]:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         index = Index(Path(folder) / "index.db")
-        with index.writing():
+        with index.database.writing():
             for prompt in prompts:
                 add(index, prompt[: len(prompt) // 2])
         num_prefixes = len(prompts)
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> list[Measurement]:
                     "prompt tokens": len(prompt),
                 }
                 found.append(Measurement(labels, "s", seconds))
-        index.close()
+        index.database.close()
     return found
 
 

@@ -6,7 +6,7 @@ leaves go can be another one than the last use.
 
 import contextlib
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ from promptcache.blobs import BlobFolder
 from promptcache.chain import Chain
 from promptcache.errors import StoreError
 from promptcache.index import Index
+from promptcache.index.history import History
 from promptcache.store import MAX_SEGMENT_TOKENS, PrefixStore
+from promptcache.store.room import Room
+from promptcache.store.segment_writer import SegmentWriter
 from promptcache.types import (
     EncodedSegment,
     Fingerprint,
@@ -89,6 +92,22 @@ class WeightlessBlobs(BlobFolder):
         return super().total_nbytes() + self.held_nbytes
 
 
+class RankingHistory(History):
+    """A history that tells which segments are taken away."""
+
+    def __init__(self, index: Index, on_eviction: Callable[[str], None]) -> None:
+        """Take the index, and what is called with the key of each one that goes."""
+        super().__init__(index.database, index.fingerprints)
+        self._on_eviction = on_eviction
+
+    def note_eviction(
+        self, segment_key: str, keys: Mapping[int, str], reason: str, *, now: float
+    ) -> None:
+        """Remember that a segment is being taken away."""
+        self._on_eviction(segment_key)
+        super().note_eviction(segment_key, keys, reason, now=now)
+
+
 class RankingIndex(Index):
     """An index that tells the rank of its leaves as the time of their last use."""
 
@@ -96,7 +115,8 @@ class RankingIndex(Index):
         """Take the database and an ordering."""
         super().__init__(path)
         # Waiting for the disk is not what is measured.
-        self._execute("PRAGMA synchronous=OFF")
+        self.database.execute("PRAGMA synchronous=OFF")
+        self.history = RankingHistory(self, self._forget)
         self._ordering = ordering
         self._floor = 0.0
         self._ranks: dict[str, float] = {}
@@ -130,18 +150,50 @@ class RankingIndex(Index):
                 self.pasts[key].note_use(self.now, self._floor)
         return super().touch(segment_keys, cached_tokens, now=now)
 
-    def note_eviction(
-        self, segment_key: str, keys: Mapping[int, str], reason: str, *, now: float
-    ) -> None:
-        """Remember that a segment is being taken away."""
+    def _forget(self, segment_key: str) -> None:
+        """Forget the past of a segment that is being taken away."""
         self.num_evictions += 1
         self._floor = max(self._floor, self._ranks.get(segment_key, 0.0))
         del self.pasts[segment_key]
-        super().note_eviction(segment_key, keys, reason, now=now)
 
 
 class BypassedError(StoreError):
     """What is new was worth the least of all, and went."""
+
+
+class ForeseeingRoom(Room):
+    """Room that is made by who knows the future, and may give up what is new."""
+
+    def make(self, nbytes: int, *, protect: str | None) -> None:
+        """Make room once it is taken."""
+        if not nbytes:
+            super().make(0, protect=None)
+
+
+class TraceWriter(SegmentWriter):
+    """A writer that notes the past of what it writes."""
+
+    _index: RankingIndex
+
+    def __init__(
+        self, index: RankingIndex, blobs: BlobFolder, room: Room, trace: Trace
+    ) -> None:
+        """Take a store's files, and what will be asked."""
+        super().__init__(index, blobs, room)
+        self._trace = trace
+        self._asked_at = trace.asked_at()
+
+    def _add(self, info: SegmentInfo, segment: EncodedSegment, chain: Chain) -> bool:
+        number = self._index.now
+        blocks = self._trace.requests[number].blocks
+        asked_at = self._asked_at[blocks[info.start // self._trace.block_size]]
+        self._index.pasts[info.key] = Past(
+            info.start, info.end, asked_at, created_at=number, used_at=number
+        )
+        is_added = super()._add(info, segment, chain)
+        if info.key not in self._index.pasts:
+            raise BypassedError("nothing that is kept is worth less")
+        return is_added
 
 
 class TraceStore(PrefixStore):
@@ -169,10 +221,16 @@ class TraceStore(PrefixStore):
             nbytes_per_token: What a token takes.
         """
         self._ordering = ordering
-        self._trace = trace
-        self._asked_at = trace.asked_at()
         super().__init__(path, max_nbytes=max_nbytes)
         self._blobs = WeightlessBlobs(self.path)
+        make_room = ForeseeingRoom if ordering is belady else Room
+        self._room = make_room(
+            self._index,
+            self._blobs,
+            max_nbytes=max_nbytes,
+            allowance=self._room.allowance,
+        )
+        self._writer = TraceWriter(self._index, self._blobs, self._room, trace)
         self._nbytes_per_token = nbytes_per_token
         # Zeros that take no memory, because nobody looks at them.
         rows = mmap.mmap(-1, MAX_SEGMENT_TOKENS * nbytes_per_token)
@@ -211,22 +269,3 @@ class TraceStore(PrefixStore):
     def _encode(self, start: int, end: int) -> EncodedSegment:
         data = self._rows[: (end - start) * self._nbytes_per_token]
         return EncodedSegment("", [Tensor("rows", "U8", (data.nbytes,), data)])
-
-    def _add(self, info: SegmentInfo, segment: EncodedSegment, chain: Chain) -> bool:
-        number = self._index.now
-        blocks = self._trace.requests[number].blocks
-        asked_at = self._asked_at[blocks[info.start // self._trace.block_size]]
-        self._index.pasts[info.key] = Past(
-            info.start, info.end, asked_at, created_at=number, used_at=number
-        )
-        is_added = super()._add(info, segment, chain)
-        if info.key not in self._index.pasts:
-            raise BypassedError("nothing that is kept is worth less")
-        return is_added
-
-    def _make_room(self, nbytes: int, *, protect: str | None) -> None:
-        """Make room; who knows the future may give up what is new."""
-        if self._ordering is not belady:
-            super()._make_room(nbytes, protect=protect)
-        elif not nbytes:
-            super()._make_room(0, protect=None)

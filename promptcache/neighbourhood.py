@@ -31,8 +31,8 @@ class _Finder:
     def __init__(self, index: Index, chain: Chain) -> None:
         self._index = index
         self._chain = chain
-        self._fingerprints = {f.digest: f for f in index.fingerprints()}
-        self._listed = index.prompts()
+        self._fingerprints = {f.digest: f for f in index.fingerprints.all()}
+        self._listed = index.prefixes.prompts()
 
     def find(self, origin: Origin | None) -> Neighbourhood:
         index, chain = self._index, self._chain
@@ -94,7 +94,7 @@ class _Finder:
     def _eviction(self) -> Eviction | None:
         """Return the longest prefix of the prompt that was taken away."""
         chain = self._chain
-        for key, eviction in self._index.evictions(chain.fingerprint):
+        for key, eviction in self._index.history.evictions(chain.fingerprint):
             if eviction.end <= len(chain) and key in {
                 chain.tagged_key_at(eviction.end, tag) for tag in TAGS
             }:

@@ -98,7 +98,7 @@ def execute(index: Index, blobs: BlobFolder, plan: PrunePlan) -> PruneReport:
 
 def _evict(index: Index, removal: Removal) -> bool:
     """Remove a segment's row, remembering why, and return whether it went."""
-    with index.writing():
+    with index.database.writing():
         note_eviction(index, removal.key, removal.reason)
         return index.remove_leaf(removal.key)
 
@@ -113,12 +113,12 @@ def note_eviction(index: Index, key: str, reason: str) -> None:
         return
     *_, last = index.path_to(segment_id)
     keys = {last.end: key}
-    if heads := index.heads(key):
-        digest = index.fingerprint_of(segment_id).digest
+    if heads := index.prefixes.heads(key):
+        digest = index.fingerprints.of_segment(segment_id).digest
         chain = Chain(digest, index.token_ids(segment_id, max(heads)))
         begins = (head for head in heads if last.start < head < last.end)
         keys |= {head: chain.key_at(head) for head in begins}
-    index.note_eviction(key, keys, reason, now=time.time())
+    index.history.note_eviction(key, keys, reason, now=time.time())
 
 
 def _sweep(index: Index, blobs: BlobFolder, garbage: Garbage) -> bool:
@@ -139,7 +139,7 @@ def remove_blobs(index: Index, blobs: BlobFolder, keys: Iterable[str]) -> int:
     Raises StoreError.
     """
     try:
-        with index.writing():
+        with index.database.writing():
             return sum(blobs.remove(k) for k in keys if index.segment_id(k) is None)
     except OSError as error:
         raise StoreError(f"a blob cannot be removed ({error.strerror})") from error
@@ -152,8 +152,8 @@ def report(
     garbage: Sequence[Garbage],
 ) -> PruneReport:
     """Return what was removed, after the index gave back its room too."""
-    index.forget_configs()
-    index.shrink()
+    index.history.forget_configs()
+    index.database.shrink()
     return PruneReport(
         removals=tuple(removals),
         garbage=tuple(garbage),
@@ -177,7 +177,7 @@ def make_room(
     """
     if blobs.total_nbytes() + nbytes <= limit:
         return 0
-    index.shrink()
+    index.database.shrink()
     garbage = find_garbage(index, blobs)
     over = blobs.total_nbytes() + nbytes - limit - _nbytes(garbage)
     protected = index.segment_id(protect) if protect else None

@@ -43,7 +43,7 @@ def verify(
     if fix:
         for key in [*damaged, *missing]:
             give_up(index, blobs, key)
-    rebuilt = 0 if index.read_only else rebuild(index, blobs, skip=damaged)
+    rebuilt = 0 if index.database.read_only else rebuild(index, blobs, skip=damaged)
     return VerifyReport(
         checked=len(keys),
         damaged=tuple(Damage(key, reason) for key, reason in damaged.items()),
@@ -71,9 +71,9 @@ def give_up(index: Index, blobs: BlobFolder, key: str) -> list[str]:
 
     Its blob moves to `quarantine/`.
     """
-    names = index.names().keys()
+    names = index.prefixes.names().keys()
     index.remove_subtree(key)
-    lost = sorted(names - index.names().keys())
+    lost = sorted(names - index.prefixes.names().keys())
     if lost:
         write_prefixes(index, blobs)
     try:
@@ -100,7 +100,7 @@ def set_index_aside(blobs: BlobFolder) -> None:
 
 def rebuild(index: Index, blobs: BlobFolder, *, skip: Collection[str] = ()) -> int:
     """Add the blobs that the index does not know; return how many it added."""
-    with index.writing():
+    with index.database.writing():
         known = index.segment_keys() | set(skip)
         headers = _headers(blobs, [k for k, _ in blobs.stored() if k not in known])
         added = sum(_adopt(index, blobs, header) for header in headers)
@@ -146,7 +146,7 @@ def write_prefixes(index: Index, blobs: BlobFolder) -> None:
 
     Where a blob's own `is_prefix` tells the same, the file may lag behind.
     """
-    listed = [entry._asdict() for entry in index.listed()]
+    listed = [entry._asdict() for entry in index.prefixes.listed()]
     try:
         blobs.write_file(PREFIXES_FILE, json.dumps(listed, indent=1).encode())
     except OSError as error:
@@ -160,16 +160,16 @@ def _restore_prefixes(index: Index, blobs: BlobFolder) -> None:
         wanted = [ListedPrefix(**entry) for entry in entries]
     except (OSError, ValueError, TypeError):
         return
-    known = set(index.listed())
+    known = set(index.prefixes.listed())
     for entry in wanted:
         segment_id = index.segment_id(str(entry.segment_key))
         if entry in known or segment_id is None:
             continue
         if not _has_key(index, segment_id, entry):
             continue
-        index.add_prefix(entry.key, segment_id, entry.num_tokens, now=time.time())
-        if entry.name is not None and entry.name not in index.names():
-            index.set_name(entry.key, entry.name, manifest=entry.manifest)
+        index.prefixes.add(entry.key, segment_id, entry.num_tokens, now=time.time())
+        if entry.name is not None and entry.name not in index.prefixes.names():
+            index.prefixes.set_name(entry.key, entry.name, manifest=entry.manifest)
 
 
 def _has_key(index: Index, segment_id: int, entry: ListedPrefix) -> bool:
@@ -178,6 +178,6 @@ def _has_key(index: Index, segment_id: int, entry: ListedPrefix) -> bool:
     num_tokens = entry.num_tokens
     if not isinstance(num_tokens, int) or not rows[-1].start <= num_tokens:
         return False
-    digest = index.fingerprint_of(segment_id).digest
+    digest = index.fingerprints.of_segment(segment_id).digest
     chain = Chain(digest, index.token_ids(segment_id, num_tokens))
     return len(chain) == num_tokens and chain.key_at(num_tokens) == entry.key

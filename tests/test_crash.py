@@ -117,7 +117,7 @@ def test_row_is_gone_for_good_before_its_blob_goes(
 
 
 def test_commits_are_durable(store: PrefixStore) -> None:
-    connection = store._index._connection
+    connection = store._index.database._connection
 
     assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
     assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)

@@ -323,7 +323,7 @@ def test_no_more_is_written_in_a_day_than_is_allowed(
 
 def test_yesterday_does_not_count_for_today(store: PrefixStore) -> None:
     save(store, OLD)
-    store._index.add_written(10**9, now=0.0)
+    store._index.history.add_written(10**9, now=0.0)
 
     written = store.written()
 

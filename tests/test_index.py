@@ -47,7 +47,7 @@ def path(tmp_path: Path) -> Path:
 def index(path: Path) -> Iterator[Index]:
     index = Index(path)
     yield index
-    index.close()
+    index.database.close()
 
 
 def add(
@@ -120,13 +120,13 @@ def test_reader_does_not_wait_for_a_writer(index: Index, path: Path) -> None:
     key = add(index, tokens(40))
     reader = Index(path)
 
-    with index.writing():
+    with index.database.writing():
         add(index, tokens(41, first=1))
         found = reader.segment_keys()
 
     assert found == {key}
     assert len(reader.segment_keys()) == 2
-    reader.close()
+    reader.database.close()
 
 
 def test_opening_does_not_wait_for_a_writer(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_opening_writes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("journal_mode", ["wal", "delete"])
 def test_newer_index_is_refused_and_not_touched(path: Path, journal_mode: str) -> None:
-    Index(path).close()
+    Index(path).database.close()
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
         connection.execute(f"PRAGMA journal_mode={journal_mode}")
@@ -190,7 +190,7 @@ def test_newer_store_is_refused_and_not_touched(tmp_path: Path) -> None:
 
 
 def test_older_index_has_to_be_rebuilt(path: Path) -> None:
-    Index(path).close()
+    Index(path).database.close()
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION - 1}")
 
@@ -210,23 +210,23 @@ def test_damage_inside_the_file_is_a_damaged_index(path: Path) -> None:
     index = Index(path)
     for i in range(50):
         add(index, tokens(100, first=i))
-    index.close()
+    index.database.close()
     data = bytearray(path.read_bytes())
     data[4096:] = os.urandom(len(data) - 4096)
     path.write_bytes(data)
 
     broken = Index(path)
 
-    assert not broken.is_sound()
+    assert not broken.database.is_sound()
     with pytest.raises(DamagedIndexError):
         broken.segment_keys()
-    broken.close()
+    broken.database.close()
 
 
 def test_sound_index_is_sound(index: Index) -> None:
     add(index, tokens(40))
 
-    assert index.is_sound()
+    assert index.database.is_sound()
 
 
 @pytest.mark.parametrize("content", [b"", b"x"])
@@ -237,14 +237,14 @@ def test_empty_file_becomes_an_index(path: Path, content: bytes) -> None:
     index = Index(path, populate=created.append)
 
     assert created == [index]
-    index.close()
+    index.database.close()
 
 
 @pytest.mark.parametrize("name", ["a b", "50%", "a?b", "a#b", "é", "a&mode=ro"])
 def test_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
 
-    Index(tmp_path / name / "index.db").close()
+    Index(tmp_path / name / "index.db").database.close()
 
     assert (tmp_path / name / "index.db").stat().st_size
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -330,7 +330,7 @@ def test_store_cannot_be_created_where_nothing_can_be_written(
 
 
 def test_failed_transaction_changes_nothing(index: Index) -> None:
-    with pytest.raises(KeyboardInterrupt), index.writing():
+    with pytest.raises(KeyboardInterrupt), index.database.writing():
         add(index, tokens(40))
         raise KeyboardInterrupt
 
@@ -475,7 +475,7 @@ def test_rows_are_listed_unless_a_prefix_needs_them(
     for position, is_prefix in checkpoints.items():
         add_checkpoint(index, tokens(position), rows, is_prefix=is_prefix)
 
-    found = [prefix for prefix, _ in index.prefixes()]
+    found = [prefix for prefix, _ in index.prefixes.all()]
 
     assert {prefix.num_tokens for prefix in found} == listed
     assert len(found) == len(listed)
@@ -495,7 +495,7 @@ def test_segment_with_children_stays(index: Index) -> None:
 
 def test_pinned_segment_stays(index: Index) -> None:
     key = add(index, tokens(40))
-    index.set_name(key, "name")
+    index.prefixes.set_name(key, "name")
 
     removed = index.remove_leaf(key)
 
@@ -524,10 +524,10 @@ def test_subtree_goes_with_all_that_hangs_on_it(index: Index, path: Path) -> Non
 def test_name_moves_to_the_prefix_that_got_it_last(index: Index) -> None:
     first, second = add(index, tokens(40)), add(index, [9, *tokens(40)])
 
-    index.set_name(first, "name")
-    index.set_name(second, "name")
+    index.prefixes.set_name(first, "name")
+    index.prefixes.set_name(second, "name")
 
-    assert index.names() == {"name": (second, 41)}
+    assert index.prefixes.names() == {"name": (second, 41)}
 
 
 @pytest.mark.parametrize(
@@ -540,7 +540,7 @@ def test_hit_counts_for_the_prefix_that_was_reused(
 
     index.touch(keys, cached_tokens, now=5.0)
 
-    hits = {prefix.num_tokens: prefix.hits for prefix, _ in index.prefixes()}
+    hits = {prefix.num_tokens: prefix.hits for prefix, _ in index.prefixes.all()}
     assert hits == {40: 0, 80: 0} | {num_tokens: 1}
     assert {segment.used_at for segment in index.leaves()} == {5.0}
 
@@ -549,7 +549,7 @@ def test_prefixes_are_listed_last_used_first(index: Index) -> None:
     keys = [add(index, [i, *tokens(40)], now=float(i)) for i in range(3)]
     index.touch([keys[0]], 41, now=9.0)
 
-    listed = [prefix.key for prefix, _ in index.prefixes()]
+    listed = [prefix.key for prefix, _ in index.prefixes.all()]
 
     assert listed == [keys[0], keys[2], keys[1]]
 
@@ -558,7 +558,7 @@ def test_leaf_of_an_interrupted_build_counts_as_a_prefix(index: Index) -> None:
     add(index, tokens(40), is_prefix=False)
     key = add(index, tokens(80), start=40, is_prefix=False)
 
-    assert [prefix.key for prefix, _ in index.prefixes()] == [key]
+    assert [prefix.key for prefix, _ in index.prefixes.all()] == [key]
 
 
 def test_model_name_is_the_last_one_it_had(index: Index) -> None:
@@ -568,24 +568,24 @@ def test_model_name_is_the_last_one_it_had(index: Index) -> None:
     segment_id = index.segment_id(key)
     assert segment_id is not None
 
-    assert index.fingerprint_of(segment_id) == renamed
+    assert index.fingerprints.of_segment(segment_id) == renamed
 
 
 def test_room_of_deleted_rows_is_given_back(index: Index, path: Path) -> None:
     keys = [add(index, tokens(500, first=i)) for i in range(100)]
-    index.shrink()
+    index.database.shrink()
     before = path.stat().st_size
 
     for key in keys:
         index.remove_leaf(key)
-    index.shrink()
+    index.database.shrink()
 
     assert path.stat().st_size < before / 2
     assert not path.with_name("index.db-wal").stat().st_size
 
 
 def test_tables_change_with_their_version_only(tmp_path: Path) -> None:
-    Index(tmp_path / "index.db").close()
+    Index(tmp_path / "index.db").database.close()
     sql = query(tmp_path, "SELECT sql FROM sqlite_master ORDER BY name")
 
     found = hashlib.sha256(repr(sql).encode()).hexdigest()[:16]

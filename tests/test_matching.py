@@ -32,6 +32,7 @@ from promptcache.chain import Chain
 from promptcache.index import Index
 from promptcache.matching import longest_rows
 from promptcache.store import PrefixStore
+from promptcache.store.segment_writer import SegmentWriter
 from promptcache.types import AT_ANY_TOKEN, EncodedSegment, Match, Resumption
 
 OTHER = fingerprint("other")
@@ -239,11 +240,11 @@ def test_same_hash_never_yields_the_segments_of_another_fingerprint(
 def tamper(store: PrefixStore, chain: Chain, num_blocks: int) -> None:
     """Make the index say that segment 1 covers the blocks of a chain."""
     index = Index(store.path / "index.db")
-    with index.writing():
+    with index.database.writing():
         for i in range(1, num_blocks + 1):
             sql = "INSERT OR IGNORE INTO blocks (hash, segment_id) VALUES (?, 1)"
-            index._execute(sql, [chain.block_hash(i)])
-    index.close()
+            index.database.execute(sql, [chain.block_hash(i)])
+    index.database.close()
 
 
 def test_two_segments_with_the_same_hash_are_both_looked_at(
@@ -293,14 +294,14 @@ def test_match_costs_the_same_however_much_is_stored(store: PrefixStore) -> None
     save(store, tokens(500, first=300))
     index = Index(Path(store.path) / "index.db")
     statements: list[str] = []
-    index._connection.set_trace_callback(statements.append)
+    index.database._connection.set_trace_callback(statements.append)
     store.close()
     store._index = index
 
     assert cached_tokens(store, tokens(500, first=300)) == 500
     assert len(statements) < 12
     plans = [
-        index._connection.execute(f"EXPLAIN QUERY PLAN {sql}").fetchall()
+        index.database._connection.execute(f"EXPLAIN QUERY PLAN {sql}").fetchall()
         for sql in list(statements)
     ]
     steps = {row[3] for plan in plans for row in plan}
@@ -320,7 +321,7 @@ def test_match_ends_where_token_ids_differ_though_all_hashes_agree(
     save(store, prompt[:64])
     save(store, prompt)
     index = store._index
-    with index.writing():
+    with index.database.writing():
         deepest = index.segment_id(expected_key(TINY.digest, prompt))
         assert deepest is not None
         for segment in index.path_to(deepest):
@@ -328,7 +329,7 @@ def test_match_ends_where_token_ids_differ_though_all_hashes_agree(
                 data = bytearray(segment.token_ids)
                 data[4 * (position - segment.start)] ^= 1
                 sql = "UPDATE segments SET token_ids = ? WHERE id = ?"
-                index._execute(sql, [bytes(data), segment.id])
+                index.database.execute(sql, [bytes(data), segment.id])
 
     match = store.lookup(prompt, TINY)
 
@@ -341,7 +342,7 @@ def test_match_ends_where_token_ids_differ_though_all_hashes_agree(
 @pytest.fixture(autouse=True)
 def unthinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep all checkpoints, however close; which of them go is not matching's."""
-    monkeypatch.setattr(PrefixStore, "_thin", lambda store, chain: None)
+    monkeypatch.setattr(SegmentWriter, "_thin", lambda writer, key: None)
 
 
 def end_of(match: Match) -> tuple[int, bool]:

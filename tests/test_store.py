@@ -869,7 +869,7 @@ def lose_rows(store: PrefixStore) -> None:
     """Make orphans of a segment, which is pinned, and its child."""
     index = Index(store.path / "index.db")
     assert len(index.remove_subtree(expected_key(TINY.digest, STORED[1]))) == 2
-    index.close()
+    index.database.close()
 
 
 def test_orphan_of_a_wrong_key_is_not_adopted(filled: PrefixStore) -> None:
@@ -1173,7 +1173,8 @@ def test_processes_that_save_the_same_checkpoint_do_not_disturb_each_other(
 ) -> None:
     save(store, tokens(100), resumption=NEEDS_CHECKPOINT)
     others: list[PrefixStore] = []
-    add = store._add
+    writer = store._writer
+    add = writer._add
 
     def add_slowly(info: SegmentInfo, segment: EncodedSegment, chain: Chain) -> bool:
         if not others:
@@ -1181,7 +1182,7 @@ def test_processes_that_save_the_same_checkpoint_do_not_disturb_each_other(
             save_checkpoint(others[0], tokens(100))
         return add(info, segment, chain)
 
-    monkeypatch.setattr(store, "_add", add_slowly)
+    monkeypatch.setattr(writer, "_add", add_slowly)
 
     save_checkpoint(store, tokens(100), is_prefix=True)
 
@@ -1340,7 +1341,7 @@ def test_orphaned_checkpoint_is_adopted_with_its_rows(resumable: PrefixStore) ->
     before = rows_without_ids(resumable)
     index = Index(resumable.path / "index.db")
     index.remove_subtree(expected_key(TINY.digest, TURNS[1]))
-    index.close()
+    index.database.close()
 
     report = resumable.verify()
 

@@ -83,7 +83,7 @@ def add_rows(folder: Path, number: int) -> None:
         index.add_segment(info, chain, nbytes=1)
         if i % 2:
             assert index.remove_leaf(key)
-    index.close()
+    index.database.close()
 
 
 def save_some(folder: Path, number: int) -> None:
@@ -147,7 +147,7 @@ def hold_build(folder: Path, number: int) -> None:
 def hold_write(folder: Path, number: int) -> None:
     """Hold the write lock until told to stop."""
     index = Index(folder / "index.db")
-    with index.writing():
+    with index.database.writing():
         print("ready", flush=True)
         sys.stdin.read()
 

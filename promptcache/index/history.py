@@ -1,0 +1,204 @@
+"""The history: what happened to prefixes, which blobs cannot tell again."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from promptcache.index.database import Database, checked
+from promptcache.index.fingerprints import Fingerprints
+from promptcache.index.schema import CREATE_WRITES
+from promptcache.types import (
+    Eviction,
+    Fingerprint,
+    Origin,
+    Receipt,
+    Usage,
+    Written,
+)
+
+# A prompt is tried with so many other arguments of its template.
+MOST_CONFIGS = 4
+# So many evictions are remembered, to say later why a prompt missed.
+MOST_EVICTIONS = 10_000
+# What a measured speed still counts for after the next one.
+SPEED_DECAY = 0.5
+
+Deed = Literal["prefill", "load"]
+
+
+class History:
+    """Speeds, receipts, bytes written, evictions, and arguments of templates."""
+
+    def __init__(self, database: Database, fingerprints: Fingerprints) -> None:
+        """Take the database that it is in, and the fingerprints it refers to."""
+        self._database = database
+        self._fingerprints = fingerprints
+
+    def add_speed(
+        self,
+        fingerprint: Fingerprint,
+        deed: Deed,
+        num_tokens: int,
+        seconds: float,
+        *,
+        now: float,
+    ) -> None:
+        """Note how long it took to do something to so many tokens at once.
+
+        What was noted before counts half as much each time.
+        """
+        sql = f"""
+            INSERT INTO speeds (fingerprint_id, deed, num_tokens, seconds, measured_at)
+            VALUES (?, ?, ?, ?, ?)
+            ON CONFLICT (fingerprint_id, deed) DO UPDATE SET
+                num_tokens = num_tokens * {SPEED_DECAY} + excluded.num_tokens,
+                seconds = seconds * {SPEED_DECAY} + excluded.seconds,
+                measured_at = excluded.measured_at
+        """
+        with self._database.writing():
+            fingerprint_id = self._fingerprints.add(fingerprint)
+            self._database.execute(
+                sql, [fingerprint_id, deed, num_tokens, seconds, now]
+            )
+
+    def speed(
+        self, fingerprint: str, deed: Deed, *, since: float = 0.0
+    ) -> float | None:
+        """Return how many tokens a second it takes, or None if that is not known.
+
+        Args:
+            fingerprint: What the tokens' KV values depend on.
+            deed: What is done to them.
+            since: Measured before, it counts as not known.
+        """
+        sql = """
+            SELECT num_tokens / seconds FROM speeds
+            JOIN fingerprints f ON f.id = fingerprint_id
+            WHERE digest = ? AND deed = ? AND measured_at >= ?
+        """
+        row = self._database.execute(sql, [fingerprint, deed, since]).fetchone()
+        return None if row is None else float(row[0])
+
+    def add_receipt(
+        self, receipt: Receipt, key: str | None, saved_seconds: float
+    ) -> None:
+        """Add what a request got to what is known of a prefix, or of misses."""
+        columns = (
+            "requests, cached_tokens, prefilled_tokens, load_seconds, prefill_seconds, "
+            "saved_seconds"
+        )
+        sums = ", ".join(f"{c} = {c} + excluded.{c}" for c in columns.split(", "))
+        sql = f"""
+            INSERT INTO usage (fingerprint_id, key, {columns})
+            VALUES (?, ?, 1, ?, ?, ?, ?, ?)
+            ON CONFLICT (fingerprint_id, key) DO UPDATE SET {sums}
+        """
+        figures = [
+            receipt.cached_tokens,
+            receipt.prefilled_tokens,
+            receipt.load_seconds,
+            receipt.prefill_seconds,
+            saved_seconds,
+        ]
+        with self._database.writing():
+            fingerprint_id = self._fingerprints.add(receipt.fingerprint)
+            self._database.execute(sql, [fingerprint_id, key or "", *figures])
+
+    def usage(self) -> list[Usage]:
+        """Return what requests got, by prefix, the most saved first."""
+        sql = """
+            SELECT f.model, NULLIF(u.key, ''), p.name, u.requests, u.cached_tokens,
+                u.prefilled_tokens, u.load_seconds, u.prefill_seconds, u.saved_seconds
+            FROM usage u JOIN fingerprints f ON f.id = u.fingerprint_id
+            LEFT JOIN prefixes p ON p.key = u.key
+            ORDER BY u.saved_seconds DESC, u.key
+        """
+        seconds = [int | float] * 3
+        kinds = (str, str | None, str | None, int, int, int, *seconds)
+        return [Usage(*row) for row in checked(self._database.rows(sql), *kinds)]
+
+    def add_written(self, nbytes: int, *, now: float) -> None:
+        """Note that so many bytes of a blob were written."""
+        sql = """
+            INSERT INTO writes (day, nbytes) VALUES (?, ?)
+            ON CONFLICT (day) DO UPDATE SET nbytes = nbytes + excluded.nbytes
+        """
+        with self._database.writing():
+            # Stores that were made before have no such table.
+            self._database.execute(CREATE_WRITES)
+            self._database.execute(sql, [_day(now), nbytes])
+
+    def written(self) -> Written:
+        """Return how many bytes of blobs were written, in all and today."""
+        is_there = "SELECT 1 FROM sqlite_master WHERE name = 'writes'"
+        if not self._database.rows(is_there):
+            return Written(0, 0)
+        sql = """
+            SELECT coalesce(sum(nbytes), 0),
+                coalesce(sum(nbytes) FILTER (WHERE day = ?), 0) FROM writes
+        """
+        rows = self._database.rows(sql, [_day(time.time())])
+        return Written(*checked(rows, int, int)[0])
+
+    def note_eviction(
+        self, segment_key: str, keys: Mapping[int, str], reason: str, *, now: float
+    ) -> None:
+        """Remember that a segment is being taken away, and why.
+
+        `keys` are those of the prefixes that it is needed for, by their ends.
+        """
+        sql = """
+            INSERT INTO evictions (key, fingerprint_id, end, reason, removed_at)
+            SELECT ?, fingerprint_id, ?, ?, ? FROM segments WHERE key = ?
+        """
+        with self._database.writing():
+            for end, key in keys.items():
+                self._database.execute(sql, [key, end, reason, now, segment_key])
+            oldest = "(SELECT max(id) FROM evictions) - ?"
+            self._database.execute(
+                f"DELETE FROM evictions WHERE id <= {oldest}", [MOST_EVICTIONS]
+            )
+
+    def evictions(self, fingerprint: str) -> Iterator[tuple[str, Eviction]]:
+        """Yield the keys of what was taken away, the longest prefixes first."""
+        sql = """
+            SELECT e.key, e.end, e.reason, e.removed_at FROM evictions e
+            JOIN fingerprints f ON f.id = e.fingerprint_id
+            WHERE f.digest = ? ORDER BY e.end DESC, e.id DESC
+        """
+        for key, *eviction in self._database.rows(sql, [fingerprint]):
+            yield str(key), Eviction(*eviction)
+
+    def add_config(self, origin: Origin) -> None:
+        """Note with which arguments of its template a prompt was rendered."""
+        with self._database.writing():
+            sql = "INSERT OR REPLACE INTO configs (template, config) VALUES (?, ?)"
+            self._database.execute(
+                sql, [origin.template, json.dumps(dict(origin.config))]
+            )
+
+    def configs(self, template: str) -> list[dict[str, Any]]:
+        """Return with which arguments of a template prompts were rendered last."""
+        sql = f"""
+            SELECT config FROM configs WHERE template = ?
+            ORDER BY rowid DESC LIMIT {MOST_CONFIGS}
+        """
+        return [json.loads(row[0]) for row in self._database.rows(sql, [template])]
+
+    def forget_configs(self) -> None:
+        """Forget arguments of templates that no prompt is listed with any more."""
+        sql = """
+            DELETE FROM configs WHERE NOT EXISTS (
+                SELECT 1 FROM prefixes
+                WHERE json_extract(origin, '$.template') = configs.template
+                AND json_extract(origin, '$.config') = json(configs.config)
+            )
+        """
+        with self._database.writing():
+            self._database.execute(sql)
+
+
+def _day(now: float) -> str:
+    return datetime.fromtimestamp(now, UTC).date().isoformat()

@@ -1,0 +1,152 @@
+"""Prefixes: what was built or saved, by key and by name."""
+
+import json
+from dataclasses import asdict
+
+from promptcache.errors import DamagedIndexError
+from promptcache.index.database import DAMAGED, Database, checked, integer
+from promptcache.index.schema import NO_TOKEN
+from promptcache.types import ListedPrefix, Origin, Prefix, PromptRow
+
+
+class Prefixes:
+    """The prefixes that are listed, each with the segment it ends in."""
+
+    def __init__(self, database: Database) -> None:
+        """Take the database that they are in."""
+        self._database = database
+
+    def all(self) -> list[tuple[Prefix, int]]:
+        """Return all prefixes, the last used first, each with its segment's id.
+
+        The end of rows that no prefix needs, left by an interrupted build, counts as
+        one. `nbytes` is not known here and 0.
+        """
+        sql = """
+            SELECT p.key, p.name, f.model, p.num_tokens, p.created_at, p.used_at,
+                p.hits, p.segment_id
+            FROM prefixes p JOIN segments s ON s.id = p.segment_id
+            JOIN fingerprints f ON f.id = s.fingerprint_id
+            UNION ALL
+            SELECT s.key, NULL, f.model, s.end, s.created_at, s.used_at, 0, s.id
+            FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
+            WHERE s.first_token != ?
+            AND NOT EXISTS (
+                SELECT 1 FROM segments c WHERE c.parent_id = s.id
+                AND (c.first_token != ? OR c.id IN (SELECT segment_id FROM prefixes))
+            )
+            AND NOT EXISTS (SELECT 1 FROM prefixes p WHERE p.segment_id = s.id)
+            ORDER BY 6 DESC, 1
+        """
+        kinds = (str, str | None, str, int, int | float, int | float, int, int)
+        rows = checked(self._database.rows(sql, [NO_TOKEN, NO_TOKEN]), *kinds)
+        return [(_prefix(*row[:-1]), row[-1]) for row in rows]
+
+    def listed(self) -> list[ListedPrefix]:
+        """Return the prefixes that were built or saved, by key."""
+        sql = """
+            SELECT p.key, s.key, p.num_tokens, p.name, p.manifest
+            FROM prefixes p JOIN segments s ON s.id = p.segment_id ORDER BY p.key
+        """
+        kinds = (str, str, int, str | None, str | None)
+        return [ListedPrefix(*row) for row in checked(self._database.rows(sql), *kinds)]
+
+    def prompts(self) -> list[PromptRow]:
+        """Return what was built or saved, the last used first."""
+        sql = """
+            SELECT p.key, f.digest, p.segment_id, p.num_tokens, p.origin
+            FROM prefixes p JOIN segments s ON s.id = p.segment_id
+            JOIN fingerprints f ON f.id = s.fingerprint_id
+            ORDER BY p.used_at DESC, p.key
+        """
+        rows = checked(self._database.rows(sql), str, str, int, int, str | None)
+        return [PromptRow._make([*row[:-1], _origin(row[-1])]) for row in rows]
+
+    def names(self) -> dict[str, tuple[str, int]]:
+        """Return the key and the number of tokens of each pin by its name."""
+        sql = "SELECT name, key, num_tokens FROM prefixes WHERE name IS NOT NULL"
+        return {str(n): (str(k), integer(t)) for n, k, t in self._database.rows(sql)}
+
+    def created_at(self, key: str) -> float | None:
+        """Return when a prefix was listed, or None if it is not."""
+        sql = "SELECT created_at FROM prefixes WHERE key = ?"
+        row = self._database.execute(sql, [key]).fetchone()
+        return None if row is None else float(row[0])
+
+    def heads(self, segment_key: str) -> set[int]:
+        """Return where the first users' texts begin in the prompts that end there."""
+        sql = """
+            SELECT DISTINCT json_extract(origin, '$.head') FROM prefixes
+            WHERE segment_id = (SELECT id FROM segments WHERE key = ?)
+        """
+        return {
+            integer(row[0]) for row in self._database.rows(sql, [segment_key]) if row[0]
+        }
+
+    def add(self, key: str, segment_id: int, num_tokens: int, *, now: float) -> bool:
+        """List a prefix, and return whether it was not listed already."""
+        sql = """
+            INSERT INTO prefixes
+                (key, segment_id, num_tokens, created_at, used_at, hits)
+            VALUES (?, ?, ?, ?, ?, 0)
+            ON CONFLICT (key) DO NOTHING
+        """
+        with self._database.writing():
+            cursor = self._database.execute(
+                sql, [key, segment_id, num_tokens, now, now]
+            )
+            return cursor.rowcount > 0
+
+    def move(self, segment_id: int, to: int) -> None:
+        """Let the prefixes that end in a segment end in another one."""
+        with self._database.writing():
+            sql = "UPDATE prefixes SET segment_id = ? WHERE segment_id = ?"
+            self._database.execute(sql, [to, segment_id])
+
+    def remove(self, key: str) -> None:
+        """Stop listing a prefix; its segments stay."""
+        with self._database.writing():
+            self._database.execute("DELETE FROM prefixes WHERE key = ?", [key])
+
+    def set_name(
+        self, key: str, name: str | None, *, manifest: str | None = None
+    ) -> None:
+        """Name a listed prefix, or take its name away; a name moves to it.
+
+        `manifest` is the file that wants it so, if any.
+        """
+        with self._database.writing():
+            if name is not None:
+                sql = "UPDATE prefixes SET name = NULL, manifest = NULL WHERE name = ?"
+                self._database.execute(sql, [name])
+            sql = "UPDATE prefixes SET name = ?, manifest = ? WHERE key = ?"
+            self._database.execute(sql, [name, manifest, key])
+
+    def set_origin(self, key: str, origin: Origin) -> None:
+        """Note how a listed prefix was rendered."""
+        with self._database.writing():
+            sql = "UPDATE prefixes SET origin = ? WHERE key = ?"
+            self._database.execute(sql, [json.dumps(asdict(origin)), key])
+
+
+def _prefix(
+    key: str,
+    name: str | None,
+    model: str,
+    num_tokens: int,
+    created_at: float,
+    used_at: float,
+    hits: int,
+) -> Prefix:
+    return Prefix(key, name, model, num_tokens, 0, created_at, used_at, hits)
+
+
+def _origin(text: str | None) -> Origin | None:
+    if text is None:
+        return None
+    try:
+        fields = json.loads(text)
+        tools = tuple((name, digest) for name, digest in fields.pop("tools"))
+        return Origin(**fields, tools=tools)
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        raise DamagedIndexError(DAMAGED) from None

@@ -1,0 +1,173 @@
+"""The folder of a store: its blobs and its index, opened, locked, pruned and verified.
+
+What is found in it, and saved to it, is left to others.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+from promptcache import pruning, recovery
+from promptcache.blobs import BlobFolder
+from promptcache.errors import DamagedIndexError, StoreError
+from promptcache.index import Index
+from promptcache.types import PrunePlan, PrunePolicy, PruneReport, VerifyReport
+
+
+class StoreFolder:
+    """The files of one store.
+
+    Attributes:
+        path: The folder.
+        rebuilt: How many segments a new index got back from the blobs.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a folder, creating it where there is none.
+
+        An index that is missing or damaged is rebuilt from the blobs.
+
+        Raises:
+            StoreFormatError: A newer promptcache wrote it.
+            StoreError: It cannot be opened.
+        """
+        self.path = path
+        self.rebuilt = 0
+        self._blobs = BlobFolder(path)
+        try:
+            self._blobs.create()
+        except OSError as error:
+            if not os.path.exists(path / "index.db"):
+                raise StoreError(
+                    f"the store {path} cannot be created ({error.strerror})"
+                ) from error
+        self._index = self._open_index()
+
+    def _open_index(self) -> Index:
+        try:
+            return self._new_index()
+        except DamagedIndexError:
+            with self._locked("index"):
+                return self._recovered_index()
+
+    def _recovered_index(self) -> Index:
+        try:
+            # Another process may have recovered it while this one waited.
+            return self._new_index()
+        except DamagedIndexError:
+            recovery.set_index_aside(self._blobs)
+            return self._new_index()
+
+    def _new_index(self) -> Index:
+        return Index(self.path / "index.db", populate=self._populate)
+
+    def _populate(self, index: Index) -> None:
+        self.rebuilt += recovery.rebuild(index, self._blobs)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Return whether nothing can be saved here."""
+        return self._index.database.read_only
+
+    def close(self) -> None:
+        """Close the index; the store cannot be used any more."""
+        self._index.database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def total_nbytes(self) -> int:
+        """Return the size of all files of the store."""
+        return self._blobs.total_nbytes()
+
+    @contextlib.contextmanager
+    def building(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Hold the lock for computing a prefix, so that only one process does.
+
+        `on_wait` is called when another process holds it. The lock of a process
+        that dies is released. Raises StoreError.
+        """
+        if self.is_read_only:
+            raise StoreError(f"the store {self.path} is read-only")
+        with self._locked(key, on_wait):
+            yield
+
+    @contextlib.contextmanager
+    def _locked(
+        self, name: str, on_wait: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
+        # Imported here because it takes 30 ms, which `ls` can do without.
+        import filelock
+
+        lock = filelock.FileLock(self._blobs.lock_path(name), mode=0o600)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            on_wait()
+            lock.acquire()
+        except OSError as error:
+            raise StoreError(
+                f"cannot write to the store {self.path} ({error.strerror})"
+            ) from error
+        try:
+            yield
+        finally:
+            self._blobs.remove_lock(name)
+            lock.release()
+
+    def plan_prune(self, policy: PrunePolicy, *, now: float | None = None) -> PrunePlan:
+        """Return what a prune by a policy would remove; nothing is changed.
+
+        Raises StoreError.
+        """
+        now = time.time() if now is None else now
+        return pruning.plan_prune(self._index, self._blobs, policy, now=now)
+
+    def execute(self, plan: PrunePlan) -> PruneReport:
+        """Do what a plan says, except for what got used or pinned meanwhile.
+
+        Raises:
+            StoreError: A file cannot be removed.
+        """
+        return pruning.execute(self._index, self._blobs, plan)
+
+    def verify(
+        self,
+        *,
+        fix: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> VerifyReport:
+        """Read every blob in full and compare it with its checksums and the index.
+
+        Sound blobs that the index does not know are added to it if their
+        ancestors are there.
+
+        Args:
+            fix: Set damaged blobs aside and forget the segments that need them.
+            progress: Called with the number of blobs checked and their total.
+
+        Raises:
+            StoreError: The index cannot be read or written.
+        """
+        if not self._index.database.is_sound():
+            self._index.database.close()
+            with self._locked("index"):
+                recovery.set_index_aside(self._blobs)
+                self._index.open(self._populate)
+        report = recovery.verify(self._index, self._blobs, fix=fix, progress=progress)
+        rebuilt, self.rebuilt = self.rebuilt, 0
+        return replace(report, rebuilt=report.rebuilt + rebuilt)
+
+    def give_up(self, key: str) -> list[str]:
+        """Forget a segment that cannot be used, with all that hangs on it.
+
+        Its blob moves to `quarantine/`. Return the names that went. Raises StoreError.
+        """
+        return recovery.give_up(self._index, self._blobs, key)
