@@ -33,11 +33,12 @@ from segments import (
 from promptcache import CachedGenerator, PrefixStore, PromptCacheError
 from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.header import _header_checksum, _safetensors_header
-from promptcache.types import PrunePolicy, TensorSpec
+from promptcache.types import Match, Origin, PrunePolicy, Receipt, TensorSpec
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 PROMPT = [i % 250 for i in range(70)]
 STATE = [7, *tokens(45)]
+ORIGIN = Origin("template", {"thinking": True}, "system", (("look", "hash"),), 5)
 # More is a hang, or memory that no blob of these tests is worth.
 MOST_SECONDS, MOST_NBYTES = 20, 4 * 1024**3
 
@@ -57,12 +58,11 @@ def fuzz(examples: int) -> Any:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Fail what hangs or allocates without measure, and what leaves its folder."""
+    """Fail what hangs or allocates without measure."""
 
     def stop(*_: object) -> None:
         raise AssertionError("it hangs")
 
-    opened: list[str] = []
     before = signal.signal(signal.SIGALRM, stop)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     if sys.platform == "linux":
@@ -75,7 +75,6 @@ def watched() -> Iterator[None]:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert opened == []
 
 
 def use(folder: Path, outside: Path) -> None:
@@ -94,7 +93,12 @@ def use(folder: Path, outside: Path) -> None:
                 store.usage,
                 store.pins,
                 lambda: [store.report(p.key) for p in store.prefixes()],
-                lambda: store.neighbourhood(PROMPT, TINY),
+                lambda: store.neighbourhood([9, *PROMPT], TINY, ORIGIN),
+                lambda: store.estimate(TINY, 100),
+                lambda: store.configs(ORIGIN.template),
+                lambda: [store.listed_at(p.key) for p in store.prefixes()],
+                lambda: store.record(Receipt(TINY, Match(), 0, 10, 0.1, 0.1)),
+                store.written,
                 store.verify,
                 lambda: store.verify(fix=True),
                 lambda: save(store, [8, *tokens(40)]),
@@ -129,7 +133,19 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         store.pin(save(store, PROMPT), "name")
         save(store, [*PROMPT[:40], *tokens(20, first=500)])
         save_with_checkpoints(store, STATE, [20])
+        fill_history(store)
     return folder
+
+
+def fill_history(store: PrefixStore) -> None:
+    """Leave something in each table of what happened."""
+    key = save(store, [9, *tokens(20)])
+    store.set_origin(key, ORIGIN)
+    store.remove(key)
+    store.set_origin(store.resolve("name").key, ORIGIN)
+    store.add_speed(TINY, 1000, 0.5)
+    store.add_load(TINY, 1000, 0.5)
+    store.record(Receipt(TINY, store.lookup(PROMPT, TINY), 40, 10, 0.1, 0.1))
 
 
 @contextmanager
@@ -244,6 +260,10 @@ def test_any_bytes_of_the_index_may_change(filled: Path, data: st.DataObject) ->
         use(folder, outside)
 
 
+TABLES = (
+    *("segments", "segments", "prefixes", "blocks", "fingerprints"),
+    *("usage", "speeds", "writes", "evictions", "configs"),
+)
 VALUES = (
     st.none()
     | st.integers(-(2**63), 2**63 - 1)
@@ -254,7 +274,7 @@ VALUES = (
 )
 
 
-@fuzz(60)
+@fuzz(150)
 @given(data=st.data())
 def test_any_value_in_the_index_may_change(filled: Path, data: st.DataObject) -> None:
     with copied(filled) as (folder, outside):
@@ -267,14 +287,12 @@ def test_any_value_in_the_index_may_change(filled: Path, data: st.DataObject) ->
 
 def forge(connection: sqlite3.Connection, data: st.DataObject) -> None:
     """Put some value into some place of the index."""
-    tables = ("segments", "segments", "prefixes", "blocks", "fingerprints", "usage")
-    table = data.draw(st.sampled_from(tables))
+    table = data.draw(st.sampled_from(TABLES))
     columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
     column = data.draw(st.sampled_from(columns))
     num_rows = connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
     row = data.draw(st.integers(0, max(num_rows - 1, 0)))
-    keys = {"blocks": "hash", "prefixes": "key", "usage": "key"}
-    key = keys.get(table, "id")
+    key = {"blocks": "hash", "writes": "day"}.get(table, "rowid")
     sql = f"""
         UPDATE OR IGNORE {table} SET {column} = ? WHERE {key} =
             (SELECT {key} FROM {table} LIMIT 1 OFFSET {row})

@@ -1,12 +1,14 @@
 """The history: what happened to prefixes, which blobs cannot tell again."""
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from promptcache.index.database import Database, checked
+from promptcache.errors import DamagedIndexError
+from promptcache.index.database import DAMAGED, Database, checked, translated
 from promptcache.index.fingerprints import Fingerprints
 from promptcache.index.schema import CREATE_WRITES
 from promptcache.types import (
@@ -78,8 +80,14 @@ class History:
             JOIN fingerprints f ON f.id = fingerprint_id
             WHERE digest = ? AND deed = ? AND measured_at >= ?
         """
-        row = self._database.execute(sql, [fingerprint, deed, since]).fetchone()
-        return None if row is None else float(row[0])
+        rows = checked(
+            self._database.rows(sql, [fingerprint, deed, since]), int | float
+        )
+        for [speed] in rows:
+            if not 0 < speed < math.inf:
+                raise DamagedIndexError(DAMAGED)
+            return float(speed)
+        return None
 
     def add_receipt(
         self, receipt: Receipt, key: str | None, saved_seconds: float
@@ -168,8 +176,9 @@ class History:
             JOIN fingerprints f ON f.id = e.fingerprint_id
             WHERE f.digest = ? ORDER BY e.end DESC, e.id DESC
         """
-        for key, *eviction in self._database.rows(sql, [fingerprint]):
-            yield str(key), Eviction(*eviction)
+        rows = self._database.rows(sql, [fingerprint])
+        for key, *eviction in checked(rows, str, int, str, int | float):
+            yield key, Eviction(*eviction)
 
     def add_config(self, origin: Origin) -> None:
         """Note with which arguments of its template a prompt was rendered."""
@@ -185,7 +194,9 @@ class History:
             SELECT config FROM configs WHERE template = ?
             ORDER BY rowid DESC LIMIT {MOST_CONFIGS}
         """
-        return [json.loads(row[0]) for row in self._database.rows(sql, [template])]
+        rows = checked(self._database.rows(sql, [template]), str)
+        with translated():
+            return [dict(json.loads(config)) for [config] in rows]
 
     def forget_configs(self) -> None:
         """Forget arguments of templates that no prompt is listed with any more."""

@@ -70,8 +70,8 @@ class Prefixes:
     def created_at(self, key: str) -> float | None:
         """Return when a prefix was listed, or None if it is not."""
         sql = "SELECT created_at FROM prefixes WHERE key = ?"
-        row = self._database.execute(sql, [key]).fetchone()
-        return None if row is None else float(row[0])
+        rows = checked(self._database.rows(sql, [key]), int | float)
+        return next((row[0] for row in rows), None)
 
     def heads(self, segment_key: str) -> set[int]:
         """Return where the first users' texts begin in the prompts that end there."""
