@@ -18,13 +18,13 @@ from promptcache.chain import Chain
 from promptcache.errors import StoreError
 from promptcache.index import Index
 from promptcache.index.history import History
+from promptcache.reports import Garbage
 from promptcache.store import MAX_SEGMENT_TOKENS, PrefixStore
 from promptcache.store.room import Room
 from promptcache.store.segment_writer import SegmentWriter
 from promptcache.types import (
     EncodedSegment,
     Fingerprint,
-    Garbage,
     Leaf,
     Match,
     Receipt,

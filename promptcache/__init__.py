@@ -19,9 +19,7 @@ from promptcache.errors import (
     UnsupportedCacheError,
     UsageError,
 )
-from promptcache.types import (
-    Fingerprint,
-    Match,
+from promptcache.reports import (
     Prefix,
     PrefixReport,
     PrunePlan,
@@ -30,6 +28,7 @@ from promptcache.types import (
     Usage,
     VerifyReport,
 )
+from promptcache.types import Fingerprint, Match
 
 if TYPE_CHECKING:
     from promptcache.conversation import Conversation

@@ -32,14 +32,8 @@ from promptcache.files import (
 )
 from promptcache.header import encode_header, read_header
 from promptcache.inventory import Inventory
-from promptcache.types import (
-    BlobHeader,
-    EncodedSegment,
-    Garbage,
-    SegmentInfo,
-    Tensor,
-    bits_of,
-)
+from promptcache.reports import Garbage
+from promptcache.types import BlobHeader, EncodedSegment, SegmentInfo, Tensor, bits_of
 
 READ_NBYTES = 1 << 22
 # What comes from a damaged index must not lead anywhere else.

@@ -23,11 +23,12 @@ from promptcache.loaded_model import LoadedModel
 from promptcache.prefill import DEFAULT_STEP_SIZE
 from promptcache.prompt_parts import PromptParts, compose
 from promptcache.rendering import Prompt, RenderedPrompt
+from promptcache.reports import Prefix
 from promptcache.request import DEFAULT_DRAFT_TOKENS, Progress, Request, SavePolicy
 from promptcache.sampling import LogitsProcessor, penalties_of, sampler_of
 from promptcache.settings import DEFAULT_SETTINGS, Settings
 from promptcache.store import PrefixStore, check_name
-from promptcache.types import Fingerprint, Match, Prefix
+from promptcache.types import Fingerprint, Match
 from promptcache.writer import Writer
 
 

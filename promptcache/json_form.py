@@ -4,7 +4,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from promptcache.types import Prefix
+from promptcache.reports import Prefix
 
 if TYPE_CHECKING:
     from promptcache.explanation import Explanation

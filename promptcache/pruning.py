@@ -14,15 +14,15 @@ from promptcache.chain import Chain
 from promptcache.errors import DamagedIndexError, StoreError, StoreFullError
 from promptcache.eviction import plan_eviction
 from promptcache.index import ROOT_ID, Index
-from promptcache.types import (
+from promptcache.reports import (
     Garbage,
-    Leaf,
     Prefix,
     PrunePlan,
     PrunePolicy,
     PruneReport,
     Removal,
 )
+from promptcache.types import Leaf
 from promptcache.units import format_age, format_size
 
 

@@ -9,12 +9,8 @@ from promptcache.blobs import BlobFolder
 from promptcache.chain import Chain
 from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.index import Index
-from promptcache.types import (
-    BlobHeader,
-    Damage,
-    ListedPrefix,
-    VerifyReport,
-)
+from promptcache.reports import Damage, VerifyReport
+from promptcache.types import BlobHeader, ListedPrefix
 
 PREFIXES_FILE = "prefixes.json"
 

@@ -14,13 +14,7 @@ from promptcache.prefill import Cuts, KVSettings, quantize
 from promptcache.reading import LoadedSegment, Reading
 from promptcache.store import PrefixStore
 from promptcache.treatment import parts_of
-from promptcache.types import (
-    BlobHeader,
-    Fingerprint,
-    LoadEstimate,
-    Match,
-    SegmentSlice,
-)
+from promptcache.types import BlobHeader, Fingerprint, LoadEstimate, Match, SegmentSlice
 from promptcache.uploading import make_destination
 
 if TYPE_CHECKING:

@@ -39,8 +39,9 @@ from steps import Step, traced
 from promptcache import default_model
 from promptcache.blobs import BlobFolder
 from promptcache.default_model import FILES, Wheel, create_once
+from promptcache.reports import PrunePolicy
 from promptcache.store import PrefixStore
-from promptcache.types import Fingerprint, PrunePolicy
+from promptcache.types import Fingerprint
 
 OTHER = fingerprint("other")
 PINNED, KEPT, OLD = tokens(70), [5, *tokens(40)], [6, *tokens(50)]

@@ -33,7 +33,8 @@ from segments import (
 from promptcache import CachedGenerator, PrefixStore, PromptCacheError
 from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.header import _header_checksum, _safetensors_header
-from promptcache.types import Match, Origin, PrunePolicy, Receipt, TensorSpec
+from promptcache.reports import PrunePolicy
+from promptcache.types import Match, Origin, Receipt, TensorSpec
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 PROMPT = [i % 250 for i in range(70)]

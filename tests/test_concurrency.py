@@ -12,7 +12,7 @@ from invariants import check_invariants
 
 from promptcache import CachedGenerator, PrefixStore
 from promptcache.errors import StoreError
-from promptcache.types import PrunePolicy
+from promptcache.reports import PrunePolicy
 
 SECONDS, SEED = 20.0, 7
 PROMPT = [i % 250 for i in range(100)]

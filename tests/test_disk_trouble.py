@@ -27,7 +27,7 @@ from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning
 from promptcache.allowance import Allowance
 from promptcache.blobs import BlobFolder
 from promptcache.errors import StoreError, StoreFullError
-from promptcache.types import PrunePolicy
+from promptcache.reports import PrunePolicy
 
 OLD, NEW = tokens(70), [9, *tokens(40)]
 

@@ -18,8 +18,9 @@ from test_generator_identity import LORA, save_adapter
 from promptcache import CachedGenerator, PrefixStore
 from promptcache.explanation import Explanation
 from promptcache.prompt_parts import compose
+from promptcache.reports import PrunePolicy
 from promptcache.settings import Settings
-from promptcache.types import Fingerprint, PrunePolicy
+from promptcache.types import Fingerprint
 
 # An argument changes the beginning, another one the very end; answers that are
 # history lose their thinking.

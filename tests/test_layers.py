@@ -45,7 +45,7 @@ LAYERS = [
         "length_dependence",
         "chat_prompt",
     ],
-    ["manifest", "transcript", "volatility"],
+    ["manifest", "reports", "transcript", "volatility"],
     ["prompt_parts", "plain_rows", "culprits", "explanation"],
     ["header", "layout"],
     ["destination", "differences", "hot_tier"],

@@ -13,7 +13,7 @@ from segments import TINY, blob_path, blob_paths, save, tokens, tree_hash
 from promptcache import CachedGenerator, PrefixStore
 from promptcache.blobs import BlobFolder
 from promptcache.errors import DamagedBlobError, StoreError
-from promptcache.types import PrunePolicy
+from promptcache.reports import PrunePolicy
 
 PROMPT = [i % 250 for i in range(100)]
 

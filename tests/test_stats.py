@@ -14,7 +14,7 @@ from test_explanation import read_only
 
 from promptcache import CachedGenerator, PrefixStore
 from promptcache.generation import GenerationResponse
-from promptcache.types import Usage
+from promptcache.reports import Usage
 
 WRITTEN = ("written_nbytes", "written_today_nbytes")
 FIGURES = {

@@ -58,12 +58,12 @@ from promptcache.errors import (
     UsageError,
 )
 from promptcache.index import Index
+from promptcache.reports import PrunePolicy
 from promptcache.store import PrefixStore
 from promptcache.types import (
     EncodedSegment,
     Fingerprint,
     Match,
-    PrunePolicy,
     SegmentInfo,
     SegmentSlice,
     Worth,

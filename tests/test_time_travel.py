@@ -27,8 +27,8 @@ from test_blobs import change_metadata
 from promptcache.errors import StoreFormatError
 from promptcache.header import FORMAT_VERSION
 from promptcache.index import SCHEMA_VERSION
+from promptcache.reports import PrunePolicy
 from promptcache.store import PrefixStore
-from promptcache.types import PrunePolicy
 
 FORMATS = Path(__file__).parent / "formats"
 RELEASED = range(3, FORMAT_VERSION + 1)

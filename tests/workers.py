@@ -15,8 +15,9 @@ from promptcache.blobs import BlobFolder
 from promptcache.chain import Chain
 from promptcache.errors import StoreFullError
 from promptcache.index import Index
+from promptcache.reports import PrunePolicy
 from promptcache.store import PrefixStore
-from promptcache.types import EncodedSegment, PrunePolicy, SegmentInfo, Tensor
+from promptcache.types import EncodedSegment, SegmentInfo, Tensor
 
 
 def start(job: str, folder: Path, number: int = 0) -> "Popen[str]":

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from promptcache.types import Usage
+from promptcache.reports import Usage
 from promptcache.units import format_size
 from promptcache_cli import output
 from promptcache_cli.options import json_option, open_store, store_option

@@ -11,14 +11,8 @@ from promptcache.errors import DamagedIndexError
 from promptcache.index.database import DAMAGED, Database, checked, translated
 from promptcache.index.fingerprints import Fingerprints
 from promptcache.index.schema import CREATE_WRITES
-from promptcache.types import (
-    Eviction,
-    Fingerprint,
-    Origin,
-    Receipt,
-    Usage,
-    Written,
-)
+from promptcache.reports import Usage, Written
+from promptcache.types import Eviction, Fingerprint, Origin, Receipt
 
 # A prompt is tried with so many other arguments of its template.
 MOST_CONFIGS = 4

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from promptcache.errors import DamagedIndexError
 from promptcache.index.database import DAMAGED, Database, checked, integer
 from promptcache.index.schema import NO_TOKEN
-from promptcache.types import ListedPrefix, Origin, Prefix, PromptRow
+from promptcache.reports import Prefix
+from promptcache.types import ListedPrefix, Origin, PromptRow
 
 
 class Prefixes:

@@ -6,10 +6,10 @@ from typing import Any
 from promptcache import json_form
 from promptcache.errors import KeyNotFoundError, PromptCacheError
 from promptcache.generator import CachedGenerator
+from promptcache.reports import Prefix
 from promptcache.server.model_provider import IdentifiedModelProvider
 from promptcache.server.request_check import BadRequestError, check_completion
 from promptcache.store import PrefixStore, check_name
-from promptcache.types import Prefix
 
 
 class CacheApi:

@@ -15,7 +15,7 @@ from promptcache import pruning, recovery
 from promptcache.blobs import BlobFolder
 from promptcache.errors import DamagedIndexError, StoreError
 from promptcache.index import Index
-from promptcache.types import PrunePlan, PrunePolicy, PruneReport, VerifyReport
+from promptcache.reports import PrunePlan, PrunePolicy, PruneReport, VerifyReport
 
 
 class StoreFolder:

@@ -8,14 +8,14 @@ from promptcache.blobs import BlobFolder
 from promptcache.chain import unpack
 from promptcache.errors import DamagedBlobError, KeyNotFoundError, UsageError
 from promptcache.index import Index
-from promptcache.types import (
+from promptcache.reports import (
     Prefix,
     PrefixReport,
     PruneReport,
     Removal,
     SegmentReport,
-    SegmentRow,
 )
+from promptcache.types import SegmentRow
 
 
 def prefixes(index: Index, namespace: str | None) -> list[Prefix]:

@@ -14,6 +14,7 @@ from promptcache.chain import Chain
 from promptcache.errors import DamagedBlobError
 from promptcache.matching import longest_match
 from promptcache.neighbourhood import find_neighbourhood, joined
+from promptcache.reports import Prefix, PrefixReport, PruneReport, Usage, Written
 from promptcache.store import listing, receipts, speeds
 from promptcache.store.folder import StoreFolder
 from promptcache.store.room import Room
@@ -27,14 +28,9 @@ from promptcache.types import (
     Match,
     Neighbourhood,
     Origin,
-    Prefix,
-    PrefixReport,
-    PruneReport,
     Receipt,
     SegmentSlice,
-    Usage,
     Worth,
-    Written,
 )
 
 

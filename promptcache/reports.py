@@ -1,0 +1,183 @@
+"""Reports: what a store tells people, and what it plans, as plain values."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from promptcache.types import Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A prefix that was built or saved, as `ls` shows it.
+
+    Attributes:
+        key: Chain hash at its end, in hex.
+        name: Its pin, or None.
+        model: The model's name.
+        num_tokens: Length of the whole prefix.
+        nbytes: What removing it would free.
+        created_at: Unix time.
+        used_at: Unix time of the last hit.
+        hits: How often it was reused.
+    """
+
+    key: str
+    name: str | None
+    model: str
+    num_tokens: int
+    nbytes: int
+    created_at: float
+    used_at: float
+    hits: int
+
+    @property
+    def pinned(self) -> bool:
+        """Return whether eviction keeps it."""
+        return self.name is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What requests got from one prefix, or, without a key, from none.
+
+    Attributes:
+        model: The model's name.
+        key: The prefix that was reused, or None for misses.
+        name: Its pin, or None.
+        requests: How many there were.
+        cached_tokens: Tokens of their prompts that were reused.
+        prefilled_tokens: Tokens of their prompts that were processed.
+        load_seconds: Time that matching and loading took.
+        prefill_seconds: Time that processing the others took.
+        saved_seconds: Time that processing the reused ones would have taken.
+    """
+
+    model: str
+    key: str | None
+    name: str | None
+    requests: int
+    cached_tokens: int
+    prefilled_tokens: int
+    load_seconds: float
+    prefill_seconds: float
+    saved_seconds: float
+
+
+class Written(NamedTuple):
+    """How many bytes of blobs were written, by the days of UTC."""
+
+    total_nbytes: int
+    today_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentReport:
+    """One segment of a prefix, as `show` tells it."""
+
+    key: str
+    start: int
+    end: int
+    nbytes: int
+    layers: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixReport:
+    """One prefix with all that is known of it; `token_ids` is the whole prefix."""
+
+    prefix: Prefix
+    fingerprint: Fingerprint
+    segments: tuple[SegmentReport, ...]
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrunePolicy:
+    """What `prune` may take away.
+
+    Attributes:
+        max_nbytes: Evict until all files of the store fit into this.
+        older_than: Evict what was not used for this many seconds.
+        model: Evict everything of this model.
+    """
+
+    max_nbytes: int | None = None
+    older_than: float | None = None
+    model: str | None = None
+
+
+class Removal(NamedTuple):
+    """A segment to evict, and why."""
+
+    key: str
+    reason: str
+    nbytes: int
+
+
+class Garbage(NamedTuple):
+    """A file that nothing refers to; `path` is relative to the store."""
+
+    path: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrunePlan:
+    """What a prune would do; executing it is a second step.
+
+    Attributes:
+        removals: Segments to evict, leaves first.
+        garbage: Files to sweep.
+        total_nbytes: Size of all files of the store before.
+        over_nbytes: By how much the limit would still be exceeded.
+    """
+
+    removals: tuple[Removal, ...]
+    garbage: tuple[Garbage, ...]
+    total_nbytes: int
+    over_nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What a prune did, measured."""
+
+    removals: tuple[Removal, ...]
+    garbage: tuple[Garbage, ...]
+    freed_nbytes: int
+    kept_nbytes: int
+
+
+class Damage(NamedTuple):
+    """A blob that cannot be used, and what is wrong with it."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a verification found.
+
+    Attributes:
+        checked: Blobs read in full.
+        damaged: Blobs that do not hold what was written.
+        quarantined: Keys of blobs set aside earlier, until prune sweeps them.
+        orphans: Sound blobs that the index did not know.
+        missing: Keys of segments of the index whose blob is gone.
+        rebuilt: Segments that were added to the index from their blobs.
+        fixed: Whether what was damaged or missing has been taken out.
+    """
+
+    checked: int
+    damaged: tuple[Damage, ...]
+    quarantined: tuple[str, ...]
+    orphans: int
+    missing: tuple[str, ...]
+    rebuilt: int
+    fixed: bool
+
+    @property
+    def is_sound(self) -> bool:
+        """Return whether everything the index lists can be used now."""
+        return self.fixed or not (self.damaged or self.missing)
