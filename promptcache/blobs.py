@@ -299,8 +299,9 @@ class BlobFolder:
 
     def total_nbytes(self) -> int:
         """Return the size of all files of the store."""
-        others = sum(size_of(path) for path in files_below(self.root, "blobs"))
-        return others + self._inventory.nbytes()
+        # In this order, a file that is published meanwhile is not counted twice.
+        nbytes = self._inventory.nbytes()
+        return nbytes + sum(size_of(path) for path in files_below(self.root, "blobs"))
 
 
 def _pieces(file: BinaryIO, nbytes: int) -> Iterator[bytes]:

@@ -25,6 +25,10 @@ from promptcache.reports import (
 from promptcache.types import Leaf
 from promptcache.units import format_age, format_size
 
+# In one transaction, rows that share a page are written to the WAL once, and the WAL
+# counts for the size limit. Other writers wait for it, 8 ms.
+EVICTED_AT_ONCE = 100
+
 
 def plan_prune(
     index: Index, blobs: BlobFolder, policy: PrunePolicy, *, now: float
@@ -91,16 +95,23 @@ def find_garbage(index: Index, blobs: BlobFolder) -> list[Garbage]:
 def execute(index: Index, blobs: BlobFolder, plan: PrunePlan) -> PruneReport:
     """Do what a plan says, except for what got used, pinned or adopted meanwhile."""
     swept = [g for g in plan.garbage if _sweep(index, blobs, g)]
-    removals = [r for r in plan.removals if _evict(index, r)]
-    remove_blobs(index, blobs, [removal.key for removal in removals])
+    removals: list[Removal] = []
+    for start in range(0, len(plan.removals), EVICTED_AT_ONCE):
+        evicted = _evict(index, plan.removals[start : start + EVICTED_AT_ONCE])
+        remove_blobs(index, blobs, [removal.key for removal in evicted])
+        removals += evicted
     return report(index, blobs, removals, swept)
 
 
-def _evict(index: Index, removal: Removal) -> bool:
-    """Remove a segment's row, remembering why, and return whether it went."""
+def _evict(index: Index, removals: Sequence[Removal]) -> list[Removal]:
+    """Remove segments' rows, remembering why, and return those that went."""
+    evicted = []
     with index.database.writing():
-        note_eviction(index, removal.key, removal.reason)
-        return index.remove_leaf(removal.key)
+        for removal in removals:
+            note_eviction(index, removal.key, removal.reason)
+            if index.remove_leaf(removal.key):
+                evicted.append(removal)
+    return evicted
 
 
 def note_eviction(index: Index, key: str, reason: str) -> None:

@@ -47,6 +47,7 @@ from segments import (
 from strategies import prompts
 from test_blobs import change_metadata, make_newer, make_older
 
+from promptcache.blobs import BlobFolder
 from promptcache.chain import Chain
 from promptcache.errors import (
     DamagedBlobError,
@@ -292,6 +293,29 @@ def test_limit_holds_after_every_save(path: Path, tmp_path: Path) -> None:
             assert store.total_nbytes() == files_nbytes(path)
             check_invariants(store)
         assert 0 < len(blob_paths(store)) < 40
+
+
+def test_making_room_takes_next_to_none(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are deleted before blobs, and until then only add to the WAL."""
+    with PrefixStore(path) as store:
+        for i in range(100):
+            save(store, [i, *tokens(20)], width=100)
+    full = files_nbytes(path)
+    seen = []
+    remove = BlobFolder.remove
+
+    def watched(blobs: BlobFolder, key: str) -> int:
+        seen.append(files_nbytes(path))
+        return remove(blobs, key)
+
+    monkeypatch.setattr(BlobFolder, "remove", watched)
+    with PrefixStore(path, max_nbytes=full + 50_000) as store:
+        save(store, tokens(100), width=2000)
+
+    assert len(seen) > 50
+    assert max(seen) < full + 250_000
 
 
 def test_save_that_fails_leaves_the_limit_as_it_was(path: Path, tmp_path: Path) -> None:
