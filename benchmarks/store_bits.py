@@ -6,6 +6,7 @@ was computed and as it is restored, and their log-probabilities compared.
 """
 
 import argparse
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from benchmarks.harness import machine, median_and_spread, print_table
+from benchmarks.harness import in_unit, machine, print_table
 from promptcache import CachedGenerator
 from promptcache.prefill import Cuts
 from promptcache.resuming import resume
@@ -56,7 +57,7 @@ def main() -> None:
                     "own" if bits is None else bits,
                     f"{nbytes / 1e6:.1f} MB",
                     *loss(exact.logprobs, found.logprobs),
-                    median_and_spread(found.seconds),
+                    in_unit(statistics.median(found.seconds), "s"),
                 ]
             )
     headers = ["bits", "file", "KL", "top-1", "largest difference", "restored in"]
