@@ -90,6 +90,10 @@ class PrefixStore(StoreFolder):
         """Return the size limit of all files in bytes."""
         return self._room.max_nbytes
 
+    @max_nbytes.setter
+    def max_nbytes(self, nbytes: int) -> None:
+        self._room.max_nbytes = nbytes
+
     @property
     def num_evicted(self) -> int:
         """Return how many segments had to go to make room for saves."""
