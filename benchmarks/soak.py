@@ -202,7 +202,7 @@ def soak(model: Path, seconds: float, store: Path, *, seed: int = 0) -> Soak:
         *("--memory-limit", str(MEMORY_LIMIT), "--max-size", str(DISK_LIMIT)),
         *("--prefill-step-size", "512", "--log-level", "ERROR"),
         store=store,
-        env={"HF_HUB_OFFLINE": "1"},
+        env={"HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"},
     )
     try:
         # Threads that stay, such as the writer, start with the first requests.
@@ -210,7 +210,7 @@ def soak(model: Path, seconds: float, store: Path, *, seed: int = 0) -> Soak:
         _let_loose(server, found, seconds * 4 / 5, seed + NUM_CLIENTS)
         _check(found)
         if code := server.stop():
-            found.problems.append(f"it ended with {code}")
+            found.problems.append(f"it ended with {code}: {server.said[-20:]}")
     finally:
         server.kill()
     found.problems += [line for line in server.said if "Traceback" in line]

@@ -270,7 +270,9 @@ class Saver:
 
         def encode(first: int, last: int) -> EncodedSegment:
             if segment is None or (first, last) != (start, stop):
-                raise _OvertakenError("what it hangs on has changed meanwhile")
+                raise _OvertakenError(
+                    "other processes evict faster than this one can save"
+                )
             return segment
 
         token_ids = self._token_ids[:stop]
