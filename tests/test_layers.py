@@ -109,6 +109,7 @@ TENSOR_MODULES = {
     "server.http_server",
     "server.mlx_lm_server",
     "server.model_provider",
+    "server.response_generator",
     "server.served_cache",
     "speculation",
     "starting",

@@ -55,6 +55,7 @@ PARAMETERS = {
     "ResponseGenerator.__init__": ("self", "model_provider", "prompt_cache"),
     "ResponseGenerator._await_response": ("self", "response_queue"),
     "ResponseGenerator._next_request": ("self", "timeout"),
+    "ResponseGenerator._run_generate": ("self",),
     "ResponseGenerator._serve_single": ("self", "request", "stream"),
     "ResponseGenerator._tokenize": ("self", "tokenizer", "request", "args"),
     "ResponseGenerator.generate": (

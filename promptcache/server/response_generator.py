@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from queue import Empty, Queue
 from typing import Any
 
+import mlx.core as mx
+
 from promptcache.errors import UsageError
 from promptcache.prefill import Cuts
 from promptcache.rendering import RenderedPrompt, render_prompt
@@ -90,6 +92,13 @@ class CachedResponseGenerator(ResponseGenerator):
                     raise UnavailableError("the server cannot generate") from None
 
     # On the thread that generates
+
+    def _run_generate(self) -> None:
+        super()._run_generate()
+        self._cache.finish()
+        # MLX's threads of a thread that has ended may abort the process when that
+        # ends; see https://github.com/ml-explore/mlx/issues/4327.
+        mx.clear_streams()
 
     def _next_request(self, timeout: float | None = None) -> Job | None:
         self._cache.advance()

@@ -363,11 +363,14 @@ class ServedCache:
             self.num_waiting,
         )
 
-    def close(self) -> None:
-        """Finish what is being saved, on the thread that owns the arrays."""
+    def finish(self) -> None:
+        """Wait until all is stored, on the thread that owns the arrays."""
         while self._saver is not None and len(self._saver):
             self._saver.advance()
             time.sleep(0.01)
+
+    def close(self) -> None:
+        """Give up what is in memory; to be called after `finish`."""
         self._writer.close()
         if self._clerk is not None:
             self._clerk.close()
