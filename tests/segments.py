@@ -14,6 +14,7 @@ from pathlib import Path
 import xxhash
 
 from promptcache.blobs import BlobFolder
+from promptcache.errors import DamagedBlobError
 from promptcache.store import Encode, PrefixStore
 from promptcache.types import (
     AT_ANY_TOKEN,
@@ -253,7 +254,8 @@ def tensor_bytes(path: Path, header: BlobHeader, name: str) -> bytes:
         if spec.name == name:
             return path.read_bytes()[first : first + nbytes]
         first += nbytes
-    raise AssertionError(f"blob has no {name}")
+    # As the codec says of a blob whose header was forged.
+    raise DamagedBlobError(f"blob has no {name}")
 
 
 def blob_nbytes(store: PrefixStore) -> int:

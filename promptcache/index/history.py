@@ -171,8 +171,10 @@ class History:
             WHERE f.digest = ? ORDER BY e.end DESC, e.id DESC
         """
         rows = self._database.rows(sql, [fingerprint])
-        for key, *eviction in checked(rows, str, int, str, int | float):
-            yield key, Eviction(*eviction)
+        for key, end, *rest in checked(rows, str, int, str, int | float):
+            if end < 0:
+                raise DamagedIndexError(DAMAGED)
+            yield key, Eviction(end, *rest)
 
     def add_config(self, origin: Origin) -> None:
         """Note with which arguments of its template a prompt was rendered."""
