@@ -22,6 +22,8 @@ TIMEOUT_SECONDS = 30
 # What an answer may be delayed by for the sake of its receipt.
 BUSY_MILLISECONDS = 100
 
+# What values that no promptcache has written lead to.
+VALUE_ERRORS = (ArithmeticError, RecursionError, TypeError, ValueError)
 DAMAGED = "the index holds what was never written, run `promptcache verify`"
 
 
@@ -182,8 +184,7 @@ def translated() -> Iterator[None]:
     except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:
         # The latter after `close`.
         raise StoreError(f"the index cannot be used ({error})") from error
-    except (sqlite3.DatabaseError, ArithmeticError, TypeError, ValueError) as error:
-        # The others come from values that no promptcache has written.
+    except (sqlite3.DatabaseError, *VALUE_ERRORS) as error:
         raise DamagedIndexError(
             f"the index is damaged ({error}), run `promptcache verify`"
         ) from error
