@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +25,9 @@ from promptcache.store import PrefixStore
 
 # A prompt of a million tokens, with its tools.
 MOST_REQUEST_NBYTES = 32 * 10**6
+# MLX tidies up in a thread's last moments, when it has been joined already, and aborts
+# a process that ends before; see https://github.com/ml-explore/mlx/issues/4327.
+LAST_MOMENTS_SECONDS = 0.1
 
 
 class Server:
@@ -113,6 +117,7 @@ class Server:
         self._http.server_close()
         self._generator.stop_and_join()
         self._cache.close()
+        time.sleep(LAST_MOMENTS_SECONDS)
 
     def __enter__(self) -> Self:
         return self
