@@ -65,24 +65,12 @@ def load_with_config(
 ) -> tuple[Any, Any, ModelIdentity, dict[str, Any]]:
     """Do what `load` does, and return the model's config, too. Raises ModelError."""
     import mlx_lm
-    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, snapshot_download
 
-    wanted = str(path_or_hf_repo or location.model_name() or default_model.NAME)
-    source = _source(wanted, announce)
-    adapter = None if adapter_path is None else Path(adapter_path).expanduser()
-    if adapter is not None and not (adapter / "adapter_config.json").exists():
-        raise ModelError(
-            f"adapter {adapter_path} not found, it has no adapter_config.json"
-        )
+    wanted = _wanted(path_or_hf_repo)
     revision = kwargs.pop("revision", None)
-    folder = Path(source)
+    adapter = None if adapter_path is None else _adapter(adapter_path)
+    source, folder = _find(wanted, revision=revision, announce=announce)
     try:
-        if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    source, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS
-                )
-            )
         model, tokenizer, config = mlx_lm.load(
             str(folder),
             adapter_path=None if adapter is None else str(adapter),
@@ -90,11 +78,10 @@ def load_with_config(
             **kwargs,
         )
     except Exception as error:
-        # The loader, the hub and the model's own code raise whatever they like.
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        if not Path(source).is_dir():
-            reason = f"it is no folder here, and the hub does not give it ({reason})"
-        raise ModelError(f"model {wanted!r} cannot be loaded: {reason}") from error
+        # The loader and the model's own code raise whatever they like.
+        raise ModelError(f"model {wanted!r} cannot be loaded: {_reason(error)}") from (
+            error
+        )
     parts = {
         **_folder_parts(model, folder, config, adapter),
         "dtype": _dtypes(model),
@@ -102,6 +89,21 @@ def load_with_config(
     # Another revision than the hub's newest is found by its folder only.
     source = str(folder) if revision else source
     return model, tokenizer, ModelIdentity(display_name(wanted), source, parts), config
+
+
+def ensure_here(
+    path_or_hf_repo: str | Path | None = None,
+    *,
+    adapter_path: str | Path | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> None:
+    """Have a model's files on this machine, as `load` would, and load nothing.
+
+    Raises ModelError if there is no such model.
+    """
+    if adapter_path is not None:
+        _adapter(adapter_path)
+    _find(_wanted(path_or_hf_repo), announce=announce)
 
 
 def load_tokenizer(source: str | None) -> Any:
@@ -119,6 +121,46 @@ def load_tokenizer(source: str | None) -> Any:
     except Exception as error:
         # The hub and the tokenizer's own code raise whatever they like.
         raise ModelError(f"the tokenizer of {source} is not here") from error
+
+
+def _wanted(path_or_hf_repo: str | Path | None) -> str:
+    return str(path_or_hf_repo or location.model_name() or default_model.NAME)
+
+
+def _find(
+    wanted: str,
+    *,
+    revision: str | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> tuple[str, Path]:
+    """Return the folder or repository of a model, and where it is on this machine."""
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, snapshot_download
+
+    source = _source(wanted, announce)
+    if Path(source).is_dir():
+        return source, Path(source)
+    try:
+        folder = snapshot_download(
+            source, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS
+        )
+    except Exception as error:
+        # The hub raises whatever it likes.
+        reason = (
+            f"it is no folder here, and the hub does not give it ({_reason(error)})"
+        )
+        raise ModelError(f"model {wanted!r} cannot be loaded: {reason}") from error
+    return source, Path(folder)
+
+
+def _adapter(path: str | Path) -> Path:
+    adapter = Path(path).expanduser()
+    if not (adapter / "adapter_config.json").exists():
+        raise ModelError(f"adapter {path} not found, it has no adapter_config.json")
+    return adapter
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _source(wanted: str, announce: Callable[[str], None] | None) -> str:

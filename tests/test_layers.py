@@ -81,7 +81,13 @@ LAYERS = [
     *[
         [f"server.{name}" for name in layer]
         for layer in [
-            ["mlx_lm_server", "served_prompt", "metrics", "background_saver"],
+            [
+                "mlx_lm_server",
+                "served_model",
+                "served_prompt",
+                "metrics",
+                "background_saver",
+            ],
             ["request_check", "api_keys"],
             ["model_provider", "served_request", "clerk"],
             ["served_cache"],

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 import tiny
 from commands import ok
@@ -188,6 +189,21 @@ def test_other_model_falls_back_to_disk(
     assert (first.cached_tokens, swapped.cached_tokens) == (0, 0)
     assert back.prefilled_tokens == 1
     assert back.text == first.text
+
+
+def test_model_that_is_none_leaves_the_one_that_is_loaded(
+    server: Server, tmp_path: Path
+) -> None:
+    messages = system_and(SYSTEM, QUESTIONS[0])
+    first = ask(server.client(), messages)
+
+    for name in ("no/such-model", str(tmp_path / "nowhere")):
+        with pytest.raises(openai.NotFoundError, match="no"):
+            ask(server.client(), messages, model=name)
+        # It needs a model, and loads none.
+        told = server.post("/v1/cache/explain", {"messages": messages})
+
+        assert told["cached_tokens"] == first.prompt_tokens - 1
 
 
 def test_memory_holds_no_more_than_its_limit(model_dir: Path, store_dir: Path) -> None:

@@ -9,7 +9,8 @@ from promptcache.errors import (
     StoreError,
     UsageError,
 )
-from promptcache.server.response_generator import PromptTooLongError, UnavailableError
+from promptcache.server.model_provider import UnavailableError
+from promptcache.server.response_generator import PromptTooLongError
 
 
 class UnauthorizedError(PromptCacheError):

@@ -7,7 +7,10 @@ from promptcache import json_form
 from promptcache.errors import KeyNotFoundError, PromptCacheError
 from promptcache.generator import CachedGenerator
 from promptcache.reports import Prefix
-from promptcache.server.model_provider import IdentifiedModelProvider
+from promptcache.server.model_provider import (
+    IdentifiedModelProvider,
+    UnavailableError,
+)
 from promptcache.server.request_check import BadRequestError, check_completion
 from promptcache.store import PrefixStore, check_name
 
@@ -35,26 +38,26 @@ class CacheApi:
 
         Raises:
             UsageError: It is no request.
+            UnavailableError: No model is loaded.
             StoreError: The store cannot be read.
         """
         is_chat = "messages" in body
         check_completion(body, is_chat=is_chat)
-        provider = self._provider
-        if provider.model is None:
-            raise BadRequestError("no model is loaded, ask for a completion first")
-        model, settings = provider.loaded_model(namespace), provider.settings
+        current = self._provider.current
+        if current is None:
+            raise UnavailableError("no model is loaded now, ask again later")
+        template_args = self._provider.cli_args.chat_template_args
         generator = CachedGenerator(
-            model.model,
-            provider.tokenizer,
+            current.model,
+            current.tokenizer,
             store=self._usable(),
             memory_limit=0,
             namespace=namespace,
-            identity=model.identity,
-            chat_template_config={
-                **provider.cli_args.chat_template_args,
-                **(body.get("chat_template_kwargs") or {}),
-            },
+            identity=current.identity,
+            chat_template_config=template_args
+            | (body.get("chat_template_kwargs") or {}),
         )
+        settings = current.settings
         explanation = generator.explain(
             body["messages"] if is_chat else body["prompt"],
             tools=body.get("tools"),

@@ -12,9 +12,16 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from promptcache import loading
 from promptcache.errors import ModelError, PromptCacheError
-from promptcache.loaded_model import LoadedModel
 from promptcache.server.mlx_lm_server import ModelProvider, load_processor
+from promptcache.server.served_model import ServedModel
 from promptcache.settings import Settings
+
+# A model, its adapter and its draft, as mlx-lm tells them apart.
+ModelKey = tuple[str, str | None, str | None]
+
+
+class UnavailableError(PromptCacheError):
+    """Nothing can be generated, for a while or any more."""
 
 
 class IdentifiedModelProvider(ModelProvider):
@@ -24,9 +31,7 @@ class IdentifiedModelProvider(ModelProvider):
         error: Why the default model cannot be loaded, if it cannot.
         ready: Set when it has been tried.
         name: What people call the default model.
-        settings: How the current model reads prompts.
-        most_tokens: How long a prompt may be, None for any length.
-        vocab_size: How many tokens the current model knows.
+        current: The model that is loaded, None while another one takes its place.
     """
 
     def __init__(
@@ -50,15 +55,10 @@ class IdentifiedModelProvider(ModelProvider):
         self.error: PromptCacheError | None = None
         self.ready = threading.Event()
         self.name = loading.display_name(str(cli_args.model))
-        self.settings = Settings()
-        self.most_tokens: int | None = None
-        self.vocab_size = 0
+        self.current: ServedModel | None = None
         self._store_bits = store_bits
         self._limit = most_tokens
         self._announce = announce
-        self._identity: loading.ModelIdentity | None = None
-        self._draft_identity: loading.ModelIdentity | None = None
-        self._loaded: dict[str, LoadedModel] = {}
 
     def load_default(self) -> None:
         """Load the default model, and tell when that is done."""
@@ -88,6 +88,24 @@ class IdentifiedModelProvider(ModelProvider):
         """Return whether a name means the default model."""
         return name in ("default_model", self.name, self.cli_args.model)
 
+    def key_of(self, model: str, adapter: str | None, draft: str | None) -> ModelKey:
+        """Return what mlx-lm makes of the names in a request."""
+        return (
+            self._model_map.get(model, model),
+            self._adapter_map.get(model, adapter),
+            self._draft_model_map.get(draft, draft),
+        )
+
+    def ensure_here(self, key: ModelKey) -> None:
+        """Have the files of a model and its draft on this machine.
+
+        Raises ModelError where there is none, before the one that is loaded has to go.
+        """
+        model, adapter, draft = key
+        loading.ensure_here(model, adapter_path=adapter, announce=self._announce)
+        if draft is not None:
+            loading.ensure_here(draft, announce=self._announce)
+
     def _load(
         self,
         model_path: str,
@@ -97,7 +115,7 @@ class IdentifiedModelProvider(ModelProvider):
         self.reset()
         gc.collect()
         mx.clear_cache()
-        model, tokenizer, self._identity, config = loading.load_with_config(
+        model, tokenizer, identity, config = loading.load_with_config(
             model_path,
             adapter_path=adapter_path,
             announce=self._announce,
@@ -106,9 +124,11 @@ class IdentifiedModelProvider(ModelProvider):
         )
         if self.cli_args.use_default_chat_template and tokenizer.chat_template is None:
             tokenizer.chat_template = tokenizer.default_chat_template
-        draft_model = None
+        draft_model = draft_identity = None
         if draft_model_path is not None:
-            draft_model = self._load_draft(draft_model_path, tokenizer.vocab_size)
+            draft_model, draft_identity = _load_draft(
+                draft_model_path, tokenizer.vocab_size
+            )
         self.is_batchable = draft_model is None and all(
             hasattr(layer, "merge") for layer in make_prompt_cache(model)
         )
@@ -116,48 +136,41 @@ class IdentifiedModelProvider(ModelProvider):
         self.model, self.tokenizer = model, tokenizer
         self.processor = load_processor(model, config)
         self.draft_model = draft_model
-        self.settings = Settings.of(
-            kv_bits=self.cli_args.kv_bits,
-            kv_group_size=self.cli_args.kv_group_size,
-            quantized_kv_start=self.cli_args.quantized_kv_start,
-            prefill_step_size=self.cli_args.prefill_step_size,
-            draft_model=draft_model,
-            store_bits=self._store_bits,
-        )
-        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         limit = _context(config) if self._limit is None else self._limit
-        self.most_tokens = limit or None
-
-    def _load_draft(self, path: str, vocab_size: int) -> Any:
-        draft, tokenizer, self._draft_identity = loading.load(path)
-        if tokenizer.vocab_size != vocab_size:
-            raise ModelError(
-                f"draft model {path} has another vocabulary than the model"
-            )
-        return draft
+        self.current = ServedModel(
+            model,
+            tokenizer,
+            identity,
+            draft_identity,
+            Settings.of(
+                kv_bits=self.cli_args.kv_bits,
+                kv_group_size=self.cli_args.kv_group_size,
+                quantized_kv_start=self.cli_args.quantized_kv_start,
+                prefill_step_size=self.cli_args.prefill_step_size,
+                draft_model=draft_model,
+                store_bits=self._store_bits,
+            ),
+            vocab_size=max(tokenizer.get_vocab().values()) + 1,
+            most_tokens=limit or None,
+        )
 
     def reset(self) -> None:
         """Forget the current model."""
         super().reset()
-        self._loaded = {}
-        self._identity = self._draft_identity = None
-
-    def loaded_model(self, namespace: str) -> LoadedModel:
-        """Return the current model as it is known in a namespace."""
-        if namespace not in self._loaded:
-            loaded = LoadedModel(
-                self.model, identity=self._identity, namespace=namespace
-            )
-            if self.draft_model is not None and self._draft_identity is not None:
-                loaded.know_draft(self.draft_model, self._draft_identity)
-            self._loaded[namespace] = loaded
-        return self._loaded[namespace]
+        self.current = None
 
     @property
     def path(self) -> Path | None:
         """Return the default model's folder, if it is one."""
         path = Path(str(self.cli_args.model)).expanduser()
         return path.resolve() if path.is_dir() else None
+
+
+def _load_draft(path: str, vocab_size: int) -> tuple[Any, loading.ModelIdentity]:
+    draft, tokenizer, identity = loading.load(path)
+    if tokenizer.vocab_size != vocab_size:
+        raise ModelError(f"draft model {path} has another vocabulary than the model")
+    return draft, identity
 
 
 def _context(config: Mapping[str, Any]) -> int | None:

@@ -16,7 +16,11 @@ from promptcache.errors import UsageError
 from promptcache.prefill import Cuts
 from promptcache.rendering import RenderedPrompt, render_prompt
 from promptcache.server.mlx_lm_server import ResponseGenerator, TimeBudget
-from promptcache.server.model_provider import IdentifiedModelProvider
+from promptcache.server.model_provider import (
+    IdentifiedModelProvider,
+    ModelKey,
+    UnavailableError,
+)
 from promptcache.server.request_check import check_vocabulary
 from promptcache.server.served_cache import ServedCache
 from promptcache.server.served_prompt import Reading, ServedPrompt
@@ -28,10 +32,6 @@ LISTEN_SECONDS = 0.25
 # What the end of an answer waits for its prefix to be stored: it has been told by
 # then, and a disk that takes longer shall not keep the client.
 SAVE_SECONDS = 0.5
-
-
-class UnavailableError(RuntimeError):
-    """Nothing can be generated any more."""
 
 
 class PromptTooLongError(UsageError):
@@ -63,6 +63,7 @@ class CachedResponseGenerator(ResponseGenerator):
             generation_args.model.model = "default_model"
         self._listener.listen(request)
         try:
+            self._ensure_here(generation_args)
             context, answer = super().generate(
                 request, generation_args, progress_callback
             )
@@ -70,6 +71,12 @@ class CachedResponseGenerator(ResponseGenerator):
             request.error = error
             raise
         return context, self._answer(request, answer)
+
+    def _ensure_here(self, args: Any) -> None:
+        """Get another model's files while others go on. Raises ModelError."""
+        key = self._key_of(args)
+        if key != self.model_provider.model_key:
+            self.model_provider.ensure_here(key)
 
     def _answer(self, request: ServedRequest, answer: Iterator[Any]) -> Iterator[Any]:
         try:
@@ -116,24 +123,20 @@ class CachedResponseGenerator(ResponseGenerator):
     def _prepare(self, job: Job) -> Reading | None:
         """Tokenize a request for the current model, to see what it needs."""
         _, request, args = job
-        provider = self.model_provider
-        key = (args.model.model, args.model.adapter, args.model.draft)
-        if provider.model is None or self._key_of(*key) != provider.model_key:
+        current = self.model_provider.current
+        if current is None or self._key_of(args) != self.model_provider.model_key:
             return None
         try:
-            self._tokenize(provider.tokenizer, request, args)
+            self._tokenize(current.tokenizer, request, args)
         except Exception:
             # It is told when its turn comes.
             return None
         return request.reading
 
-    def _key_of(self, model: str, adapter: str | None, draft: str | None) -> Any:
-        provider = self.model_provider
-        return (
-            provider._model_map.get(model, model),
-            provider._adapter_map.get(model, adapter),
-            provider._draft_model_map.get(draft, draft),
-        )
+    def _key_of(self, args: Any) -> ModelKey:
+        """Return which model a request asks for."""
+        provider: IdentifiedModelProvider = self.model_provider
+        return provider.key_of(args.model.model, args.model.adapter, args.model.draft)
 
     def _must_wait(self, reading: Reading) -> bool:
         """Return whether what a prompt needs is being read, or memory is short."""
@@ -157,15 +160,18 @@ class CachedResponseGenerator(ResponseGenerator):
         return prompt, [*segments], [*rest[0]], *rest[1:]
 
     def _tokenized(self, tokenizer: Any, request: ServedRequest, args: Any) -> Any:
-        check_vocabulary(args, self.model_provider.vocab_size)
-        rendered = self._rendered(tokenizer, request, args)
+        current = self.model_provider.current
+        assert current is not None
+        check_vocabulary(args, current.vocab_size)
+        model = current.in_namespace(request.namespace)
+        settings = current.settings
+        every_message = model.needs_checkpoints(settings)
+        rendered = self._rendered(tokenizer, request, args, every_message=every_message)
         found = super()._tokenize(tokenizer, request, args)
         token_ids, segments, _, state, vision = found
-        self._check_length(len(token_ids))
+        _check_length(len(token_ids), current.most_tokens)
         if vision is not None:
             return found
-        model = self.model_provider.loaded_model(request.namespace)
-        settings = self.model_provider.settings
         if rendered is None or rendered.token_ids != token_ids:
             rendered = _plainly_rendered(token_ids, segments)
         is_divisible = model.is_divisible(settings)
@@ -187,25 +193,13 @@ class CachedResponseGenerator(ResponseGenerator):
         pieces, kinds = _pieces(token_ids, cuts, rendered.head)
         return prompt, pieces, kinds, state, vision
 
-    def _check_length(self, num_tokens: int) -> None:
-        if not num_tokens:
-            raise UsageError("the prompt is empty")
-        most = self.model_provider.most_tokens
-        if most is not None and num_tokens >= most:
-            raise PromptTooLongError(
-                f"this model takes at most {most} tokens, and the prompt has "
-                f"{num_tokens}"
-            )
-
     def _rendered(
-        self, tokenizer: Any, request: ServedRequest, args: Any
+        self, tokenizer: Any, request: ServedRequest, args: Any, *, every_message: bool
     ) -> RenderedPrompt | None:
         """Return the prompt with the places where it is worth resuming."""
         if request.request_type != "chat" or not tokenizer.has_chat_template:
             return None
         config = self.cli_args.chat_template_args | (args.chat_template_kwargs or {})
-        provider = self.model_provider
-        model = provider.loaded_model(request.namespace)
         # It takes less than mlx-lm does, images for one.
         with contextlib.suppress(UsageError):
             return render_prompt(
@@ -213,13 +207,23 @@ class CachedResponseGenerator(ResponseGenerator):
                 request.messages,
                 tools=request.tools,
                 chat_template_config=config,
-                every_message=model.needs_checkpoints(provider.settings),
+                every_message=every_message,
             )
         return None
 
     def _serve_single(self, request: Job, stream: Any) -> None:
         answers, served, args = request
         super()._serve_single((_Answers(answers, served), served, args), stream)
+
+
+def _check_length(num_tokens: int, most_tokens: int | None) -> None:
+    if not num_tokens:
+        raise UsageError("the prompt is empty")
+    if most_tokens is not None and num_tokens >= most_tokens:
+        raise PromptTooLongError(
+            f"this model takes at most {most_tokens} tokens, and the prompt has "
+            f"{num_tokens}"
+        )
 
 
 def _plainly_rendered(
