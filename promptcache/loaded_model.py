@@ -7,7 +7,6 @@ from typing import Any
 from mlx_lm.models.cache import make_prompt_cache
 
 from promptcache import loading
-from promptcache.errors import ModelError
 from promptcache.fingerprint import hash_json, make_fingerprint
 from promptcache.length_dependence import length_dependence
 from promptcache.prefill import Cuts
@@ -130,11 +129,7 @@ class LoadedModel:
 
     def load_draft(self, path_or_hf_repo: str | Path, vocab_size: int) -> Any:
         """Load a draft model with a vocabulary of a given size. Raises ModelError."""
-        draft, tokenizer, identity = loading.load(path_or_hf_repo)
-        if tokenizer.vocab_size != vocab_size:
-            raise ModelError(
-                f"draft model {path_or_hf_repo} has another vocabulary than the model"
-            )
+        draft, identity = loading.load_draft(path_or_hf_repo, vocab_size)
         self.know_draft(draft, identity)
         return draft
 

@@ -79,9 +79,8 @@ def load_with_config(
         )
     except Exception as error:
         # The loader and the model's own code raise whatever they like.
-        raise ModelError(f"model {wanted!r} cannot be loaded: {_reason(error)}") from (
-            error
-        )
+        told = f"model {wanted!r} cannot be loaded: {_reason(error)}"
+        raise ModelError(told) from error
     parts = {
         **_folder_parts(model, folder, config, adapter),
         "dtype": _dtypes(model),
@@ -89,6 +88,21 @@ def load_with_config(
     # Another revision than the hub's newest is found by its folder only.
     source = str(folder) if revision else source
     return model, tokenizer, ModelIdentity(display_name(wanted), source, parts), config
+
+
+def load_draft(
+    path_or_hf_repo: str | Path, vocab_size: int
+) -> tuple[Any, ModelIdentity]:
+    """Load a draft model with a vocabulary of a given size, and identify it.
+
+    Raises ModelError if there is none, or its vocabulary has another size.
+    """
+    draft, tokenizer, identity = load(path_or_hf_repo)
+    if tokenizer.vocab_size != vocab_size:
+        raise ModelError(
+            f"draft model {path_or_hf_repo} has another vocabulary than the model"
+        )
+    return draft, identity
 
 
 def ensure_here(

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from promptcache import loading
-from promptcache.errors import ModelError, PromptCacheError
+from promptcache.errors import PromptCacheError
 from promptcache.server.mlx_lm_server import ModelProvider, load_processor
 from promptcache.server.served_model import ServedModel
 from promptcache.settings import Settings
@@ -126,7 +126,7 @@ class IdentifiedModelProvider(ModelProvider):
             tokenizer.chat_template = tokenizer.default_chat_template
         draft_model = draft_identity = None
         if draft_model_path is not None:
-            draft_model, draft_identity = _load_draft(
+            draft_model, draft_identity = loading.load_draft(
                 draft_model_path, tokenizer.vocab_size
             )
         self.is_batchable = draft_model is None and all(
@@ -164,13 +164,6 @@ class IdentifiedModelProvider(ModelProvider):
         """Return the default model's folder, if it is one."""
         path = Path(str(self.cli_args.model)).expanduser()
         return path.resolve() if path.is_dir() else None
-
-
-def _load_draft(path: str, vocab_size: int) -> tuple[Any, loading.ModelIdentity]:
-    draft, tokenizer, identity = loading.load(path)
-    if tokenizer.vocab_size != vocab_size:
-        raise ModelError(f"draft model {path} has another vocabulary than the model")
-    return draft, identity
 
 
 def _context(config: Mapping[str, Any]) -> int | None:

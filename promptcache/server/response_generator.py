@@ -23,6 +23,7 @@ from promptcache.server.model_provider import (
 )
 from promptcache.server.request_check import check_vocabulary
 from promptcache.server.served_cache import ServedCache
+from promptcache.server.served_model import ServedModel
 from promptcache.server.served_prompt import Reading, ServedPrompt
 from promptcache.server.served_request import HungUpError, ServedRequest
 from promptcache.server.single_flight import LEAST_SHARED_TOKENS, Job, SingleFlight
@@ -165,8 +166,7 @@ class CachedResponseGenerator(ResponseGenerator):
         check_vocabulary(args, current.vocab_size)
         model = current.in_namespace(request.namespace)
         settings = current.settings
-        every_message = model.needs_checkpoints(settings)
-        rendered = self._rendered(tokenizer, request, args, every_message=every_message)
+        rendered = self._rendered(current, request, args)
         found = super()._tokenize(tokenizer, request, args)
         token_ids, segments, _, state, vision = found
         _check_length(len(token_ids), current.most_tokens)
@@ -194,11 +194,13 @@ class CachedResponseGenerator(ResponseGenerator):
         return prompt, pieces, kinds, state, vision
 
     def _rendered(
-        self, tokenizer: Any, request: ServedRequest, args: Any, *, every_message: bool
+        self, current: ServedModel, request: ServedRequest, args: Any
     ) -> RenderedPrompt | None:
         """Return the prompt with the places where it is worth resuming."""
+        tokenizer = current.tokenizer
         if request.request_type != "chat" or not tokenizer.has_chat_template:
             return None
+        model = current.in_namespace(request.namespace)
         config = self.cli_args.chat_template_args | (args.chat_template_kwargs or {})
         # It takes less than mlx-lm does, images for one.
         with contextlib.suppress(UsageError):
@@ -207,7 +209,7 @@ class CachedResponseGenerator(ResponseGenerator):
                 request.messages,
                 tools=request.tools,
                 chat_template_config=config,
-                every_message=every_message,
+                every_message=model.needs_checkpoints(current.settings),
             )
         return None
 
