@@ -43,14 +43,14 @@ def add(index: Index, token_ids: list[int]) -> None:
     chain = Chain(FINGERPRINT.digest, token_ids)
     info = SegmentInfo(
         key=chain.key_at(len(chain)),
-        parent_key=None,
+        start_hash=FINGERPRINT.digest,
         fingerprint=FINGERPRINT,
         start=0,
         end=len(chain),
         is_prefix=True,
         created_at=0.0,
     )
-    index.add_segment(info, chain, nbytes=0)
+    index.add_segment(info, chain, parent_key=None, nbytes=0)
 
 
 def measure(

@@ -136,10 +136,12 @@ class RankingIndex(Index):
         }
         return [leaf._replace(used_at=self._ranks[leaf.key]) for leaf in leaves]
 
-    def add_segment(self, info: SegmentInfo, chain: Chain, *, nbytes: int) -> None:
+    def add_segment(
+        self, info: SegmentInfo, chain: Chain, *, parent_key: str | None, nbytes: int
+    ) -> None:
         """Add a segment whose past is known, for which room has been made."""
         self.pasts[info.key].floor = self._floor
-        super().add_segment(info, chain, nbytes=nbytes)
+        super().add_segment(info, chain, parent_key=parent_key, nbytes=nbytes)
 
     def touch(
         self, segment_keys: Sequence[str], cached_tokens: int, *, now: float
@@ -183,14 +185,20 @@ class TraceWriter(SegmentWriter):
         self._trace = trace
         self._asked_at = trace.asked_at()
 
-    def _add(self, info: SegmentInfo, segment: EncodedSegment, chain: Chain) -> bool:
+    def _add(
+        self,
+        info: SegmentInfo,
+        segment: EncodedSegment,
+        chain: Chain,
+        parent_key: str | None,
+    ) -> bool:
         number = self._index.now
         blocks = self._trace.requests[number].blocks
         asked_at = self._asked_at[blocks[info.start // self._trace.block_size]]
         self._index.pasts[info.key] = Past(
             info.start, info.end, asked_at, created_at=number, used_at=number
         )
-        is_added = super()._add(info, segment, chain)
+        is_added = super()._add(info, segment, chain, parent_key)
         if info.key not in self._index.pasts:
             raise BypassedError("nothing that is kept is worth less")
         return is_added

@@ -23,7 +23,7 @@ from promptcache.types import (
     Worth,
 )
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # More is no number of tokens, nor one that SQLite can keep.
 MOST_TOKENS = 2**40
 MOST_SECONDS = 2.0**40
@@ -39,7 +39,7 @@ def encode_header(info: SegmentInfo, layout: str, tensors: list[Tensor]) -> byte
     metadata = {
         "format_version": str(FORMAT_VERSION),
         "key": info.key,
-        "parent_key": info.parent_key or "",
+        "start_hash": info.start_hash,
         "fingerprint": info.fingerprint.digest,
         "fingerprint_parts": json.dumps(dict(info.fingerprint.parts), sort_keys=True),
         "model": info.fingerprint.model,
@@ -141,7 +141,7 @@ def _decode_info(metadata: dict[str, str]) -> SegmentInfo:
         raise ValueError(f"no range of tokens: [{start}, {end})")
     return SegmentInfo(
         key=metadata["key"],
-        parent_key=metadata["parent_key"] or None,
+        start_hash=_digest(metadata["start_hash"]),
         fingerprint=Fingerprint(
             digest=_digest(metadata["fingerprint"]),
             model=metadata["model"],
@@ -163,7 +163,7 @@ def _decode_info(metadata: dict[str, str]) -> SegmentInfo:
 
 def _digest(text: str) -> str:
     if len(bytes.fromhex(text)) != DIGEST_NBYTES:
-        raise ValueError("no fingerprint")
+        raise ValueError("no hash")
     return text
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Collection, Iterable
 
 from promptcache.blobs import BlobFolder
 from promptcache.chain import Chain
-from promptcache.errors import DamagedBlobError, StoreError
-from promptcache.index import Index
+from promptcache.cover import Cover
+from promptcache.errors import DamagedBlobError, DamagedIndexError, StoreError
+from promptcache.index import ROOT_ID, Index
 from promptcache.reports import Damage, VerifyReport
-from promptcache.types import BlobHeader, ListedPrefix
+from promptcache.types import BlobHeader, ListedPrefix, SegmentInfo
 
 PREFIXES_FILE = "prefixes.json"
 
@@ -97,34 +98,61 @@ def set_index_aside(blobs: BlobFolder) -> None:
 def rebuild(index: Index, blobs: BlobFolder, *, skip: Collection[str] = ()) -> int:
     """Add the blobs that the index does not know; return how many it added."""
     with index.database.writing():
-        known = index.segment_keys() | set(skip)
-        headers = _headers(blobs, [k for k, _ in blobs.stored() if k not in known])
-        added = sum(_adopt(index, blobs, header) for header in headers)
+        known = index.segment_keys()
+        unknown = [k for k, _ in blobs.stored() if k not in known and k not in skip]
+        headers = _headers(blobs, unknown)
+        if not headers:
+            return 0
+        listed = _listed(blobs)
+        cover = Cover(
+            [
+                *((header.info.start, header.info.start_hash) for header in headers),
+                *((entry.num_tokens, entry.key) for entry in listed),
+            ]
+        )
+        for key in known:
+            # A row that is damaged has nothing that can be relied on.
+            with contextlib.suppress(DamagedIndexError):
+                _note(index, cover, key)
+        added = sum(_adopt(index, blobs, cover, header) for header in headers)
         if added:
-            _restore_prefixes(index, blobs)
+            _restore_prefixes(index, cover, listed)
     return added
 
 
 def _headers(blobs: BlobFolder, keys: Iterable[str]) -> list[BlobHeader]:
-    """Return the headers that can be read, in an order in which parents come first."""
+    """Return the headers that can be read, in an order in which parents come first.
+
+    Of a segment and the head that it was about to be cut to, the longer one does.
+    """
     headers = []
     for key in keys:
         try:
             headers.append(blobs.read_header(key))
         except StoreError:
             continue
-    return sorted(headers, key=lambda header: header.info.start)
+    return sorted(headers, key=lambda header: (header.info.start, -header.info.end))
 
 
-def _adopt(index: Index, blobs: BlobFolder, header: BlobHeader) -> bool:
+def _note(index: Index, cover: Cover, key: str) -> None:
+    """Tell what a segment covers that the index knows already."""
+    segment_id = index.segment_id(key)
+    if segment_id is None:
+        return
+    *_, row = index.path_to(segment_id)
+    digest = index.fingerprints.of_segment(segment_id).digest
+    chain = Chain(digest, index.token_ids(segment_id, row.end))
+    cover.add(chain, key, row.start, row.end, row)
+
+
+def _adopt(index: Index, blobs: BlobFolder, cover: Cover, header: BlobHeader) -> bool:
     """Add the row of a blob whose ancestors are there and whose key is right."""
     info = header.info
-    before = b""
-    if info.parent_key:
-        parent_id = index.segment_id(info.parent_key)
-        if parent_id is None:
-            return False
-        before = index.token_ids(parent_id, info.start)
+    parent_key = cover.parent_of(info)
+    parent_id = index.segment_id(parent_key) if parent_key else ROOT_ID
+    if parent_id is None or (parent_id == ROOT_ID) != (info.start == 0):
+        return False
+    before = index.token_ids(parent_id, info.start) if parent_id else b""
     try:
         token_ids = blobs.read_token_ids(header)
     except OSError:
@@ -133,8 +161,25 @@ def _adopt(index: Index, blobs: BlobFolder, header: BlobHeader) -> bool:
     chain = Chain(info.fingerprint.digest, before + token_ids)
     if len(chain) != info.end or chain.tagged_key_at(info.end, info.tag) != info.key:
         return False
-    index.add_segment(info, chain, nbytes=blobs.nbytes(info.key))
+    if chain.key_at(info.start) != info.start_hash:
+        return False
+    if _is_double(index, parent_id, info, chain):
+        return False
+    index.add_segment(info, chain, parent_key=parent_key, nbytes=blobs.nbytes(info.key))
+    cover.add(chain, info.key, info.start, info.end, info.resumption)
     return True
+
+
+def _is_double(index: Index, parent_id: int, info: SegmentInfo, chain: Chain) -> bool:
+    """Return whether the same tokens are in a segment that a split made of it, or was.
+
+    A process that is killed while it splits one leaves both.
+    """
+    if info.is_checkpoint or not info.resumption.divisible:
+        return False
+    wanted = {info.start: chain.token_id(info.start)}
+    children = index.children(parent_id, chain.fingerprint, wanted)
+    return any(child.divisible for child in children)
 
 
 def write_prefixes(index: Index, blobs: BlobFolder) -> None:
@@ -149,19 +194,31 @@ def write_prefixes(index: Index, blobs: BlobFolder) -> None:
         raise StoreError(f"prefixes cannot be listed ({error.strerror})") from error
 
 
-def _restore_prefixes(index: Index, blobs: BlobFolder) -> None:
-    """List and name prefixes again, also those that end inside a segment."""
+def _listed(blobs: BlobFolder) -> list[ListedPrefix]:
+    """Return the prefixes that the list beside the index has."""
     try:
         entries = json.loads(blobs.read_file(PREFIXES_FILE))
-        wanted = [ListedPrefix(**entry) for entry in entries]
+        found = [ListedPrefix(**entry) for entry in entries]
     except (OSError, ValueError, TypeError):
-        return
+        return []
+    return [
+        entry
+        for entry in found
+        if isinstance(entry.key, str) and type(entry.num_tokens) is int
+    ]
+
+
+def _restore_prefixes(
+    index: Index, cover: Cover, listed: Collection[ListedPrefix]
+) -> None:
+    """List and name prefixes again, also those that end inside a segment."""
     known = set(index.prefixes.listed())
-    for entry in wanted:
-        segment_id = index.segment_id(str(entry.segment_key))
+    for entry in listed:
+        # A split may have been between the list and the rows.
+        keys = (str(entry.segment_key), *cover.ends(entry.num_tokens, entry.key))
+        ids = (index.segment_id(key) for key in keys)
+        segment_id = next((i for i in ids if i and _has_key(index, i, entry)), None)
         if entry in known or segment_id is None:
-            continue
-        if not _has_key(index, segment_id, entry):
             continue
         index.prefixes.add(entry.key, segment_id, entry.num_tokens, now=time.time())
         if entry.name is not None and entry.name not in index.prefixes.names():
@@ -172,7 +229,7 @@ def _has_key(index: Index, segment_id: int, entry: ListedPrefix) -> bool:
     """Return whether a prefix has the key that the file gives it."""
     rows = index.path_to(segment_id)
     num_tokens = entry.num_tokens
-    if not isinstance(num_tokens, int) or not rows[-1].start <= num_tokens:
+    if not rows[-1].start <= num_tokens:
         return False
     digest = index.fingerprints.of_segment(segment_id).digest
     chain = Chain(digest, index.token_ids(segment_id, num_tokens))

@@ -178,7 +178,8 @@ class SegmentInfo:
 
     Attributes:
         key: Chain hash at `end`, in hex.
-        parent_key: The segment this one hangs on, or None for a root.
+        start_hash: Chain hash at `start`, in hex, which names the parent whatever
+            segment has it; of a root, the fingerprint's digest.
         fingerprint: What the KV values depend on.
         start: First token of the range `[start, end)`; a checkpoint's start and end
             are the same.
@@ -190,7 +191,7 @@ class SegmentInfo:
     """
 
     key: str
-    parent_key: str | None
+    start_hash: str
     fingerprint: Fingerprint
     start: int
     end: int

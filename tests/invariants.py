@@ -93,8 +93,11 @@ def check_blobs(folder: Path, rows: dict[int, Row]) -> None:
     blobs = BlobFolder(folder)
     for row in rows.values():
         info = blobs.check(row.key).info
-        parent_key = rows[row.parent_id].key if row.parent_id else None
-        assert (info.key, info.parent_key) == (row.key, parent_key)
+        assert info.key == row.key
+        # It names its parent by the chain hash that it starts at.
+        before = path_token_ids(rows, row.parent_id)[: row.start] if row.start else []
+        assert len(before) == row.start
+        assert info.start_hash == expected_key(row.digest, before)
         assert (info.start, info.end) == (row.start, row.end)
         assert info.fingerprint.digest == row.digest
         assert (info.resumption, info.worth) == (row.resumption, row.worth)

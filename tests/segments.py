@@ -183,7 +183,7 @@ def cached_tokens(
 def publish(folder: BlobFolder, token_ids: Sequence[int]) -> str:
     """Publish the blob of one root segment and return its key."""
     key = expected_key(TINY.digest, token_ids)
-    info = SegmentInfo(key, None, TINY, 0, len(token_ids), True, 1234.5)
+    info = SegmentInfo(key, TINY.digest, TINY, 0, len(token_ids), True, 1234.5)
     folder.publish(info, encoder(token_ids)(0, len(token_ids)))
     return key
 

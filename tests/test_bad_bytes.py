@@ -204,7 +204,7 @@ ODD = st.sampled_from(
     ]
 )
 FIELDS = (
-    *("format_version", "key", "parent_key", "fingerprint", "fingerprint_parts"),
+    *("format_version", "key", "start_hash", "fingerprint", "fingerprint_parts"),
     *("model", "source", "start", "end", "is_prefix", "created_at", "resumption"),
     *("worth", "layout", "data_checksum"),
 )

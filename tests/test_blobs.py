@@ -71,7 +71,7 @@ def test_safetensors_reads_a_blob(folder: BlobFolder) -> None:
     assert rows.shape == (5, 1)
     assert array("f", rows.flatten()) == values(tokens(5), 0, 5)
     assert metadata["key"] == key
-    assert metadata["format_version"] == "3"
+    assert metadata["format_version"] == "4"
     assert (metadata["start"], metadata["end"]) == ("0", "5")
 
 
@@ -234,7 +234,7 @@ def test_blob_of_a_newer_format_is_refused_as_such(folder: BlobFolder) -> None:
     key = publish(folder, tokens(5))
     make_newer(folder.path(key))
 
-    with pytest.raises(StoreFormatError, match=r"blob has format 4 .* up to 3, upgr"):
+    with pytest.raises(StoreFormatError, match=r"blob has format 5 .* up to 4, upgr"):
         folder.check(key)
 
 
@@ -415,6 +415,6 @@ def test_tensors_need_not_be_contiguous_in_one_piece(folder: BlobFolder) -> None
         ],
     )
 
-    folder.publish(SegmentInfo(key, None, TINY, 0, 2, True, 1.0), segment)
+    folder.publish(SegmentInfo(key, TINY.digest, TINY, 0, 2, True, 1.0), segment)
 
     assert {t.name for t in folder.check(key).tensors} == {"token_ids", "empty"}

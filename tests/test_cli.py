@@ -208,7 +208,9 @@ def big_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(NUM_PREFIXES):
         token_ids = segments.tokens(40, first=1000 * i)
         key = Chain(segments.TINY.digest, token_ids).key_at(40)
-        info = SegmentInfo(key, None, segments.TINY, 0, 40, True, float(i))
+        info = SegmentInfo(
+            key, segments.TINY.digest, segments.TINY, 0, 40, True, float(i)
+        )
         blobs.publish(info, segments.encoder(token_ids)(0, 40))
     # Faster than so many saves.
     with PrefixStore(path) as store:

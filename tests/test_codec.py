@@ -91,7 +91,7 @@ def publish(
 ) -> Published:
     info = SegmentInfo(
         key=f"{start:016x}{end:016x}",
-        parent_key=None,
+        start_hash="0" * 32,
         fingerprint=Fingerprint("0" * 32, "tiny"),
         start=start,
         end=end,

@@ -42,7 +42,9 @@ def save(blobs: BlobFolder, cache: list[KVCache], start: int, end: int) -> str:
     segment = codec.encode_rows(cache, captures, TOKEN_IDS, start, end)
     fingerprint = Fingerprint("0" * 32, "tiny")
     key = f"{start:016x}{end:016x}"
-    blobs.publish(SegmentInfo(key, None, fingerprint, start, end, True, 1.0), segment)
+    blobs.publish(
+        SegmentInfo(key, "0" * 32, fingerprint, start, end, True, 1.0), segment
+    )
     return key
 
 
@@ -111,7 +113,9 @@ def test_parts_of_another_kind_are_read_as_before(blobs: BlobFolder) -> None:
         layer.update_and_fetch(*mx.random.normal((2, 1, 2, 40, 8)))
     captures = [capturing.capture(cache, 0, 40)]
     segment = codec.encode_rows(cache, captures, TOKEN_IDS, 0, 40)
-    info = SegmentInfo("ab" * 16, None, Fingerprint("0" * 32, "t"), 0, 40, True, 1.0)
+    info = SegmentInfo(
+        "ab" * 16, "0" * 32, Fingerprint("0" * 32, "t"), 0, 40, True, 1.0
+    )
     blobs.publish(info, segment)
     fresh = [KVCache(), RotatingKVCache(512)]
 

@@ -64,11 +64,10 @@ def add(
     """Add the row of a segment `[start, len(token_ids))`; return its key."""
     chain = Chain(model.digest, token_ids)
     key = chain.key_at(len(chain))
-    parent = parent_key or (chain.key_at(start) if start else None)
-    info = SegmentInfo(
-        key, parent, model, start, len(chain), is_prefix, now, resumption
-    )
-    index.add_segment(info, chain, nbytes=10)
+    hash_ = chain.key_at(start)
+    info = SegmentInfo(key, hash_, model, start, len(chain), is_prefix, now, resumption)
+    parent = parent_key or (hash_ if start else None)
+    index.add_segment(info, chain, parent_key=parent, nbytes=10)
     return key
 
 
@@ -87,7 +86,7 @@ def add_checkpoint(
     position = len(chain)
     info = SegmentInfo(
         key=key,
-        parent_key=parent_key,
+        start_hash=chain.key_at(position),
         fingerprint=TINY,
         start=position,
         end=position,
@@ -96,7 +95,7 @@ def add_checkpoint(
         resumption=resumption,
         worth=worth,
     )
-    index.add_segment(info, chain, nbytes=7)
+    index.add_segment(info, chain, parent_key=parent_key, nbytes=7)
     return key
 
 
@@ -169,7 +168,7 @@ def test_newer_index_is_refused_and_not_touched(path: Path, journal_mode: str) -
         connection.execute(f"PRAGMA journal_mode={journal_mode}")
     before = path.read_bytes()
 
-    with pytest.raises(StoreFormatError, match=r"has format 6 .* reads up to 5, upgr"):
+    with pytest.raises(StoreFormatError, match=r"has format 7 .* reads up to 6, upgr"):
         Index(path)
 
     assert path.read_bytes() == before
@@ -194,7 +193,7 @@ def test_older_index_has_to_be_rebuilt(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION - 1}")
 
-    with pytest.raises(DamagedIndexError, match="older format 4"):
+    with pytest.raises(DamagedIndexError, match="older format 5"):
         Index(path)
 
 
@@ -591,4 +590,4 @@ def test_tables_change_with_their_version_only(tmp_path: Path) -> None:
     found = hashlib.sha256(repr(sql).encode()).hexdigest()[:16]
 
     # Raise SCHEMA_VERSION with it: an index of another version is built anew.
-    assert (SCHEMA_VERSION, found) == (5, "8d7eba6dc0f6ae0f")
+    assert (SCHEMA_VERSION, found) == (6, "8d7eba6dc0f6ae0f")

@@ -45,7 +45,7 @@ LAYERS = [
         "length_dependence",
         "chat_prompt",
     ],
-    ["manifest", "reports", "transcript", "volatility"],
+    ["cover", "manifest", "reports", "transcript", "volatility"],
     ["prompt_parts", "plain_rows", "culprits", "explanation"],
     ["header", "layout"],
     ["destination", "differences", "hot_tier"],

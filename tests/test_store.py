@@ -48,7 +48,6 @@ from strategies import prompts
 from test_blobs import change_metadata, make_newer, make_older
 
 from promptcache.blobs import BlobFolder
-from promptcache.chain import Chain
 from promptcache.errors import (
     DamagedBlobError,
     DamagedIndexError,
@@ -65,7 +64,6 @@ from promptcache.types import (
     EncodedSegment,
     Fingerprint,
     Match,
-    SegmentInfo,
     SegmentSlice,
     Worth,
 )
@@ -1200,11 +1198,11 @@ def test_processes_that_save_the_same_checkpoint_do_not_disturb_each_other(
     writer = store._writer
     add = writer._add
 
-    def add_slowly(info: SegmentInfo, segment: EncodedSegment, chain: Chain) -> bool:
+    def add_slowly(*args: object) -> bool:
         if not others:
             others.append(PrefixStore(store.path))
             save_checkpoint(others[0], tokens(100))
-        return add(info, segment, chain)
+        return add(*args)
 
     monkeypatch.setattr(writer, "_add", add_slowly)
 

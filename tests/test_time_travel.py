@@ -1,7 +1,7 @@
 """Stores of earlier versions stay readable, and those of later ones untouched.
 
-`formats/` has a store of each format of blobs, packed. Format 3 is the first that was
-released; what came before is a miss that `prune` sweeps.
+`formats/` has a store of each format of blobs, packed, the last one without its index.
+Format 4 is the first that was released; what came before is a miss that `prune` sweeps.
 """
 
 import os
@@ -31,8 +31,8 @@ from promptcache.reports import PrunePolicy
 from promptcache.store import PrefixStore
 
 FORMATS = Path(__file__).parent / "formats"
-RELEASED = range(3, FORMAT_VERSION + 1)
-OLDER = range(1, 3)
+RELEASED = range(4, FORMAT_VERSION + 1)
+OLDER = range(1, 4)
 # What every one of these stores holds; the last needs its checkpoint, which formats
 # have from 2 on.
 PROMPTS = [tokens(70), [*tokens(40), *tokens(30, first=900)], [7, *tokens(45)]]
@@ -53,6 +53,8 @@ def unpack(tmp_path: Path) -> Unpack:
             os.chown(parent, os.geteuid(), os.getegid())
             for name in names:
                 os.chown(Path(parent, name), os.geteuid(), os.getegid())
+        if not (folder / "index.db").exists():
+            PrefixStore(folder).close()
         return folder
 
     return unpacked
@@ -94,7 +96,7 @@ def test_index_is_rebuilt_from_blobs_of_a_released_format(
 
 @pytest.mark.parametrize("version", range(1, SCHEMA_VERSION))
 def test_index_of_an_older_schema_is_built_anew(unpack: Unpack, version: int) -> None:
-    folder = unpack(3)
+    folder = unpack(FORMAT_VERSION)
     set_schema(folder, version)
 
     with PrefixStore(folder) as store:

@@ -80,8 +80,8 @@ def add_rows(folder: Path, number: int) -> None:
         token_ids = [number, i, *tokens(40)]
         chain = Chain(TINY.digest, token_ids)
         key = chain.key_at(len(chain))
-        info = SegmentInfo(key, None, TINY, 0, len(chain), True, 1.0)
-        index.add_segment(info, chain, nbytes=1)
+        info = SegmentInfo(key, TINY.digest, TINY, 0, len(chain), True, 1.0)
+        index.add_segment(info, chain, parent_key=None, nbytes=1)
         if i % 2:
             assert index.remove_leaf(key)
     index.database.close()
@@ -157,7 +157,7 @@ def publish_much(folder: Path, number: int) -> None:
     """Publish a blob of many bytes, which takes a moment."""
     data = memoryview(bytes(number))
     segment = EncodedSegment("[]", [Tensor("token_ids", "U8", (number,), data)])
-    info = SegmentInfo("ab" * 16, None, TINY, 0, number, True, 1.0)
+    info = SegmentInfo("ab" * 16, TINY.digest, TINY, 0, number, True, 1.0)
     BlobFolder(folder).publish(info, segment)
 
 

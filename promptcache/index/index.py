@@ -219,10 +219,12 @@ class Index:
             hit = [now, *segment_keys, cached_tokens, cached_tokens]
             return next((str(row[0]) for row in self.database.rows(sql, hit)), None)
 
-    def add_segment(self, info: SegmentInfo, chain: Chain, *, nbytes: int) -> None:
+    def add_segment(
+        self, info: SegmentInfo, chain: Chain, *, parent_key: str | None, nbytes: int
+    ) -> None:
         """Add a segment of a chain whose blob and parent are in place."""
         with self.database.writing():
-            parent_id = self.segment_id(info.parent_key) if info.parent_key else ROOT_ID
+            parent_id = self.segment_id(parent_key) if parent_key else ROOT_ID
             assert parent_id is not None
             cursor = self.database.execute(
                 """

@@ -3,7 +3,7 @@
 import sqlite3
 from typing import Any
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 # In place of the first token of a checkpoint, which has no tokens.
 NO_TOKEN = -1
 

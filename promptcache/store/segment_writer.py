@@ -88,14 +88,13 @@ class SegmentWriter:
                 segment = encode(start, end)
                 info = _info(
                     chain,
-                    parent_key=parent_key,
                     fingerprint=fingerprint,
                     start=start,
                     end=end,
                     is_prefix=is_prefix and end == len(chain),
                     resumption=segment.resumption,
                 )
-                if not self._add(info, segment, chain):
+                if not self._add(info, segment, chain, parent_key):
                     return False
                 parent_key = info.key
             assert parent_key is not None
@@ -126,7 +125,6 @@ class SegmentWriter:
                 raise StoreError("what it hangs on has been evicted meanwhile")
             info = _info(
                 chain,
-                parent_key=rows.key,
                 fingerprint=fingerprint,
                 start=position,
                 end=position,
@@ -137,7 +135,7 @@ class SegmentWriter:
             known = self._checkpoint_key(chain, is_tail=is_tail)
             if known is not None and (known == info.key or not has_logits):
                 return not is_prefix or self._list_prefix(chain, known)
-            if not self._add(info, segment, chain):
+            if not self._add(info, segment, chain, rows.key):
                 return False
             self._replace(info, chain)
             self._thin(info.key)
@@ -209,15 +207,21 @@ class SegmentWriter:
         removed = [c.key for c in surplus if self._index.remove_leaf(c.key)]
         pruning.remove_blobs(self._index, self._blobs, removed)
 
-    def _add(self, info: SegmentInfo, segment: EncodedSegment, chain: Chain) -> bool:
+    def _add(
+        self,
+        info: SegmentInfo,
+        segment: EncodedSegment,
+        chain: Chain,
+        parent_key: str | None,
+    ) -> bool:
         """Write a blob, then publish it together with its row.
 
-        Return False if another process changed what it hangs on meanwhile.
+        Return False if another process removed what it hangs on meanwhile.
         """
         with self._blobs.room():
             nbytes = segment.nbytes + ROWS_NBYTES
             self._room.check(nbytes)
-            self._room.make(nbytes, protect=info.parent_key)
+            self._room.make(nbytes, protect=parent_key)
             is_added = self._write(info, segment, chain)
             if is_added:
                 self._hold_limit(info.key)
@@ -232,10 +236,12 @@ class SegmentWriter:
                 return True
             is_tail = not info.resumption.extendable
             rows = longest_rows(self._index, chain, limit=info.end, is_tail=is_tail)
-            if (rows.key, rows.cached_tokens) != (info.parent_key, info.start):
+            if rows.cached_tokens != info.start:
                 return False
             staged.publish()
-            self._index.add_segment(info, chain, nbytes=staged.nbytes)
+            self._index.add_segment(
+                info, chain, parent_key=rows.key, nbytes=staged.nbytes
+            )
             self._index.history.add_written(staged.nbytes, now=info.created_at)
         return True
 
@@ -254,8 +260,12 @@ class SegmentWriter:
 
 def _info(chain: Chain, **fields: Any) -> SegmentInfo:
     """Return what a new segment is, with the key that its chain and kind give it."""
-    info = SegmentInfo(key="", created_at=time.time(), **fields)
-    return replace(info, key=chain.tagged_key_at(info.end, info.tag))
+    info = SegmentInfo(key="", start_hash="", created_at=time.time(), **fields)
+    return replace(
+        info,
+        key=chain.tagged_key_at(info.end, info.tag),
+        start_hash=chain.key_at(info.start),
+    )
 
 
 def _cuts(start: int, end: int, cut_at: Collection[int]) -> Iterator[tuple[int, int]]:
