@@ -43,7 +43,7 @@ class Building:
         self._store = store
         self._writer = writer
         self._settings = settings
-        self._cuts = model.cuts(settings, rendered.boundaries)
+        self._cuts = model.cuts(settings, rendered.boundaries, rendered.answer)
         self._fingerprint = model.fingerprint(settings)
         self._needs_logits = self._is_prompt(rendered)
         self._origin = rendered.origin

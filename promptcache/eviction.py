@@ -50,27 +50,35 @@ def plan_eviction(
 
 
 def surplus_checkpoints(
-    on_way: Sequence[CheckpointRow], beside: Sequence[CheckpointRow] = ()
+    on_way: Sequence[CheckpointRow],
+    beside: Sequence[CheckpointRow] = (),
+    *,
+    next_turn: int | None = None,
 ) -> list[CheckpointRow]:
     """Return which checkpoints to give up once a new one is there.
 
     What was built stays. So does the first boundary: it is the end of the system
-    prompt, where most prompts part; and the last one: it is the end of the user's
-    message, where the next turn parts if its template drops what was thought. Of the
-    others at a distance of `[2**i, 2**(i + 1))` tokens before the new one, one stays,
-    so that their number grows with the logarithm of the length: the end of a prompt
-    rather than a boundary, that rather than a plain step, and the first of equals.
+    prompt, where most prompts part; and the last checkpoint up to where the next turn
+    parts, or the last boundary while that is still to come. Of the others at a
+    distance of `[2**i, 2**(i + 1))` tokens before the new one, one stays, so that
+    their number grows with the logarithm of the length: the end of a prompt rather
+    than a boundary, that rather than a plain step, and the first of equals.
 
-    Of those beside the way, such as the ends of earlier turns whose thinking was
-    dropped, the last ones stay.
+    Of those beside the way the last ones stay: of the places where the next turns of
+    other conversations part, and of what is left of earlier turns whose thinking was
+    dropped.
 
     Args:
         on_way: The checkpoints on the way to the new one, which is the last, in order.
         beside: Others of the same segments, in order.
+        next_turn: Where the next turn parts from the one that is saved, if known.
     """
     *older, newest = on_way
     boundaries = [c for c in older if c.is_prefix or c.worth > Worth.STEP]
     kept = {*boundaries[:1], *boundaries[-1:]}
+    if next_turn is not None and next_turn < newest.position:
+        before = [c for c in older if c.position <= next_turn]
+        kept = {*boundaries[:1], *before[-1:]}
     best: dict[int, CheckpointRow] = {}
     for checkpoint in older:
         distance = newest.position - checkpoint.position
@@ -80,7 +88,9 @@ def surplus_checkpoints(
             best[bucket] = checkpoint
     kept.update(best.values())
     surplus = [c for c in older if c not in kept]
-    surplus += beside[:-CHECKPOINTS_BESIDE]
+    for is_answer in (True, False):
+        alike = [c for c in beside if (c.worth is Worth.ANSWER) is is_answer]
+        surplus += alike[:-CHECKPOINTS_BESIDE]
     return [checkpoint for checkpoint in surplus if checkpoint.worth < Worth.BUILT]
 
 

@@ -585,7 +585,7 @@ class CachedGenerator:
                 *penalties_of(repetition_penalty, repetition_context_size),
                 *(logits_processors or []),
             ],
-            cuts=self._loaded.cuts(settings, rendered.boundaries),
+            cuts=self._loaded.cuts(settings, rendered.boundaries, rendered.answer),
             kv=settings.kv,
             on_progress=prompt_progress_callback or (lambda done, total: None),
             max_kv_size=max_kv_size,

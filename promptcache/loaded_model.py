@@ -85,9 +85,15 @@ class LoadedModel:
             starts.append(settings.max_kv_size - 1)
         return min(starts, default=None)
 
-    def cuts(self, settings: Settings, boundaries: tuple[int, ...] = ()) -> Cuts:
+    def cuts(
+        self,
+        settings: Settings,
+        boundaries: tuple[int, ...] = (),
+        answer: int | None = None,
+    ) -> Cuts:
         """Return where the pieces of a prompt with these boundaries end."""
-        return Cuts(settings.step_size, boundaries, self.exact_from(settings))
+        exact_from = self.exact_from(settings)
+        return Cuts(settings.step_size, boundaries, exact_from, answer)
 
     def fingerprint(self, settings: Settings = DEFAULT_SETTINGS) -> Fingerprint:
         """Return what KV values depend on, besides the token ids."""

@@ -19,6 +19,8 @@ DEFAULT_STEP_SIZE = 2048
 # saves a pass through the model; longer ones as mlx-lm does, because the logits of
 # all their tokens would be computed.
 JOINED_TOKENS = 64
+# Templates open an answer with fewer: the role, the start of its thinking.
+MOST_OPENING_TOKENS = 64
 # What mlx's affine quantization takes.
 KV_BITS = (2, 3, 4, 5, 6, 8)
 KV_GROUP_SIZES = (32, 64, 128)
@@ -71,11 +73,13 @@ class Cuts:
         step_size: Most tokens in a piece.
         boundaries: Positions to cut at besides the multiples of `step_size`.
         exact_from: Position after which boundaries do not count, None for never.
+        answer: Where the prompt's answer begins in history, None if not known.
     """
 
     step_size: int = DEFAULT_STEP_SIZE
     boundaries: tuple[int, ...] = ()
     exact_from: int | None = None
+    answer: int | None = None
 
     def is_divisible(self, end: int) -> bool:
         """Return whether rows up to `end` may be cut at any token."""
@@ -101,6 +105,18 @@ class Cuts:
 
     def _places(self) -> list[int]:
         return [b for b in self.boundaries if self.is_divisible(b)]
+
+    def next_turn(self, end: int) -> int:
+        """Return where the next turn is likely to part from a prompt read up to `end`.
+
+        That is where its answer begins in history: a template may drop what was
+        thought, and the tokens that open it. Where nobody knows, it is at a boundary
+        just before the end, or at the end.
+        """
+        if self.answer is not None:
+            return min(self.answer, end)
+        near = (b for b in self._places() if end - MOST_OPENING_TOKENS <= b < end)
+        return max(near, default=end)
 
     def segment_ends(self, end: int, kv: "KVSettings") -> tuple[int, ...]:
         """Return where segments of `[0, end)` have to end."""

@@ -35,6 +35,8 @@ class RenderedPrompt(NamedTuple):
             for, the texts of other messages and the answer.
         head: How many tokens come before the first user's text: the system prompt and
             tools, as the template puts them. 0 for text and token ids.
+        answer: How many tokens are still the same once it has been answered: where the
+            answer begins in history. None if that is not known.
         is_open: Whether more is to come before an answer: it is the start of prompts,
             and none itself.
         chat: What was rendered, or None for text and token ids.
@@ -47,6 +49,7 @@ class RenderedPrompt(NamedTuple):
     is_open: bool = False
     chat: ChatPrompt | None = None
     origin: Origin | None = None
+    answer: int | None = None
 
 
 Prompt = str | Sequence[int] | Sequence[Message] | RenderedPrompt
@@ -134,6 +137,7 @@ def render_open(
         head=min(whole.head, len(token_ids)),
         is_open=True,
         chat=chat,
+        answer=None,
     )
 
 
@@ -146,11 +150,12 @@ def _rendered(
     found = _token_positions(tokenizer, text, token_ids, places)
     head = _end_of_system(tokenizer, chat, token_ids)
     found.add(head)
-    if every_message:
-        found.add(_start_of_answer(tokenizer, chat, token_ids))
-    boundaries = tuple(sorted(found - {0, len(token_ids)}))
+    answer = _start_of_answer(tokenizer, chat, token_ids) if every_message else 0
+    boundaries = tuple(sorted((found | {answer}) - {0, len(token_ids)}))
     origin = replace(origin_of(tokenizer, chat), head=head)
-    return RenderedPrompt(token_ids, boundaries, head, chat=chat, origin=origin)
+    return RenderedPrompt(
+        token_ids, boundaries, head, chat=chat, origin=origin, answer=answer or None
+    )
 
 
 # Boundaries

@@ -81,6 +81,7 @@ class Saver:
         self._answer_captures: list[capturing.Capture] = []
         self._window = least_window(cache)
         self._num_prompt = len(token_ids)
+        self._next_turn = cuts.next_turn(len(token_ids))
         self._logits: mx.array | None = None
         # Up to where captures have been handed over, are stored, and rows handed over.
         self._saved_to = 0
@@ -296,7 +297,12 @@ class Saver:
 
         def job() -> None:
             self._store.save_checkpoint(
-                token_ids, self._fingerprint, segment, is_prefix=is_prefix, worth=worth
+                token_ids,
+                self._fingerprint,
+                segment,
+                is_prefix=is_prefix,
+                worth=worth,
+                next_turn=self._next_turn,
             )
 
         self._submit(job, segment.nbytes)
@@ -364,6 +370,8 @@ class Saver:
     def _worth(self, position: int) -> Worth:
         if self._is_build and position == len(self._token_ids):
             return Worth.BUILT
+        if position == self._next_turn:
+            return Worth.ANSWER
         # Where an answer begins, others may begin.
         is_boundary = self._cuts.is_boundary(position) or position == self._num_prompt
         return Worth(is_boundary)

@@ -159,7 +159,9 @@ class Worth(IntEnum):
 
     STEP = 0
     BOUNDARY = 1
-    BUILT = 2
+    # Where the answer to a prompt begins in history.
+    ANSWER = 2
+    BUILT = 3
 
 
 def tag_of(resumption: Resumption, *, is_checkpoint: bool) -> str:

@@ -306,3 +306,32 @@ def test_last_checkpoints_beside_the_way_stay(positions: list[int]) -> None:
     surplus = surplus_checkpoints([checkpoint(5), checkpoint(500)], beside)
 
     assert surplus == beside[:-CHECKPOINTS_BESIDE]
+
+
+@anything
+@given(any_checkpoints, st.integers(1, 100_000))
+def test_last_checkpoint_before_the_next_turn_parts_stays(
+    on_way: list[CheckpointRow], next_turn: int
+) -> None:
+    surplus = surplus_checkpoints(on_way, next_turn=next_turn)
+
+    before = [c for c in on_way[:-1] if c.position <= next_turn]
+    assert on_way[-1].position <= next_turn or not {*before[-1:]} & {*surplus}
+
+
+def test_earlier_starts_of_answers_go_by_powers_of_two() -> None:
+    places = [checkpoint(5), *(checkpoint(i, worth=Worth.ANSWER) for i in range(9, 60))]
+
+    surplus = surplus_checkpoints([*places, checkpoint(70)], next_turn=59)
+
+    assert surplus == places[2:-1]
+
+
+def test_places_where_other_conversations_go_on_stay_beside_the_way() -> None:
+    """What is left of turns of this one does not take theirs."""
+    answer = checkpoint(10, worth=Worth.ANSWER)
+    ends = [checkpoint(position) for position in range(20, 60, 10)]
+
+    surplus = surplus_checkpoints([checkpoint(5), checkpoint(90)], [answer, *ends])
+
+    assert surplus == ends[:-CHECKPOINTS_BESIDE]

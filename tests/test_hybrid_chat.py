@@ -1,5 +1,7 @@
 """A chat with a hybrid model: each turn reads only what is new, and stays small."""
 
+import functools
+import random
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -9,11 +11,13 @@ import numpy as np
 import pytest
 import tiny
 from mlx_lm.utils import load_tokenizer
+from test_rendering import REAL_TEMPLATES
 
 from benchmarks import architectures
 from benchmarks.conformance import CountingModel
-from promptcache import CachedGenerator, PrefixStore, loading
+from promptcache import CachedGenerator, PrefixStore, UsageError, loading
 from promptcache.blobs import BlobFolder
+from promptcache.rendering import RenderedPrompt
 from promptcache.types import BlobHeader
 
 NUM_TURNS = 20
@@ -33,12 +37,18 @@ class Turn(NamedTuple):
     num_read: int
 
 
+@functools.cache
+def tiny_model() -> Any:
+    """Return a model with linear attention in some of its layers."""
+    return architectures.build("qwen3_next")
+
+
 class Chat:
     """A conversation that is saved after each turn."""
 
     def __init__(self, folder: Path, template: str) -> None:
         """Make the model and its tokenizer."""
-        model = architectures.build("qwen3_next")
+        model = tiny_model()
         folder.mkdir()
         tiny.save_tokenizer(folder, template)
         self.model = CountingModel(model)
@@ -154,3 +164,54 @@ def test_long_chat_takes_its_rows_and_at_most_12_checkpoints(chat: Chat) -> None
     assert sum(header.info.end - header.info.start for header in rows) == num_tokens
     assert 2 <= len(checkpoints) <= 12
     assert len({tensor_nbytes(header) for header in checkpoints}) == 1
+
+
+# Where the next turn parts
+
+
+def answered(generator: CachedGenerator, prompt: RenderedPrompt, length: int) -> None:
+    """Have a prompt answered with so many tokens, and save both."""
+    options = {"max_tokens": length, "save": True, "save_answer": True}
+    assert len(list(generator.stream_generate(prompt, **options))) == length
+
+
+def test_saved_answer_keeps_the_place_where_the_next_turn_parts(chat: Chat) -> None:
+    """The start of the answer's thinking, two tokens later, does not take its place."""
+    prompt = RenderedPrompt(list(range(5, 46)), boundaries=(1, 39))
+
+    answered(chat.generator, prompt, 70)
+
+    other = [*prompt.token_ids[:39], 200, 201, 202]
+    assert chat.generator.match(other).cached_tokens == 39
+
+
+def thinking_templates() -> list[Path]:
+    """Return the templates that know of thinking."""
+    found = sorted(REAL_TEMPLATES.glob("*.jinja"))
+    return [path for path in found if "think" in path.read_text()]
+
+
+@pytest.mark.skipif(not thinking_templates(), reason="templates are not here")
+@pytest.mark.parametrize("template", thinking_templates(), ids=lambda path: path.stem)
+def test_next_turn_reuses_up_to_where_the_answer_begins(
+    template: Path, tmp_path: Path
+) -> None:
+    chat = Chat(tmp_path / "chat", template.read_text())
+    chance = random.Random(template.stem)
+    texts = ["x" * chance.randrange(1, 30) for _ in range(3)]
+    said = [
+        {"role": role, "content": text}
+        for role, text in zip(("user", "assistant", "user"), texts, strict=True)
+    ]
+    try:
+        prompt, other = map(chat.generator.render, (said[:1], said))
+    except UsageError as error:
+        pytest.skip(str(error))
+    shared = shared_tokens(prompt.token_ids, other.token_ids)
+    if shared == len(prompt.token_ids):
+        pytest.skip("the template keeps the start of the answer")
+
+    # So long that it is about as far from here to the answer as to the head.
+    answered(chat.generator, prompt, chance.randrange(64, 80))
+
+    assert chat.generator.match(other).cached_tokens >= shared

@@ -190,3 +190,22 @@ def test_pieces_are_told_before_they_are_quantized_and_progress_after(
         ("piece", 64, 100, True),
         ("progress", 100, 100, True),
     ]
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "answer", "expected"),
+    [
+        ((1, 449), None, 449),
+        ((1, 449, 451), None, 449),
+        ((1, 300), None, 451),
+        ((), None, 451),
+        ((1, 449), 400, 400),
+        ((1, 449), 451, 451),
+        ((1, 449), 900, 451),
+    ],
+)
+def test_next_turn_parts_where_the_answer_begins(
+    boundaries: tuple[int, ...], answer: int | None, expected: int
+) -> None:
+    """Where nobody knows that, at a boundary just before the end, or there."""
+    assert Cuts(boundaries=boundaries, answer=answer).next_turn(451) == expected

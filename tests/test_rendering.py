@@ -499,6 +499,22 @@ def test_messages_begin_at_boundaries_if_wanted(tokenizer: Any) -> None:
     ]
 
 
+def test_answer_begins_in_history_before_the_start_of_its_thinking(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    template = tiny.CHAT_TEMPLATE.replace("<|assistant|>{%", "<|assistant|>think:{%")
+    tokenizer = make_tokenizer(template)
+    said = compose(system="S", user="One?")
+
+    rendered = render_prompt(tokenizer, said, every_message=True)
+    plain = render_prompt(tokenizer, said)
+
+    assert rendered.answer in rendered.boundaries
+    text = tokenizer.decode(rendered.token_ids[: rendered.answer])
+    assert text.endswith("<|assistant|>")
+    assert plain.answer is None
+
+
 def test_boundaries_are_nearly_the_same_without_offsets(tokenizer: Any) -> None:
     class Slow:
         """As much of a tokenizer as has no offsets."""

@@ -1,5 +1,6 @@
 """Served prompts: whose they are, what others can take over, and who waits."""
 
+import copy
 import threading
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from benchmarks import architectures
 from promptcache.loaded_model import LoadedModel
-from promptcache.prefill import Cuts
+from promptcache.prefill import Cuts, prefill
 from promptcache.server.served_cache import ServedCache
 from promptcache.server.served_prompt import Reading, ServedPrompt
 from promptcache.server.single_flight import SingleFlight
@@ -17,13 +18,18 @@ from promptcache.store import PrefixStore
 MODEL = LoadedModel(architectures.build("llama"))
 
 
-def reading(token_ids: list[int], *boundaries: int, **options: Any) -> Reading:
+def reading(
+    token_ids: list[int],
+    *boundaries: int,
+    model: LoadedModel = MODEL,
+    **options: Any,
+) -> Reading:
     cuts = Cuts(step_size=options.pop("step_size", 64), boundaries=boundaries)
     return Reading(
         token_ids,
-        MODEL,
+        model,
         DEFAULT_SETTINGS,
-        MODEL.fingerprint(),
+        model.fingerprint(),
         cuts,
         None,
         0,
@@ -124,3 +130,24 @@ def test_tokens_of_nobody_are_not_cached(store: PrefixStore) -> None:
     assert (len(cache), cache.nbytes) == (0, 0)
     assert set(cache.stats_by_type()["memory"]) == {"n_sequences", "n_bytes"}
     cache.close()
+
+
+def test_answer_leaves_the_place_where_the_next_turn_parts(store: PrefixStore) -> None:
+    hybrid = LoadedModel(architectures.build("qwen3_next"))
+    cache = ServedCache(store, memory_limit=10**8)
+    prompt = reading([*range(5, 46)], 1, 39, model=hybrid, is_divisible=False)
+    token_ids = ServedPrompt([*prompt.token_ids, *[7] * 70], prompt)
+    cache.fetch_nearest_cache(hybrid.model, token_ids[:41])
+    read = hybrid.make_cache(DEFAULT_SETTINGS)
+
+    start = 0
+    for end in (1, 39, 40, len(token_ids)):
+        prefill(hybrid.model, read, token_ids, start=start, end=end)
+        cache.insert_cache(hybrid.model, token_ids[:end], copy.deepcopy(read))
+        start = end
+    cache.finish()
+    cache.close()
+
+    next_turn = [*token_ids[:39], 200, 201, 202]
+    assert store.lookup(next_turn, hybrid.fingerprint()).cached_tokens == 39
+    assert store.lookup(token_ids, hybrid.fingerprint()).cached_tokens == end

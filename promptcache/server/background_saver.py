@@ -38,6 +38,7 @@ class Ending:
             ends where the prefix does.
         cuts: Where pieces of its prefill end.
         kv: When it is quantized.
+        next_turn: Where the next turn is likely to part from the prompt.
         origin: How the prompt was rendered, where the prefix is to tell.
         is_listed: Whether to list it as a prefix.
         store_bits: In how many bits to keep rows, None for as they are.
@@ -51,6 +52,7 @@ class Ending:
     captures: Sequence[Capture]
     cuts: Cuts
     kv: KVSettings
+    next_turn: int
     origin: Origin | None = None
     is_listed: bool = True
     store_bits: int | None = None
@@ -201,12 +203,14 @@ class BackgroundSaver:
             cut_at=cut_at,
         )
         if state is not None:
+            is_turn = ending.num_tokens == ending.next_turn
             self._store.save_checkpoint(
                 ending.token_ids,
                 ending.fingerprint,
                 state,
                 is_prefix=ending.is_listed,
-                worth=Worth.BOUNDARY,
+                worth=Worth.ANSWER if is_turn else Worth.BOUNDARY,
+                next_turn=ending.next_turn,
             )
         if ending.is_listed and ending.origin is not None:
             self._store.set_origin(key, ending.origin)

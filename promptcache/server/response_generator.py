@@ -176,7 +176,7 @@ class CachedResponseGenerator(ResponseGenerator):
             rendered = _plainly_rendered(token_ids, segments)
         is_divisible = model.is_divisible(settings)
         places = (rendered.head,) if is_divisible else rendered.boundaries
-        cuts = model.cuts(settings, places)
+        cuts = model.cuts(settings, places, rendered.answer)
         request.reading = Reading(
             token_ids,
             model,

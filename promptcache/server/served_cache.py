@@ -302,6 +302,8 @@ class ServedCache:
             tuple(reading.captures),
             reading.cuts,
             reading.settings.kv,
+            # mlx-lm reads a prompt's last token with its answer.
+            reading.cuts.next_turn(reading.num_tokens - 1),
             origin=reading.origin,
             is_listed=self._is_listed(reading, end),
             store_bits=reading.settings.store_bits,

@@ -112,6 +112,7 @@ class SegmentWriter:
         *,
         is_prefix: bool,
         worth: Worth,
+        next_turn: int | None,
     ) -> str:
         """Save the state at the end of a prefix; return its key."""
         chain = Chain(fingerprint.digest, token_ids)
@@ -138,7 +139,7 @@ class SegmentWriter:
             if not self._add(info, segment, chain, rows.key):
                 return False
             self._replace(info, chain)
-            self._thin(info.key)
+            self._thin(info.key, next_turn)
             self._hold_limit(info.key)
             return not is_prefix or self._list_prefix(chain, info.key)
 
@@ -195,7 +196,7 @@ class SegmentWriter:
             self._index.remove_leaf(key)
         pruning.remove_blobs(self._index, self._blobs, [key])
 
-    def _thin(self, key: str) -> None:
+    def _thin(self, key: str, next_turn: int | None) -> None:
         """Remove the checkpoints that a new one makes less worth their bytes."""
         found = checkpoints_on(self._index, key)
         if not found:
@@ -203,6 +204,7 @@ class SegmentWriter:
         surplus = surplus_checkpoints(
             [checkpoint for checkpoint, is_on_way in found.items() if is_on_way],
             [checkpoint for checkpoint, is_on_way in found.items() if not is_on_way],
+            next_turn=next_turn,
         )
         removed = [c.key for c in surplus if self._index.remove_leaf(c.key)]
         pruning.remove_blobs(self._index, self._blobs, removed)

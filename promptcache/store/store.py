@@ -294,6 +294,7 @@ class PrefixStore(StoreFolder):
         *,
         is_prefix: bool = True,
         worth: Worth = Worth.STEP,
+        next_turn: int | None = None,
     ) -> str:
         """Save the state at the end of a prefix whose rows are stored; return its key.
 
@@ -305,13 +306,20 @@ class PrefixStore(StoreFolder):
             segment: The state.
             is_prefix: Whether to list its end, or keep it as a step on the way.
             worth: How much it is worth against others.
+            next_turn: Where the next turn is likely to part from this one, so that the
+                last checkpoint up to there stays.
 
         Raises:
             StoreFullError: It does not fit and nothing more may be evicted.
             StoreError: It cannot be written.
         """
         return self._writer.save_checkpoint(
-            token_ids, fingerprint, segment, is_prefix=is_prefix, worth=worth
+            token_ids,
+            fingerprint,
+            segment,
+            is_prefix=is_prefix,
+            worth=worth,
+            next_turn=next_turn,
         )
 
     def configs(self, template: str) -> list[dict[str, Any]]:
