@@ -17,6 +17,7 @@ from promptcache.blobs import BlobFolder
 from promptcache.chain import Chain
 from promptcache.errors import StoreError
 from promptcache.index import Index
+from promptcache.index.database import Opener
 from promptcache.index.history import History
 from promptcache.reports import Garbage
 from promptcache.store import MAX_SEGMENT_TOKENS, PrefixStore
@@ -111,9 +112,9 @@ class RankingHistory(History):
 class RankingIndex(Index):
     """An index that tells the rank of its leaves as the time of their last use."""
 
-    def __init__(self, path: Path, ordering: Ordering) -> None:
-        """Take the database and an ordering."""
-        super().__init__(path)
+    def __init__(self, path: Path, ordering: Ordering, opener: Opener) -> None:
+        """Take the database, an ordering, and what opens the database."""
+        super().__init__(path, opener=opener)
         # Waiting for the disk is not what is measured.
         self.database.execute("PRAGMA synchronous=OFF")
         self.history = RankingHistory(self, self._forget)
@@ -245,7 +246,7 @@ class TraceStore(PrefixStore):
         self._rows = memoryview(rows)
 
     def _new_index(self) -> Index:
-        return RankingIndex(self.path / "index.db", self._ordering)
+        return RankingIndex(self.path / "index.db", self._ordering, self._open_index)
 
     @property
     def blobs(self) -> WeightlessBlobs:

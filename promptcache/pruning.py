@@ -151,7 +151,13 @@ def remove_blobs(index: Index, blobs: BlobFolder, keys: Iterable[str]) -> int:
     """
     try:
         with index.database.writing():
-            return sum(blobs.remove(k) for k in keys if index.segment_id(k) is None)
+            return sum(
+                blobs.remove(key)
+                for key in keys
+                if index.segment_id(key) is None
+                # Another index may refer to it.
+                and not index.database.is_replaced()
+            )
     except OSError as error:
         raise StoreError(f"a blob cannot be removed ({error.strerror})") from error
 
@@ -188,6 +194,7 @@ def make_room(
     """
     if blobs.total_nbytes() + nbytes <= limit:
         return 0
+    index.database.refresh()
     index.database.shrink()
     garbage = find_garbage(index, blobs)
     over = blobs.total_nbytes() + nbytes - limit - _nbytes(garbage)

@@ -4,16 +4,20 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 
 from promptcache.blobs import BlobFolder
 from promptcache.chain import Chain
 from promptcache.cover import Cover
 from promptcache.errors import DamagedBlobError, DamagedIndexError, StoreError
-from promptcache.index import ROOT_ID, Index
+from promptcache.files import locked_folder
+from promptcache.index import ROOT_ID, Database, Index
 from promptcache.reports import Damage, VerifyReport
 from promptcache.types import BlobHeader, ListedPrefix, SegmentInfo
 
 PREFIXES_FILE = "prefixes.json"
+# What SQLite keeps beside a database.
+BESIDE = ("-wal", "-shm", "-journal")
 
 
 def verify(
@@ -84,15 +88,38 @@ def give_up(index: Index, blobs: BlobFolder, key: str) -> list[str]:
     return lost
 
 
-def set_index_aside(blobs: BlobFolder) -> None:
-    """Move a damaged index into `quarantine/`. Raises StoreError."""
+def create_index(database: Database, blobs: BlobFolder) -> None:
+    """Create the file of an index where there is none. Raises StoreError.
+
+    What another one has left beside it, which a process may still use, is not its own.
+    """
     try:
-        for suffix in ("", "-wal", "-shm"):
-            blobs.set_aside(blobs.root / f"index.db{suffix}")
+        with locked_folder(blobs.root):
+            if database.is_missing():
+                _set_aside(database, blobs, BESIDE)
+                database.create()
+    except OSError as error:
+        raise StoreError(f"the index cannot be created ({error.strerror})") from error
+
+
+def set_index_aside(database: Database, blobs: BlobFolder) -> None:
+    """Move a damaged index into `quarantine/`. Raises StoreError.
+
+    Others may have it open: what they write is written before, and SQLite does not
+    remove the files of an index that has its name no more.
+    """
+    try:
+        with locked_folder(blobs.root), database.frozen():
+            _set_aside(database, blobs, ["", *BESIDE])
     except OSError as error:
         raise StoreError(
             f"the damaged index cannot be set aside ({error.strerror})"
         ) from error
+
+
+def _set_aside(database: Database, blobs: BlobFolder, suffixes: Iterable[str]) -> None:
+    for suffix in suffixes:
+        blobs.set_aside(Path(f"{database.path}{suffix}"))
 
 
 def rebuild(index: Index, blobs: BlobFolder, *, skip: Collection[str] = ()) -> int:

@@ -11,13 +11,14 @@ from subprocess import PIPE, Popen
 
 from segments import TINY, save, tokens
 
+from promptcache import recovery
 from promptcache.blobs import BlobFolder
 from promptcache.chain import Chain
 from promptcache.errors import StoreFullError
-from promptcache.index import Index
+from promptcache.index import Database, Index
 from promptcache.reports import PrunePolicy
 from promptcache.store import PrefixStore
-from promptcache.types import EncodedSegment, SegmentInfo, Tensor
+from promptcache.types import EncodedSegment, Receipt, SegmentInfo, Tensor
 
 
 def start(job: str, folder: Path, number: int = 0) -> "Popen[str]":
@@ -70,6 +71,70 @@ def open_store(folder: Path, number: int) -> None:
     ready()
     with PrefixStore(folder) as store:
         print(save(store, [number, *tokens(40)]))
+
+
+def obey(folder: Path, number: int) -> None:
+    """Do one job after another, as `elsewhere` asks for them."""
+    for line in sys.stdin:
+        job, path, number_ = line.split()
+        globals()[job](Path(path), int(number_))
+        print("done", flush=True)
+
+
+def elsewhere(process: "Popen[str]", job: str, folder: Path, number: int = 0) -> None:
+    """Let a process that obeys do a job."""
+    assert process.stdin
+    assert process.stdout
+    print(job, folder, number, file=process.stdin, flush=True)
+    assert process.stdout.readline() == "done\n"
+
+
+def list_prefixes(folder: Path, number: int) -> None:
+    """Open and close a store, as `promptcache ls` does."""
+    with PrefixStore(folder) as store:
+        store.prefixes()
+
+
+def save_one(folder: Path, number: int) -> None:
+    """Save one prompt."""
+    with PrefixStore(folder) as store:
+        save(store, [number, *tokens(40)])
+
+
+def save_pinned(folder: Path, number: int) -> None:
+    """Save one prompt, and pin it."""
+    with PrefixStore(folder) as store:
+        store.pin(save(store, [number, *tokens(40)]), "pinned")
+
+
+def set_index_aside(folder: Path, number: int) -> None:
+    """Set an index aside as one that is damaged."""
+    recovery.set_index_aside(Database(folder / "index.db"), BlobFolder(folder))
+
+
+def open_often(folder: Path, number: int) -> None:
+    """Save some prompts, each in a store that is opened for it and closed."""
+    for i in range(number, number + 8):
+        save_one(folder, i)
+
+
+def live(folder: Path) -> None:
+    """Do once what is ever done to a store."""
+    for damage in (lambda: None, (folder / "index.db").unlink, lambda: spoil(folder)):
+        damage()
+        with PrefixStore(folder) as store, PrefixStore(folder) as other:
+            key = save(store, tokens(100))
+            store.pin(key, "name")
+            other.record(Receipt(TINY, other.lookup(tokens(100), TINY), 1, 1, 0.1, 0.1))
+            store.verify(fix=True)
+            store.remove(key)
+            store.give_up(save(other, tokens(90)))
+            other.execute(other.plan_prune(PrunePolicy(max_nbytes=0)))
+
+
+def spoil(folder: Path) -> None:
+    """Damage the index inside, without opening it as Python does."""
+    os.truncate(folder / "index.db", 5000)
 
 
 def add_rows(folder: Path, number: int) -> None:

@@ -6,6 +6,7 @@ It knows how rows are read and written safely, not what is in them.
 import contextlib
 import os
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from types import UnionType
 from typing import Any
 
 from promptcache.errors import DamagedIndexError, StoreError, StoreFormatError
+from promptcache.files import PRIVATE_FILE, size_of
 from promptcache.index.schema import SCHEMA_VERSION, create_tables
 
 # Writers queue behind each other; a save holds the lock for milliseconds.
@@ -24,6 +26,10 @@ BUSY_MILLISECONDS = 100
 
 # What values that no promptcache has written lead to.
 VALUE_ERRORS = (ArithmeticError, RecursionError, TypeError, ValueError)
+# The device and the number of a file.
+Identity = tuple[int, int]
+Opener = Callable[["Database"], None]
+
 DAMAGED = "the index holds what was never written, run `promptcache verify`"
 
 
@@ -32,14 +38,28 @@ class Database:
 
     Invariants:
         Every write happens inside `writing()`.
+        Only SQLite opens and closes its files: when a process closes any descriptor of
+        a file, POSIX drops all the locks it has there.
+        A transaction begins in the file that has the name at that moment.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Take the file; it is there for use after `open`."""
+    def __init__(self, path: Path, opener: "Opener | None" = None) -> None:
+        """Store the path; `open` opens the file.
+
+        `opener` is called to open it, also when another file has come in its place: it
+        calls `attempt`, after `create` where there is no file.
+        """
         self.path = path
         self.read_only = False
+        self._opener = opener or _open_plainly
+        self._populate: Callable[[], object] = lambda: None
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection
+        self._identity: Identity | None = None
+        # What was open before: other threads may still read from its cursors.
+        self._replaced: sqlite3.Connection | None = None
+        # Not before it is open, meanwhile, and after `close`.
+        self._follows = False
 
     def open(self, populate: Callable[[], object]) -> None:
         """Open the file, creating it where there is none.
@@ -51,32 +71,122 @@ class Database:
             DamagedIndexError: It is no database, or of an older format.
             StoreError: It cannot be opened.
         """
-        self.read_only = False
-        with translated():
-            self._connection = self._connect()
-            try:
-                self._prepare(populate)
-            except BaseException:
-                self._connection.close()
-                raise
+        self._populate = populate
+        self._opener(self)
+        self._follows = True
 
-    def _connect(self) -> sqlite3.Connection:
+    def create(self) -> None:
+        """Make an empty file where there is none. Raises StoreError."""
         try:
-            # Created by hand, because SQLite would follow the umask.
-            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            if os.access(self.path.parent, os.W_OK):
-                return _open(self.path, "mode=rw")
+            _open(self.path, "mode=rwc").close()
+            # SQLite follows the umask. Its other files get the mode of this one.
+            self.path.chmod(PRIVATE_FILE)
         except (OSError, sqlite3.OperationalError) as error:
-            if not os.path.exists(self.path):
-                raise StoreError(f"the index {self.path} cannot be created") from error
-        self.read_only = True
+            raise StoreError(f"the index {self.path} cannot be created") from error
+
+    def attempt(self) -> None:
+        """Open the file that is there. Raises as `open` does."""
+        connection, identity = self._connect()
+        if self._replaced is not None:
+            # SQLite leaves the WAL of the file that has the name now alone.
+            self._replaced.close()
+        self._replaced = getattr(self, "_connection", None)
+        self._connection, self._identity = connection, identity
+        try:
+            with translated():
+                self._prepare()
+        except BaseException:
+            self._identity = None
+            connection.close()
+            raise
+
+    def _connect(self) -> "tuple[sqlite3.Connection, Identity]":
+        """Open the file, and return which one it is."""
+        while True:
+            identity = _identity(self.path)
+            if identity is None:
+                raise StoreError(f"the index {self.path} is not there")
+            with translated():
+                connection = self._opened()
+            if identity == _identity(self.path):
+                return connection, identity
+            connection.close()
+
+    def _opened(self) -> sqlite3.Connection:
+        """Return a connection that has opened the WAL, which goes by its name, too."""
+        self._check_file()
+        connection = _open(self.path, self._options())
+        try:
+            connection.execute("PRAGMA user_version").fetchone()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _check_file(self) -> None:
+        """Make the file private. Raises DamagedIndexError where there is no file."""
+        with contextlib.suppress(OSError):
+            mode = self.path.lstat().st_mode
+            if not stat.S_ISREG(mode):
+                raise DamagedIndexError(
+                    "the index is no file, run `promptcache verify`"
+                )
+            if stat.S_IMODE(mode) != PRIVATE_FILE:
+                # The process that created it was killed.
+                self.path.chmod(PRIVATE_FILE)
+
+    def _options(self) -> str:
+        """Return how to open the file, and note whether it can only be read."""
+        places = (self.path.parent, self.path)
+        self.read_only = not all(os.access(place, os.W_OK) for place in places)
+        if not self.read_only:
+            return "mode=rw"
         # `immutable` reads where no -shm file can be made; it must not be used
         # while a WAL holds rows that it would not see.
-        wal = self.path.with_name(f"{self.path.name}-wal")
-        has_rows = os.path.exists(wal) and wal.stat().st_size
-        return _open(self.path, "mode=ro" if has_rows else "immutable=1")
+        return "mode=ro" if size_of(Path(f"{self.path}-wal")) else "immutable=1"
 
-    def _prepare(self, populate: Callable[[], object]) -> None:
+    def is_missing(self) -> bool:
+        """Return whether there is no file, nor anything else in its place."""
+        return _identity(self.path) is None
+
+    def is_replaced(self) -> bool:
+        """Return whether the file that is open has its name no more."""
+        return self._follows and _identity(self.path) != self._identity
+
+    def refresh(self) -> None:
+        """Open the file that has come in the place of the one that is open, if any.
+
+        Raises StoreError.
+        """
+        if not self.is_replaced():
+            return
+        with self._lock:
+            # Another thread may have opened it, or be inside a transaction.
+            if not self._in_transaction and self.is_replaced():
+                self._reopen()
+
+    @property
+    def _in_transaction(self) -> bool:
+        return self._identity is not None and self._connection.in_transaction
+
+    def _reopen(self) -> None:
+        self._follows, self._identity = False, None
+        try:
+            self._opener(self)
+        finally:
+            self._follows = True
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Let nobody write to the file or fold its WAL in, if SQLite can open it."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(sqlite3.Error):
+                connection = _open(self.path, "mode=rw")
+                stack.callback(connection.close)
+                connection.execute("BEGIN IMMEDIATE")
+            yield
+
+    def _prepare(self) -> None:
         """Check the schema's version, or create the tables."""
         version = self._version()
         if version == SCHEMA_VERSION:
@@ -92,7 +202,7 @@ class Database:
         with self.writing():
             if self._version() < SCHEMA_VERSION:
                 create_tables(self._connection)
-                populate()
+                self._populate()
                 self.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     def _version(self) -> int:
@@ -108,7 +218,10 @@ class Database:
     def close(self) -> None:
         """Close the connection; the last one to do so folds the WAL back in."""
         with self._lock:
-            self._connection.close()
+            self._follows, self._identity = False, None
+            for connection in (self._connection, self._replaced):
+                if connection is not None:
+                    connection.close()
 
     def shrink(self) -> None:
         """Give the room of deleted rows and of the WAL back to the disk."""
@@ -118,13 +231,18 @@ class Database:
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def writing(self) -> AbstractContextManager[None]:
-        """Hold the write lock for a transaction. Raises StoreError."""
+        """Hold the write lock for a transaction.
+
+        Raises StoreError, also where what was written is in a file that has lost its
+        name meanwhile.
+        """
         return self._transaction("BEGIN IMMEDIATE")
 
     @contextlib.contextmanager
     def impatient(self) -> Iterator[None]:
         """Fail soon where another process writes, rather than wait for it."""
         with self._lock:
+            self.refresh()
             self.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
             try:
                 yield
@@ -139,10 +257,10 @@ class Database:
     def _transaction(self, begin: str) -> Iterator[None]:
         """Commit at the end, or roll back; inside another one, be part of it."""
         with self._lock:
-            if self._connection.in_transaction:
+            if self._in_transaction:
                 yield
                 return
-            self.execute(begin)
+            self._begin(begin)
             try:
                 yield
             except BaseException:
@@ -150,6 +268,17 @@ class Database:
                 raise
             with translated():
                 self._connection.commit()
+            if begin != "BEGIN" and self.is_replaced():
+                raise StoreError("the index was replaced meanwhile, try again")
+
+    def _begin(self, begin: str) -> None:
+        """Begin in the file that has the name once the lock is held."""
+        while True:
+            self.refresh()
+            self.execute(begin)
+            if not self.is_replaced():
+                return
+            self._connection.rollback()
 
     def execute(self, sql: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
         """Run a statement. Raises StoreError."""
@@ -190,6 +319,23 @@ def translated() -> Iterator[None]:
         ) from error
     except sqlite3.Error as error:
         raise StoreError(f"the index cannot be used ({error})") from error
+
+
+def _open_plainly(database: Database) -> None:
+    if database.is_missing():
+        database.create()
+    database.attempt()
+
+
+def _identity(path: Path) -> Identity | None:
+    """Return which file has a name, or None. Raises StoreError if that is not known."""
+    try:
+        status = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise StoreError(f"the index cannot be used ({error.strerror})") from error
+    return status.st_dev, status.st_ino
 
 
 def _open(path: Path, options: str) -> sqlite3.Connection:

@@ -14,6 +14,7 @@ from promptcache.errors import DamagedIndexError
 from promptcache.index.database import (
     DAMAGED,
     Database,
+    Opener,
     checked,
     integer,
     translated,
@@ -46,27 +47,28 @@ class Index:
     """
 
     def __init__(
-        self, path: Path, *, populate: Callable[["Index"], object] = lambda index: None
+        self,
+        path: Path,
+        *,
+        populate: Callable[["Index"], object] = lambda index: None,
+        opener: Opener | None = None,
     ) -> None:
         """Open the index, creating it where there is none.
 
         Args:
             path: The database.
             populate: Called with a new index before anybody else sees it.
+            opener: Called to open the database, see `Database`.
 
         Raises:
             StoreFormatError: A newer promptcache wrote it.
             DamagedIndexError: It is no database.
             StoreError: It cannot be opened.
         """
-        self.database = Database(path)
+        self.database = Database(path, opener)
         self.fingerprints = Fingerprints(self.database)
         self.prefixes = Prefixes(self.database)
         self.history = History(self.database, self.fingerprints)
-        self.open(populate)
-
-    def open(self, populate: Callable[["Index"], object]) -> None:
-        """Open the file, also another one that has come in its place."""
         self.database.open(lambda: populate(self))
 
     # Looking things up

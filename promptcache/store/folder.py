@@ -14,7 +14,7 @@ from typing import Self
 from promptcache import pruning, recovery
 from promptcache.blobs import BlobFolder
 from promptcache.errors import DamagedIndexError, StoreError
-from promptcache.index import Index
+from promptcache.index import Database, Index
 from promptcache.reports import PrunePlan, PrunePolicy, PruneReport, VerifyReport
 
 
@@ -38,32 +38,41 @@ class StoreFolder:
         self.path = path
         self.rebuilt = 0
         self._blobs = BlobFolder(path)
+        self._index = self._new_index()
+
+    def _new_index(self) -> Index:
+        return Index(
+            self.path / "index.db", populate=self._populate, opener=self._open_index
+        )
+
+    def _open_index(self, database: Database) -> None:
+        """Open the index, also one that has come in the place of another."""
+        self._create_folders()
+        if database.is_missing():
+            recovery.create_index(database, self._blobs)
+        try:
+            database.attempt()
+        except DamagedIndexError:
+            with self._locked("index"):
+                self._recover_index(database)
+
+    def _create_folders(self) -> None:
         try:
             self._blobs.create()
         except OSError as error:
-            if not os.path.exists(path / "index.db"):
+            if not os.path.exists(self.path / "index.db"):
                 raise StoreError(
-                    f"the store {path} cannot be created ({error.strerror})"
+                    f"the store {self.path} cannot be created ({error.strerror})"
                 ) from error
-        self._index = self._open_index()
 
-    def _open_index(self) -> Index:
-        try:
-            return self._new_index()
-        except DamagedIndexError:
-            with self._locked("index"):
-                return self._recovered_index()
-
-    def _recovered_index(self) -> Index:
+    def _recover_index(self, database: Database) -> None:
         try:
             # Another process may have recovered it while this one waited.
-            return self._new_index()
+            database.attempt()
         except DamagedIndexError:
-            recovery.set_index_aside(self._blobs)
-            return self._new_index()
-
-    def _new_index(self) -> Index:
-        return Index(self.path / "index.db", populate=self._populate)
+            recovery.set_index_aside(database, self._blobs)
+            recovery.create_index(database, self._blobs)
+            database.attempt()
 
     def _populate(self, index: Index) -> None:
         self.rebuilt += recovery.rebuild(index, self._blobs)
@@ -128,6 +137,7 @@ class StoreFolder:
         Raises StoreError.
         """
         now = time.time() if now is None else now
+        self._index.database.refresh()
         return pruning.plan_prune(self._index, self._blobs, policy, now=now)
 
     def execute(self, plan: PrunePlan) -> PruneReport:
@@ -156,14 +166,18 @@ class StoreFolder:
         Raises:
             StoreError: The index cannot be read or written.
         """
-        if not self._index.database.is_sound():
-            self._index.database.close()
-            with self._locked("index"):
-                recovery.set_index_aside(self._blobs)
-                self._index.open(self._populate)
+        self._replace_unsound_index(self._index.database)
         report = recovery.verify(self._index, self._blobs, fix=fix, progress=progress)
         rebuilt, self.rebuilt = self.rebuilt, 0
         return replace(report, rebuilt=report.rebuilt + rebuilt)
+
+    def _replace_unsound_index(self, database: Database) -> None:
+        if not database.is_sound():
+            with self._locked("index"):
+                # Another process may have replaced it while this one waited.
+                if not database.is_replaced():
+                    recovery.set_index_aside(database, self._blobs)
+        database.refresh()
 
     def give_up(self, key: str) -> list[str]:
         """Forget a segment that cannot be used, with all that hangs on it.

@@ -122,6 +122,7 @@ class PrefixStore(StoreFolder):
         Raises:
             StoreError: The index cannot be read.
         """
+        self._index.database.refresh()
         chains = (Chain(f.digest, token_ids) for f in fingerprint.reusable)
         matches = (
             longest_match(self._index, chain, generating=generating, skip=skip)
