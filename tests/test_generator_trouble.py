@@ -273,16 +273,17 @@ def test_index_that_breaks_while_it_is_open_is_one_warning(
     assert tokens == plain(generator, PROMPT)
 
 
-def test_store_deleted_while_it_is_open_breaks_no_generation(
+def test_store_deleted_while_it_is_open_is_created_again(
     model_dir: Path, built_store: Path
 ) -> None:
     generator = CachedGenerator.load(model_dir, store=built_store)
     shutil.rmtree(built_store)
 
-    with pytest.warns(PromptCacheWarning):
-        tokens, _ = generated(generator, PROMPT, save=True)
+    tokens, last = generated(generator, PROMPT, save=True)
+    again, found = generated(generator, PROMPT)
 
-    assert tokens == plain(generator, PROMPT)
+    assert tokens == again == plain(generator, PROMPT)
+    assert (last.cached_tokens, found.cached_tokens) == (0, 99)
 
 
 # Limits, full and read-only disks
