@@ -1,7 +1,8 @@
 """Eviction: which segments to give up, decided on plain values.
 
 Only leaves go, the one unused for the longest time first, as in SGLang's radix
-cache: a parent becomes a leaf once its last child went.
+cache: a parent becomes a leaf once its last child went. Of those that were used at the
+same moment the deepest goes first: what many go through is used as often as they are.
 """
 
 import heapq
@@ -34,19 +35,23 @@ def plan_eviction(
     keep = _with_ancestors(by_id, protected)
     keep |= _with_ancestors(by_id, (s.id for s in segments if s.pinned))
     num_children = Counter(segment.parent_id for segment in segments)
-    heap = [(s.used_at, s.id) for s in segments if not num_children[s.id]]
+    heap = [_rank_of(s) for s in segments if not num_children[s.id]]
     heapq.heapify(heap)
     evicted: list[Leaf] = []
     while heap and (nbytes is None or nbytes > 0):
-        segment = by_id[heapq.heappop(heap)[1]]
+        segment = by_id[heapq.heappop(heap)[-1]]
         if segment.id in keep or not may_go(segment):
             continue
         evicted.append(segment)
         nbytes = None if nbytes is None else nbytes - segment.nbytes
         num_children[segment.parent_id] -= 1
         if segment.parent_id in by_id and not num_children[segment.parent_id]:
-            heapq.heappush(heap, (by_id[segment.parent_id].used_at, segment.parent_id))
+            heapq.heappush(heap, _rank_of(by_id[segment.parent_id]))
     return evicted
+
+
+def _rank_of(segment: Leaf) -> tuple[float, int, int]:
+    return segment.used_at, -segment.start, segment.id
 
 
 def surplus_checkpoints(

@@ -85,6 +85,11 @@ class Match:
         return self.slices[-1].stop if self.slices else 0
 
     @property
+    def ends_in_checkpoint(self) -> bool:
+        """Return whether a run takes over from a state, and not from rows alone."""
+        return bool(self.slices) and self.slices[-1].start == self.slices[-1].end
+
+    @property
     def key(self) -> str | None:
         """Return the key of the deepest segment with rows, or None without one."""
         keys = [part.key for part in self.slices if part.start < part.end]
@@ -296,6 +301,7 @@ class Leaf(NamedTuple):
     pinned: bool
     model: str
     is_checkpoint: bool = False
+    start: int = 0
 
 
 class PromptRow(NamedTuple):

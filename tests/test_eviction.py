@@ -128,6 +128,15 @@ def test_recently_used_parent_goes_after_older_leaves() -> None:
     assert [segment.id for segment in evicted] == [2, 3, 1]
 
 
+def test_deepest_of_those_used_at_once_goes_first() -> None:
+    segments = [
+        Leaf(id_, f"{id_:032x}", 0, 10, 1.0, False, "a", True, start)
+        for id_, start in ((1, 300), (2, 900), (3, 600))
+    ]
+
+    assert [segment.start for segment in plan_eviction(segments)] == [900, 600, 300]
+
+
 def test_parent_with_one_child_left_stays() -> None:
     segments = [leaf(1), leaf(2, 1), leaf(3, 1, pinned=True)]
 

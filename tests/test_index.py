@@ -544,6 +544,24 @@ def test_hit_counts_for_the_prefix_that_was_reused(
     assert {segment.used_at for segment in index.leaves()} == {5.0}
 
 
+def test_checkpoints_that_were_passed_count_as_used(index: Index) -> None:
+    """What was built, what is listed, and the first boundary; nothing off the way."""
+    root = add(index, tokens(100), is_prefix=False)
+    child = add(index, [*tokens(80), *tokens(80, first=500)], start=80, parent_key=root)
+    worths = [Worth.STEP, Worth.BOUNDARY, Worth.BOUNDARY, Worth.BUILT]
+    passed = [
+        add_checkpoint(index, tokens(position), root, worth=worth)
+        for position, worth in zip((10, 20, 30, 40), worths, strict=True)
+    ]
+    listed = add_checkpoint(index, tokens(50), root, is_prefix=True)
+    add_checkpoint(index, tokens(90), root, worth=Worth.BUILT)
+
+    index.touch_passed([(root, 80), (child, 120)], now=5.0)
+
+    used = {segment.key for segment in index.leaves() if segment.used_at == 5.0}
+    assert used == {passed[1], passed[3], listed}
+
+
 def test_prefixes_are_listed_last_used_first(index: Index) -> None:
     keys = [add(index, [i, *tokens(40)], now=float(i)) for i in range(3)]
     index.touch([keys[0]], 41, now=9.0)

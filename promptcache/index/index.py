@@ -174,12 +174,12 @@ class Index:
             SELECT s.id, s.key, s.parent_id, s.nbytes, s.used_at, EXISTS (
                 SELECT 1 FROM prefixes p
                 WHERE p.segment_id = s.id AND p.name IS NOT NULL
-            ), f.model, s.first_token = ?
+            ), f.model, s.first_token = ?, s.start
             FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
         """
-        kinds = (int, str, int, int, int | float, int, str, int)
+        kinds = (int, str, int, int, int | float, int, str, int, int)
         return [
-            Leaf._make([*row[:5], bool(row[5]), row[6], bool(row[7])])
+            Leaf._make([*row[:5], bool(row[5]), row[6], bool(row[7]), row[8]])
             for row in checked(self.database.rows(sql, [NO_TOKEN]), *kinds)
         ]
 
@@ -220,6 +220,37 @@ class Index:
             """
             hit = [now, *segment_keys, cached_tokens, cached_tokens]
             return next((str(row[0]) for row in self.database.rows(sql, hit)), None)
+
+    def touch_passed(self, way: Sequence[tuple[str, int]], *, now: float) -> None:
+        """Note that prompts go on through checkpoints, past which they are resumed.
+
+        Those are what was built or listed, and the first boundary, where conversations
+        part. Others on the way are of use to their own conversation only.
+
+        Args:
+            way: The keys of segments, and up to where each is followed.
+            now: Unix time.
+        """
+        marks = ", ".join("(?, ?)" for _ in way)
+        sql = f"""
+            WITH way(key, stop) AS (VALUES {marks}),
+            passed AS (
+                SELECT c.id, c.start, c.worth,
+                    c.id IN (SELECT segment_id FROM prefixes) AS is_prefix
+                FROM way JOIN segments s USING (key)
+                JOIN segments c ON c.parent_id = s.id
+                WHERE c.first_token = ? AND c.start <= way.stop
+            )
+            UPDATE segments SET used_at = ? WHERE id IN (
+                SELECT id FROM passed WHERE is_prefix OR worth = ?
+                UNION SELECT * FROM (
+                    SELECT id FROM passed WHERE worth > ? ORDER BY start LIMIT 1
+                )
+            )
+        """
+        ends = [value for pair in way for value in pair]
+        with self.database.writing():
+            self.database.execute(sql, [*ends, NO_TOKEN, now, Worth.BUILT, Worth.STEP])
 
     def add_segment(
         self, info: SegmentInfo, chain: Chain, *, parent_key: str | None, nbytes: int

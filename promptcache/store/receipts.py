@@ -33,5 +33,8 @@ def record(index: Index, room: Room, receipt: Receipt) -> tuple[str | None, floa
 
 def touch(index: Index, match: Match) -> str | None:
     """Note that a match was reused; return the key of the prefix it counts for."""
-    keys = [part.key for part in match.slices]
-    return index.touch(keys, match.cached_tokens, now=time.time())
+    keys, now = [part.key for part in match.slices], time.time()
+    with index.database.writing():
+        if match.ends_in_checkpoint:
+            index.touch_passed([(s.key, s.stop) for s in match.slices], now=now)
+        return index.touch(keys, match.cached_tokens, now=now)

@@ -139,6 +139,8 @@ class SegmentWriter:
             if not self._add(info, segment, chain, rows.key):
                 return False
             self._replace(info, chain)
+            way = [(part.key, part.stop) for part in rows.slices]
+            self._index.touch_passed(way, now=time.time())
             self._thin(info.key, next_turn)
             self._hold_limit(info.key)
             return not is_prefix or self._list_prefix(chain, info.key)
