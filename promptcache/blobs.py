@@ -25,13 +25,14 @@ from promptcache.files import (
     lock_at_once,
     locked_folder,
     make_durable,
-    make_names_durable,
+    make_path_durable,
     open_file,
     open_locked,
     size_of,
 )
 from promptcache.header import encode_header, read_header
 from promptcache.inventory import Inventory
+from promptcache.locks import Patience
 from promptcache.reports import Garbage
 from promptcache.types import BlobHeader, EncodedSegment, SegmentInfo, Tensor, bits_of
 
@@ -54,7 +55,7 @@ class StagedBlob(NamedTuple):
     def publish(self) -> None:
         """Give it its name, durably. Raises OSError."""
         self.tmp.rename(self.path)
-        make_names_durable(self.path.parent)
+        make_path_durable(self.path.parent)
 
 
 class BlobFolder:
@@ -66,9 +67,10 @@ class BlobFolder:
         Links below the store's folder are not followed.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, patience: Patience | None = None) -> None:
         """Take the store's folder; nothing is created before `create`."""
         self.root = root
+        self.patience = patience or Patience()
         self._blobs = root / "blobs"
         self._tmp = root / "tmp"
         self._quarantine = root / "quarantine"
@@ -160,13 +162,13 @@ class BlobFolder:
 
         Others would make the same room for themselves. Raises OSError.
         """
-        with locked_folder(self._tmp):
+        with locked_folder(self._tmp, self.patience):
             yield
 
     def _create_folder(self, folder: Path) -> None:
         if not folder.is_dir():
             create_folder(folder)
-            make_names_durable(folder.parent)
+            make_path_durable(folder.parent)
 
     @contextlib.contextmanager
     def _staged(
@@ -174,7 +176,7 @@ class BlobFolder:
     ) -> Iterator["StagedBlob"]:
         tmp = self._tmp / f"{path.name}.{os.getpid()}.{id(buffers):x}"
         # The lock tells a prune in another process that this is no garbage.
-        with open_locked(tmp) as file:
+        with open_locked(tmp, self.patience) as file:
             try:
                 for buffer in buffers:
                     file.write(buffer)
@@ -298,9 +300,9 @@ class BlobFolder:
         """Return the file whose lock is held by whoever computes a prefix."""
         return self._tmp / f"{key}.lock"
 
-    def remove_lock(self, key: str) -> None:
-        """Remove the file of a lock that is held."""
-        self.lock_path(key).unlink(missing_ok=True)
+    def wal_nbytes(self) -> int:
+        """Return the size of the index's WAL, which no eviction makes smaller."""
+        return size_of(self.root / "index.db-wal")
 
     def total_nbytes(self) -> int:
         """Return the size of all files of the store."""

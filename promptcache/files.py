@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from promptcache.locks import TELL_SECONDS, Patience, lock
+
 PRIVATE_FOLDER = 0o700
 PRIVATE_FILE = 0o600
 
@@ -47,27 +49,70 @@ def open_file(path: Path) -> BinaryIO:
     raise IrregularFileError(errno.EISDIR, kind)
 
 
-def open_locked(path: Path) -> BinaryIO:
-    """Create a file that others see locked from the start. Raises OSError."""
+def open_locked(
+    path: Path,
+    patience: Patience,
+    *,
+    most: float | None = None,
+    tell_after: float = TELL_SECONDS,
+) -> BinaryIO:
+    """Create a file that others see locked from the start.
+
+    For `most` and `tell_after` see `Patience.attempts`.
+
+    Raises:
+        TimeoutError: Another process has it locked.
+        OSError: It cannot be created.
+    """
     while True:
-        flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_NOFOLLOW
+        flags = os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW
         file = os.fdopen(os.open(path, flags, PRIVATE_FILE), "wb")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:
-            return file
+        try:
+            lock(file.fileno(), path, patience, most=most, tell_after=tell_after)
+            if os.fstat(file.fileno()).st_nlink:
+                file.truncate()
+                return file
+        except BaseException:
+            file.close()
+            raise
         # A prune took it between the two.
         file.close()
 
 
 @contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
+def lock_file(
+    path: Path,
+    patience: Patience,
+    *,
+    most: float | None = None,
+    tell_after: float = TELL_SECONDS,
+) -> Iterator[None]:
+    """Hold a lock that is a file of its own, which says who holds it.
+
+    Raises what `open_locked` raises.
+    """
+    file = open_locked(path, patience, most=most, tell_after=tell_after)
+    with file:
+        try:
+            # Only for others to know; a disk may be full.
+            with contextlib.suppress(OSError):
+                os.write(file.fileno(), str(os.getpid()).encode())
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path, patience: Patience) -> Iterator[None]:
     """Let one at a time work in a folder; a lock of its own would leave a file behind.
 
-    Raises OSError.
+    Raises:
+        TimeoutError: Another process works in it for too long.
+        OSError: It cannot be opened.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor, folder, patience)
         yield
     finally:
         os.close(descriptor)
@@ -99,9 +144,9 @@ def make_durable(descriptor: int) -> None:
         fcntl.fcntl(descriptor, full)
 
 
-def make_names_durable(folder: Path) -> None:
-    """Make the names in a folder durable. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def make_path_durable(path: Path) -> None:
+    """Make a file, or the names in a folder, durable. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         make_durable(descriptor)
     finally:

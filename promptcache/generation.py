@@ -147,7 +147,14 @@ class Generation:
         finally:
             # Nothing is left to save unless something was raised.
             end = request.num_saved if prefill_seconds else self._num_pieced
-            self._saver.finish(end)
+            with self._hurried():
+                self._saver.finish(end)
+
+    def _hurried(self) -> contextlib.AbstractContextManager[None]:
+        """Wait for other processes a moment only."""
+        if self._store is None:
+            return contextlib.nullcontext()
+        return self._store.patience.hurried()
 
     def _save(self) -> str | None:
         """Save what is due, and return the key if that was done."""

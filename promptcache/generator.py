@@ -185,8 +185,12 @@ class CachedGenerator:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        with contextlib.ExitStack() as stack:
+            is_interrupted = kind in (KeyboardInterrupt, SystemExit)
+            if self.store is not None and is_interrupted:
+                stack.enter_context(self.store.patience.hurried())
+            self.close()
 
     @property
     def identity(self) -> loading.ModelIdentity:

@@ -14,6 +14,7 @@ from promptcache.chain import Chain
 from promptcache.errors import DamagedIndexError, StoreError, StoreFullError
 from promptcache.eviction import plan_eviction
 from promptcache.index import ROOT_ID, Index
+from promptcache.locks import told
 from promptcache.reports import (
     Garbage,
     Prefix,
@@ -28,6 +29,9 @@ from promptcache.units import format_age, format_size
 # In one transaction, rows that share a page are written to the WAL once, and the WAL
 # counts for the size limit. Other writers wait for it, 8 ms.
 EVICTED_AT_ONCE = 100
+# What a WAL may take beyond the limit while it cannot be emptied: what SQLite lets it
+# have at any time, 1,000 pages, or a part of a large store.
+WAL_NBYTES, WAL_SHARE = 4 * 1024**2, 10
 
 
 def plan_prune(
@@ -40,7 +44,8 @@ def plan_prune(
     total = blobs.total_nbytes()
     if policy.max_nbytes is None:
         return PrunePlan(tuple(removals), tuple(garbage), total)
-    over = total - policy.max_nbytes - _nbytes(removals) - _nbytes(garbage)
+    fixed = blobs.wal_nbytes()
+    over = total - fixed - policy.max_nbytes - _nbytes(removals) - _nbytes(garbage)
     gone = {removal.key for removal in removals}
     rest = [segment for segment in segments if segment.key not in gone]
     reason = f"over the size limit of {format_size(policy.max_nbytes)}"
@@ -197,7 +202,10 @@ def make_room(
     index.database.refresh()
     index.database.shrink()
     garbage = find_garbage(index, blobs)
-    over = blobs.total_nbytes() + nbytes - limit - _nbytes(garbage)
+    fixed = _stuck_nbytes(index, blobs, limit)
+    over = blobs.total_nbytes() - fixed + nbytes - limit - _nbytes(garbage)
+    if over <= 0 and not garbage:
+        return 0
     protected = index.segment_id(protect) if protect else None
     segments = index.leaves()
     evicted = plan_eviction(
@@ -212,6 +220,21 @@ def make_room(
     # Once more, because a blob that is gone already gives less room than its row says.
     more = make_room(index, blobs, nbytes=nbytes, limit=limit, protect=protect)
     return len(evicted) + more
+
+
+def _stuck_nbytes(index: Index, blobs: BlobFolder, limit: int) -> int:
+    """Return the size of a WAL that cannot be emptied now, because somebody reads it.
+
+    It makes nothing else go: evicting would make it larger. Raises StoreFullError
+    before it takes too much.
+    """
+    nbytes = blobs.wal_nbytes()
+    if nbytes > max(limit // WAL_SHARE, WAL_NBYTES):
+        raise StoreFullError(
+            f"the index has {format_size(nbytes)} in its WAL, which is kept by "
+            f"{told(index.database.reader())}, end it"
+        )
+    return nbytes
 
 
 def _full_message(segments: Collection[Leaf], nbytes: int, limit: int) -> str:

@@ -94,7 +94,7 @@ def create_index(database: Database, blobs: BlobFolder) -> None:
     What another one has left beside it, which a process may still use, is not its own.
     """
     try:
-        with locked_folder(blobs.root):
+        with locked_folder(blobs.root, blobs.patience):
             if database.is_missing():
                 _set_aside(database, blobs, BESIDE)
                 database.create()
@@ -109,7 +109,7 @@ def set_index_aside(database: Database, blobs: BlobFolder) -> None:
     remove the files of an index that has its name no more.
     """
     try:
-        with locked_folder(blobs.root), database.frozen():
+        with locked_folder(blobs.root, blobs.patience), database.frozen():
             _set_aside(database, blobs, ["", *BESIDE])
     except OSError as error:
         raise StoreError(

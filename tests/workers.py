@@ -205,7 +205,8 @@ def save_for_a_while(folder: Path, number: int) -> None:
 
 def hold_build(folder: Path, number: int) -> None:
     """Hold the lock of a build until killed."""
-    with PrefixStore(folder) as store, store.building("ab" * 16, lambda: None):
+    key = f"{number:032x}" if number else "ab" * 16
+    with PrefixStore(folder) as store, store.building(key, lambda: None):
         print("ready", flush=True)
         sys.stdin.read()
 
@@ -214,6 +215,22 @@ def hold_write(folder: Path, number: int) -> None:
     """Hold the write lock until told to stop."""
     index = Index(folder / "index.db")
     with index.database.writing():
+        print("ready", flush=True)
+        sys.stdin.read()
+
+
+def hold_room(folder: Path, number: int) -> None:
+    """Hold the lock of whoever makes room and writes."""
+    with BlobFolder(folder).room():
+        print("ready", flush=True)
+        sys.stdin.read()
+
+
+def hold_read(folder: Path, number: int) -> None:
+    """Hold one state of the index, so that its WAL cannot be emptied."""
+    index = Index(folder / "index.db")
+    with index.database.reading():
+        index.segment_keys()
         print("ready", flush=True)
         sys.stdin.read()
 

@@ -56,7 +56,7 @@ def build(
     talk = output.Talk(quiet=quiet)
     options = PromptOptions.take(settings)
     options.check_prefix()
-    with open_store(store_path, max_size) as store:
+    with open_store(store_path, max_size, say=talk.say) as store:
         generator = CachedGenerator.load(
             model, adapter_path=adapter_path, store=store, announce=talk.say
         )
@@ -69,7 +69,6 @@ def build(
                 name=name,
                 draft_model=draft_model and generator.load_draft(draft_model),
                 prompt_progress_callback=progress,
-                on_wait=lambda: talk.say("Waiting for another process to build this"),
                 **settings,
             )
     if json_:

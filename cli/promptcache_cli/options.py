@@ -9,7 +9,11 @@ from typing import Any, TypeVar
 import click
 
 from promptcache import PrefixStore, PromptCacheError, UsageError
+from promptcache.locks import Patience
 from promptcache.units import parse_age, parse_size
+
+# How long a command that people wait for waits for another process.
+COMMAND_SECONDS = 60.0
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -235,9 +239,23 @@ draft_option = click.option(
 )
 
 
-def open_store(store_path: str | None, max_nbytes: int | None = None) -> PrefixStore:
-    """Open the store, and tell if its index had to be rebuilt."""
-    store = PrefixStore(store_path, max_nbytes=max_nbytes)
+def open_store(
+    store_path: str | None,
+    max_nbytes: int | None = None,
+    *,
+    say: Callable[[str], None] | None = None,
+    patience: Patience | None = None,
+) -> PrefixStore:
+    """Open the store, and tell if its index had to be rebuilt.
+
+    Args:
+        store_path: Its folder.
+        max_nbytes: Its size limit.
+        say: Gets a line where another process is waited for, in place of stderr.
+        patience: How long to wait for one, else a minute.
+    """
+    patience = patience or Patience(COMMAND_SECONDS, say or _tell)
+    store = PrefixStore(store_path, max_nbytes=max_nbytes, patience=patience)
     if store.rebuilt:
         click.echo(
             "promptcache: warning: the index was missing or damaged and has been "
@@ -245,6 +263,10 @@ def open_store(store_path: str | None, max_nbytes: int | None = None) -> PrefixS
             err=True,
         )
     return store
+
+
+def _tell(line: str) -> None:
+    click.echo(f"promptcache: {line}", err=True)
 
 
 def confirm(question: str, *, yes: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from promptcache import UsageError
+from promptcache.locks import Patience
 from promptcache_cli import output
 from promptcache_cli.options import (
     JSON_OBJECT,
@@ -234,7 +235,8 @@ def serve(
         raise UsageError("an API key must not be empty")
     # As Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with open_store(store_path, max_size) as store:
+    # Requests wait no longer than those of a generator.
+    with open_store(store_path, max_size, patience=Patience()) as store:
         server = Server(
             Namespace(**options),
             store=store,

@@ -75,11 +75,10 @@ def sync(
             return generator.build(
                 prompt,
                 prompt_progress_callback=progress,
-                on_wait=lambda: talk.say("Waiting for another process to build this"),
                 **spec.settings,
             )
 
-    with open_store(store_path, max_size) as store:
+    with open_store(store_path, max_size, say=talk.say) as store:
 
         def load(model: str | None, adapter_path: str | None) -> "CachedGenerator":
             return CachedGenerator.load(

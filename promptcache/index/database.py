@@ -13,16 +13,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import UnionType
-from typing import Any
+from typing import Any, TypeVar
 
 from promptcache.errors import DamagedIndexError, StoreError, StoreFormatError
 from promptcache.files import PRIVATE_FILE, size_of
 from promptcache.index.schema import SCHEMA_VERSION, create_tables
+from promptcache.locks import Holder, Patience, holder_of, told
 
-# Writers queue behind each other; a save holds the lock for milliseconds.
-TIMEOUT_SECONDS = 30
+Result = TypeVar("Result")
+
 # What an answer may be delayed by for the sake of its receipt.
-BUSY_MILLISECONDS = 100
+BUSY_SECONDS = 0.1
+# The bytes of the `-shm` file that whoever writes has locked, and whoever reads; see
+# https://sqlite.org/walformat.html#wal_locks.
+WRITE_LOCK, READ_LOCKS = (120, 120), (123, 127)
 
 # What values that no promptcache has written lead to.
 VALUE_ERRORS = (ArithmeticError, RecursionError, TypeError, ValueError)
@@ -43,7 +47,12 @@ class Database:
         A transaction begins in the file that has the name at that moment.
     """
 
-    def __init__(self, path: Path, opener: "Opener | None" = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        opener: "Opener | None" = None,
+        patience: Patience | None = None,
+    ) -> None:
         """Store the path; `open` opens the file.
 
         `opener` is called to open it, also when another file has come in its place: it
@@ -52,6 +61,9 @@ class Database:
         self.path = path
         self.read_only = False
         self._opener = opener or _open_plainly
+        self._patience = patience or Patience()
+        # The longest wait for another process, None for the usual one.
+        self._most: float | None = None
         self._populate: Callable[[], object] = lambda: None
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection
@@ -117,7 +129,10 @@ class Database:
         self._check_file()
         connection = _open(self.path, self._options())
         try:
-            connection.execute("PRAGMA user_version").fetchone()
+            with self._lock:
+                self._patiently(
+                    lambda: connection.execute("PRAGMA user_version").fetchone()
+                )
         except BaseException:
             connection.close()
             raise
@@ -180,10 +195,10 @@ class Database:
     def frozen(self) -> Iterator[None]:
         """Let nobody write to the file or fold its WAL in, if SQLite can open it."""
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(sqlite3.Error):
+            with contextlib.suppress(sqlite3.Error, StoreError), self._lock:
                 connection = _open(self.path, "mode=rw")
                 stack.callback(connection.close)
-                connection.execute("BEGIN IMMEDIATE")
+                self._patiently(lambda: connection.execute("BEGIN IMMEDIATE"))
             yield
 
     def _prepare(self) -> None:
@@ -198,7 +213,7 @@ class Database:
         # Both have an effect before the first table only. Freed pages can then be
         # given back, and readers never wait for a writer.
         self.execute("PRAGMA auto_vacuum=INCREMENTAL")
-        _switch_to_wal(self._connection)
+        self.rows("PRAGMA journal_mode=WAL")
         with self.writing():
             if self._version() < SCHEMA_VERSION:
                 create_tables(self._connection)
@@ -224,11 +239,25 @@ class Database:
                     connection.close()
 
     def shrink(self) -> None:
-        """Give the room of deleted rows and of the WAL back to the disk."""
-        with self._lock, contextlib.suppress(StoreError), translated():
+        """Give the room of deleted rows and of the WAL back to the disk.
+
+        A process that writes, or reads what the WAL holds, is not waited for for long.
+        """
+        with self.impatient(), contextlib.suppress(StoreError), translated():
             # `execute` would take one step, which frees one page.
-            self._connection.executescript("PRAGMA incremental_vacuum")
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self._patiently(
+                lambda: self._connection.executescript("PRAGMA incremental_vacuum")
+            )
+            self._patiently(self._truncate_wal)
+
+    def _truncate_wal(self) -> None:
+        [row] = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        if row[0]:
+            raise _BusyError
+
+    def reader(self) -> Holder | None:
+        """Return a process that keeps the WAL from being emptied, if known."""
+        return holder_of(Path(f"{self.path}-shm"), *READ_LOCKS)
 
     def writing(self) -> AbstractContextManager[None]:
         """Hold the write lock for a transaction.
@@ -243,11 +272,11 @@ class Database:
         """Fail soon where another process writes, rather than wait for it."""
         with self._lock:
             self.refresh()
-            self.execute(f"PRAGMA busy_timeout={BUSY_MILLISECONDS}")
+            before, self._most = self._most, BUSY_SECONDS
             try:
                 yield
             finally:
-                self.execute(f"PRAGMA busy_timeout={TIMEOUT_SECONDS * 1000}")
+                self._most = before
 
     def reading(self) -> AbstractContextManager[None]:
         """See one state of the store until the end, whatever others do."""
@@ -275,15 +304,45 @@ class Database:
         """Begin in the file that has the name once the lock is held."""
         while True:
             self.refresh()
-            self.execute(begin)
+            with translated():
+                self._patiently(lambda: self._connection.execute(begin))
             if not self.is_replaced():
                 return
             self._connection.rollback()
 
+    def _patiently(self, act: Callable[[], Result]) -> Result:
+        """Do what fails while another process is at work, until it does not.
+
+        In between, other threads may use the connection, unless a transaction is
+        going on. Raises StoreError after some time.
+        """
+        attempts = self._patience.attempts(
+            self._writer, most=self._most, sleep=self._sleep
+        )
+        for _ in attempts:
+            try:
+                return act()
+            except _BusyError:
+                continue
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise
+        raise StoreError(f"the index is locked by {told(self._writer())}")
+
+    def _writer(self) -> Holder | None:
+        return holder_of(Path(f"{self.path}-shm"), *WRITE_LOCK)
+
+    def _sleep(self, seconds: float) -> None:
+        self._lock.release()
+        try:
+            time.sleep(seconds)
+        finally:
+            self._lock.acquire()
+
     def execute(self, sql: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
         """Run a statement. Raises StoreError."""
         with self._lock, translated():
-            return self._connection.execute(sql, parameters)
+            return self._patiently(lambda: self._connection.execute(sql, parameters))
 
     def execute_many(self, sql: str, rows: Iterable[Sequence[object]]) -> None:
         """Run a statement once for each row. Raises StoreError."""
@@ -295,7 +354,9 @@ class Database:
     ) -> list[tuple[Any, ...]]:
         """Return all rows of a query, unchecked. Raises StoreError."""
         with self._lock, translated():
-            return self._connection.execute(sql, parameters).fetchall()
+            return self._patiently(
+                lambda: self._connection.execute(sql, parameters).fetchall()
+            )
 
     def is_sound(self) -> bool:
         """Return whether SQLite finds its own file sound."""
@@ -303,6 +364,10 @@ class Database:
             return self.rows("PRAGMA quick_check") == [("ok",)]
         except StoreError:
             return False
+
+
+class _BusyError(Exception):
+    """Another process is at work."""
 
 
 @contextlib.contextmanager
@@ -342,24 +407,11 @@ def _open(path: Path, options: str) -> sqlite3.Connection:
     return sqlite3.connect(
         f"file:{_quoted(path)}?{options}",
         uri=True,
-        timeout=TIMEOUT_SECONDS,
+        # SQLite's own wait cannot be interrupted.
+        timeout=0,
         isolation_level=None,
         check_same_thread=False,
     )
-
-
-def _switch_to_wal(connection: sqlite3.Connection) -> None:
-    """Turn WAL on, waiting for others: SQLite does not wait for this by itself."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            busy = error.sqlite_errorcode == sqlite3.SQLITE_BUSY
-            if not busy or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
 
 
 def _quoted(path: Path) -> str:

@@ -23,6 +23,7 @@ from promptcache.index.fingerprints import Fingerprints
 from promptcache.index.history import History
 from promptcache.index.prefixes import Prefixes
 from promptcache.index.schema import NO_TOKEN
+from promptcache.locks import Patience
 from promptcache.types import CheckpointRow, Leaf, SegmentInfo, SegmentRow, Worth
 
 ROOT_ID = 0
@@ -52,6 +53,7 @@ class Index:
         *,
         populate: Callable[["Index"], object] = lambda index: None,
         opener: Opener | None = None,
+        patience: Patience | None = None,
     ) -> None:
         """Open the index, creating it where there is none.
 
@@ -59,13 +61,14 @@ class Index:
             path: The database.
             populate: Called with a new index before anybody else sees it.
             opener: Called to open the database, see `Database`.
+            patience: How long to wait for other processes.
 
         Raises:
             StoreFormatError: A newer promptcache wrote it.
             DamagedIndexError: It is no database.
             StoreError: It cannot be opened.
         """
-        self.database = Database(path, opener)
+        self.database = Database(path, opener, patience)
         self.fingerprints = Fingerprints(self.database)
         self.prefixes = Prefixes(self.database)
         self.history = History(self.database, self.fingerprints)

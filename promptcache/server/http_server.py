@@ -5,6 +5,7 @@ import socket
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from http.server import ThreadingHTTPServer
 from typing import Any, Self
@@ -85,6 +86,7 @@ class Server:
             options, store_bits=store_bits, most_tokens=most_tokens, announce=announce
         )
         self.model = provider.name
+        self._store = store
         self._http = _listen(options.host, options.port)
         self.port: int = self._http.server_address[1]
         self._cache = ServedCache(store, memory_limit=limit, save_answers=save_answers)
@@ -115,8 +117,10 @@ class Server:
     def close(self) -> None:
         """End what is running, and finish what is being saved."""
         self._http.server_close()
-        self._generator.stop_and_join()
-        self._cache.close()
+        # Not for processes that do not go on.
+        with self._store.patience.hurried() if self._store else nullcontext():
+            self._generator.stop_and_join()
+            self._cache.close()
         time.sleep(LAST_MOMENTS_SECONDS)
 
     def __enter__(self) -> Self:

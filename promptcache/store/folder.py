@@ -14,8 +14,18 @@ from typing import Self
 from promptcache import pruning, recovery
 from promptcache.blobs import BlobFolder
 from promptcache.errors import DamagedIndexError, StoreError
+from promptcache.files import lock_file
 from promptcache.index import Database, Index
+from promptcache.locks import TELL_SECONDS, Patience
 from promptcache.reports import PrunePlan, PrunePolicy, PruneReport, VerifyReport
+
+# Long prompts are read for minutes. Whoever has waited for that long computes the
+# prefix as well, which harms nothing.
+BUILD_SECONDS = 1800.0
+
+
+class _LockedError(StoreError):
+    """Another process has held a lock for too long."""
 
 
 class StoreFolder:
@@ -24,9 +34,10 @@ class StoreFolder:
     Attributes:
         path: The folder.
         rebuilt: How many segments a new index got back from the blobs.
+        patience: How long to wait for other processes.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, patience: Patience | None = None) -> None:
         """Open a folder, creating it where there is none.
 
         An index that is missing or damaged is rebuilt from the blobs.
@@ -37,12 +48,16 @@ class StoreFolder:
         """
         self.path = path
         self.rebuilt = 0
-        self._blobs = BlobFolder(path)
+        self.patience = patience or Patience()
+        self._blobs = BlobFolder(path, self.patience)
         self._index = self._new_index()
 
     def _new_index(self) -> Index:
         return Index(
-            self.path / "index.db", populate=self._populate, opener=self._open_index
+            self.path / "index.db",
+            populate=self._populate,
+            opener=self._open_index,
+            patience=self.patience,
         )
 
     def _open_index(self, database: Database) -> None:
@@ -83,7 +98,11 @@ class StoreFolder:
         return self._index.database.read_only
 
     def close(self) -> None:
-        """Close the index; the store cannot be used any more."""
+        """Close the index; the store cannot be used any more.
+
+        What other threads still wait for here fails.
+        """
+        self.patience.end()
         self._index.database.close()
 
     def __enter__(self) -> Self:
@@ -101,35 +120,42 @@ class StoreFolder:
         """Hold the lock for computing a prefix, so that only one process does.
 
         `on_wait` is called when another process holds it. The lock of a process
-        that dies is released. Raises StoreError.
+        that dies is released, and one that is stopped is not waited for for long: the
+        prefix is then computed here, too. Raises StoreError.
         """
         if self.is_read_only:
             raise StoreError(f"the store {self.path} is read-only")
-        with self._locked(key, on_wait):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._locked(key, most=0.0))
+            except _LockedError:
+                on_wait()
+                self._wait_for_build(stack, key)
             yield
+
+    def _wait_for_build(self, stack: contextlib.ExitStack, key: str) -> None:
+        waiting = self._locked(key, most=BUILD_SECONDS, tell_after=0.0)
+        try:
+            stack.enter_context(waiting)
+        except _LockedError as error:
+            self.patience.on_wait(f"waiting no longer: {error}")
 
     @contextlib.contextmanager
     def _locked(
-        self, name: str, on_wait: Callable[[], None] = lambda: None
+        self, name: str, *, most: float | None = None, tell_after: float = TELL_SECONDS
     ) -> Iterator[None]:
-        # Imported here because it takes 30 ms, which `ls` can do without.
-        import filelock
-
-        lock = filelock.FileLock(self._blobs.lock_path(name), mode=0o600)
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            on_wait()
-            lock.acquire()
-        except OSError as error:
-            raise StoreError(
-                f"cannot write to the store {self.path} ({error.strerror})"
-            ) from error
-        try:
+        lock = lock_file(
+            self._blobs.lock_path(name), self.patience, most=most, tell_after=tell_after
+        )
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(lock)
+            except OSError as error:
+                kind = _LockedError if isinstance(error, TimeoutError) else StoreError
+                raise kind(
+                    f"cannot write to the store {self.path} ({error.strerror})"
+                ) from error
             yield
-        finally:
-            self._blobs.remove_lock(name)
-            lock.release()
 
     def plan_prune(self, policy: PrunePolicy, *, now: float | None = None) -> PrunePlan:
         """Return what a prune by a policy would remove; nothing is changed.

@@ -12,6 +12,7 @@ from promptcache import location
 from promptcache.allowance import Allowance
 from promptcache.chain import Chain
 from promptcache.errors import DamagedBlobError
+from promptcache.locks import Patience
 from promptcache.matching import longest_match
 from promptcache.neighbourhood import find_neighbourhood, joined
 from promptcache.reports import Prefix, PrefixReport, PruneReport, Usage, Written
@@ -51,6 +52,7 @@ class PrefixStore(StoreFolder):
         max_nbytes: int | None = None,
         min_free_nbytes: int | None = None,
         max_daily_nbytes: int | None = None,
+        patience: Patience | None = None,
     ) -> None:
         """Open a store, creating it where there is none.
 
@@ -66,6 +68,8 @@ class PrefixStore(StoreFolder):
                 `PROMPTCACHE_MIN_FREE`, else 1 GB or a twentieth of a small disk.
             max_daily_nbytes: Most bytes to write in a day, else
                 `PROMPTCACHE_DAILY_WRITES`, else no limit.
+            patience: How long to wait for other processes, else 5 seconds for a lock,
+                and whom to tell.
 
         Raises:
             StoreFormatError: A newer promptcache wrote it.
@@ -79,7 +83,7 @@ class PrefixStore(StoreFolder):
             if max_daily_nbytes is None
             else max_daily_nbytes,
         )
-        super().__init__(folder)
+        super().__init__(folder, patience)
         self._room = Room(
             self._index, self._blobs, max_nbytes=limit, allowance=allowance
         )
