@@ -244,7 +244,10 @@ def test_module_has_its_owners(module: str, owners: set[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "owners"),
     [
-        ([".unlink(", "os.remove", "rmtree", ".rmdir("], {"blobs", "default_model", "files"}),
+        (
+            [".unlink(", "os.remove", "rmtree", ".rmdir("],
+            {"blobs", "default_model", "files"},
+        ),
         (["environ", "getenv"], {"location"}),
         (["pickle"], set()),
     ],
