@@ -28,7 +28,7 @@ from benchmarks.harness import (
     report,
 )
 from promptcache import CachedGenerator
-from promptcache.loading import ModelIdentity
+from promptcache.identity import ModelIdentity
 from promptcache.prefill import prefill
 from promptcache.rendering import RenderedPrompt
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from mlx_lm.generate import generation_stream, wired_limit
 
 from promptcache.decoding import read_rest
-from promptcache.errors import StoreError, UsageError, warn
+from promptcache.errors import ModelError, StoreError, UsageError, warn
 from promptcache.loaded_model import LoadedModel
 from promptcache.prefill import check_quantizable, prefill
 from promptcache.rendering import RenderedPrompt
@@ -104,6 +104,7 @@ class Building:
             on_wait: Called when another process builds the same prefix.
 
         Raises:
+            ModelError: The model has changed meanwhile.
             UsageError: The cache cannot be quantized as the settings say.
             StoreError: The store cannot be written.
         """
@@ -151,6 +152,7 @@ class Building:
 
         def on_piece(start: int, stop: int) -> None:
             saver.capture(start, stop)
+            self._check_model()
             saver.save(stop)
 
         end = self._end_of_prefill(num_cached)
@@ -173,8 +175,15 @@ class Building:
                 logits = read_rest(reader, cache, token_ids, num_read=end)
                 saver.capture(end, self._num_tokens, logits)
                 on_progress(self._num_tokens, self._num_tokens)
+        self._check_model()
         saver.save(self._num_tokens)
         return num_cached
+
+    def _check_model(self) -> None:
+        """Raise ModelError if what has been read was read by another model."""
+        now = self._model.fingerprint(self._settings)
+        if now.digest != self._fingerprint.digest:
+            raise ModelError("the model has changed while it was read, build it again")
 
     def is_stored(self) -> bool:
         """Return whether all of it is there, in the index and on disk."""

@@ -15,7 +15,7 @@ PART_NAMES = {
     "exact": "exact mode",
     "draft": "draft model",
     "namespace": "namespace",
-    "adapter": "adapter",
+    "modules": "layers",
     "weights": "weights",
     "config": "config",
     "dtype": "dtype",
@@ -28,12 +28,16 @@ PLAIN_PARTS = (
     *("kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size"),
     *("store_bits", "dtype"),
 )
+# Which parts change others with them, which then need no mention.
+FOLLOWING_PARTS = (("config", "modules"), ("modules", "implementation"))
 KV_DETAILS = ("kv_group_size", "quantized_kv_start")
 
 
 def change_of_part(name: str, before: str, after: str) -> str:
     """Return which part of a fingerprint is another one, and from what to what."""
     told = PART_NAMES[name]
+    if name == "modules":
+        return f"{told} (adapter, quantization)"
     if name not in PLAIN_PARTS:
         return told
     return f"{told}: {before or 'none'} became {after or 'none'}"

@@ -4,23 +4,21 @@ A fingerprint changes when the values could change and only then: paths, file
 times, names and unrelated releases of mlx-lm do not matter.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from promptcache.types import Fingerprint
 
 # Raised when the way segments are computed or kept makes older ones unusable.
-STATE_VERSION = "2"
-# Keys of config.json that name things and change no value.
-NEUTRAL_CONFIG_KEYS = {"_name_or_path", "transformers_version", "eos_token_id"}
+STATE_VERSION = "3"
 MODELS_PACKAGE = "mlx_lm.models"
 # `from .x import …` and `from . import x, y`. Parsing the sources would take 35 ms,
 # which every start would pay.
@@ -48,108 +46,36 @@ def hash_json(value: object) -> str:
     return xxhash.xxh3_128_hexdigest(canonical.encode())
 
 
-def hash_config(config: Mapping[str, Any]) -> str:
-    """Return the hash of a model's config without the keys that change nothing."""
-    return hash_json({k: v for k, v in config.items() if k not in NEUTRAL_CONFIG_KEYS})
-
-
-def hash_weights(folder: Path, memo: Path) -> str:
-    """Return the hash of the content of a folder's weight files.
-
-    Raises OSError.
-    """
-    return hash_files(sorted(folder.glob("model*.safetensors")), memo)
-
-
-def hash_adapter(folder: Path, memo: Path) -> str:
-    """Return the hash of a LoRA adapter's weights and config. Raises OSError."""
-    names = ("adapters.safetensors", "adapter_config.json")
-    return hash_files([folder / name for name in names], memo)
-
-
-def hash_files(paths: Iterable[Path], memo: Path) -> str:
-    """Return a hash over the content of files; their names do not matter.
-
-    Files of the Hugging Face cache are named by their SHA-256 already; others are
-    read once and remembered in `memo` by path, size, mtime and inode.
-    """
-    known = _read_memo(memo)
-    num_known = len(known)
-    digests = [_hash_file(path, known) for path in paths]
-    if len(known) > num_known:
-        _write_memo(memo, known)
-    return hash_json(sorted(digests))
-
-
-def _hash_file(path: Path, known: dict[str, str]) -> str:
-    target = path.resolve()
-    if _is_sha256(target.name) and target.parent.name == "blobs":
-        return target.name
-    stat = target.stat()
-    identity = f"{target}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
-    if identity not in known:
-        with open(target, "rb") as file:
-            known[identity] = hashlib.file_digest(file, "sha256").hexdigest()
-    return known[identity]
-
-
-def _is_sha256(name: str) -> bool:
-    return len(name) == 64 and all(c in "0123456789abcdef" for c in name)
-
-
-def _read_memo(memo: Path) -> dict[str, str]:
-    try:
-        known = json.loads(memo.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _write_memo(memo: Path, known: dict[str, str]) -> None:
-    """Remember hashes of files that are still there.
-
-    Not being able to only costs reading the files again.
-    """
-    known = {i: d for i, d in known.items() if Path(i.rsplit(":", 3)[0]).exists()}
-    tmp = memo.with_name(f"{memo.name}.{os.getpid()}")
-    try:
-        memo.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        tmp.write_text(json.dumps(known))
-        tmp.replace(memo)
-    except OSError:
-        return
-
-
-def hash_implementation(module: str) -> str:
-    """Return the hash of a model's code: its module and what it imports of mlx-lm.
+def hash_implementation(files: Mapping[str, str | None]) -> str:
+    """Return the hash of a model's code: its modules and what they import of mlx-lm.
 
     Only modules inside `mlx_lm.models` are followed, so that a release of mlx-lm
     that leaves a model alone invalidates nothing. A module whose source cannot be
     found (a model written in a notebook) counts by its name.
+
+    Args:
+        files: By the names of the modules, the files they were loaded from, if known.
     """
     sources: dict[str, str] = {}
-    pending = [module]
+    pending = list(files)
     while pending:
         name = pending.pop()
         if name in sources:
             continue
-        source = _read_source(name)
+        source = _read_source(name, files.get(name))
         sources[name] = hashlib.sha256(source.encode()).hexdigest()
         pending.extend(_imported_modules(source, name))
     return hash_json(sources)
 
 
-def hash_source_file(path: Path) -> str:
-    """Return the hash of a model's own source file. Raises OSError."""
-    return hash_json(hashlib.sha256(path.read_bytes()).hexdigest())
-
-
-def _read_source(module: str) -> str:
-    try:
+def _read_source(module: str, file: str | None) -> str:
+    """Return a module's source; a model's own file is no module that can be found."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        if file is not None and os.path.exists(file):
+            return Path(file).read_text("utf-8")
         spec = importlib.util.find_spec(module)
         return Path(spec.origin).read_text("utf-8") if spec and spec.origin else ""
-    except (ImportError, ValueError, OSError):
-        return ""
+    return ""
 
 
 def _imported_modules(source: str, module: str) -> Iterator[str]:

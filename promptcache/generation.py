@@ -17,7 +17,7 @@ from mlx_lm.generate import (
 
 from promptcache import starting
 from promptcache.decoding import Step, decode, read_rest
-from promptcache.errors import StoreError
+from promptcache.errors import ModelError, StoreError
 from promptcache.hot_tier import HotTier
 from promptcache.prefill import check_quantizable, prefill, quantize
 from promptcache.quiet_saver import QuietSaver
@@ -105,6 +105,7 @@ class Generation:
         # How many tokens of the answer the cache is known to hold.
         self._num_read = 0
         self._saver = QuietSaver(None)
+        self._has_changed = False
 
     def stream(self) -> Generator[GenerationResponse, None, None]:
         """Generate; at the end, also an early one, save the prompt if it is due."""
@@ -127,7 +128,7 @@ class Generation:
                     response.prefill_seconds = prefill_seconds
                     response.prompt_tps = num_new / prefill_seconds
                     if response.finish_reason is not None:
-                        key = self._save()
+                        key = self._save(start)
                         reused, response.saved_seconds = self._record(start, response)
                         response.key = key or reused
                         self._keep(start)
@@ -135,11 +136,11 @@ class Generation:
                     yield response
                     if response.generation_tokens == 1:
                         is_listed = not request.save_answer
-                        self._saver.begin(request.num_saved, is_listed=is_listed)
+                        self._begin(start, request.num_saved, is_listed=is_listed)
                     self._saver.advance()
         except GeneratorExit:
             # The cache holds whole tokens only here, not when a step is interrupted.
-            self._save()
+            self._save(start)
             if not last.finish_reason:
                 self._record(start, last)
                 self._keep(start)
@@ -147,6 +148,8 @@ class Generation:
         finally:
             # Nothing is left to save unless something was raised.
             end = request.num_saved if prefill_seconds else self._num_pieced
+            if self._saver.is_saving:
+                self._check_model(start)
             with self._hurried():
                 self._saver.finish(end)
 
@@ -156,8 +159,26 @@ class Generation:
             return contextlib.nullcontext()
         return self._store.patience.hurried()
 
-    def _save(self) -> str | None:
+    def _begin(self, start: Start, end: int, *, is_listed: bool = True) -> None:
+        """Begin to save the prompt up to `end`."""
+        self._check_model(start)
+        self._saver.begin(end, is_listed=is_listed)
+
+    def _check_model(self, start: Start) -> None:
+        """Save and keep nothing that was read by what the model is no longer."""
+        if start.fingerprint is None or self._has_changed:
+            return
+        try:
+            now = self._fingerprint()
+            self._has_changed = now.digest != start.fingerprint.digest
+        except ModelError:
+            self._has_changed = True
+        if self._has_changed and self._saver.is_saving:
+            self._saver.stop("the model has changed meanwhile")
+
+    def _save(self, start: Start) -> str | None:
         """Save what is due, and return the key if that was done."""
+        self._check_model(start)
         key = self._saver.finish(self._request.num_saved, self._kept_answer)
         if key is not None:
             self._request.on_saved(key)
@@ -181,7 +202,7 @@ class Generation:
     def _keep(self, start: Start) -> None:
         """Keep the cache in memory, with as much of the answer as it has read."""
         request = self._request
-        if not request.uses_hot or start.fingerprint is None:
+        if not request.uses_hot or start.fingerprint is None or self._has_changed:
             return
         token_ids = [*request.token_ids, *self._answer[: self._num_read]]
         end = len(token_ids)
@@ -305,7 +326,7 @@ class Generation:
                 return
             self._num_pieced = stop
             if time.perf_counter() - saved_at >= SAVE_SECONDS:
-                self._saver.begin(stop)
+                self._begin(start, stop)
                 saved_at = time.perf_counter()
 
         seconds = prefill(

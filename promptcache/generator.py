@@ -18,6 +18,7 @@ from promptcache.errors import KeyNotFoundError, StoreError, UsageError, warn
 from promptcache.explanation import Explanation
 from promptcache.generation import Generation, GenerationResponse
 from promptcache.hot_tier import HotTier
+from promptcache.identity import ModelIdentity
 from promptcache.lint import VolatileText, find_volatile_text
 from promptcache.loaded_model import LoadedModel
 from promptcache.prefill import DEFAULT_STEP_SIZE
@@ -70,7 +71,8 @@ class CachedGenerator:
         reuse: bool = True,
         namespace: str = "",
         chat_template_config: Mapping[str, Any] | None = None,
-        identity: loading.ModelIdentity | None = None,
+        identity: ModelIdentity | None = None,
+        announce: Callable[[str], None] | None = None,
     ) -> None:
         """Wrap a model that is loaded already.
 
@@ -89,8 +91,9 @@ class CachedGenerator:
             namespace: Prefixes are found only under the namespace they were saved in.
             chat_template_config: Further arguments of the chat template, for all
                 prompts that are given none of their own.
-            identity: What the model is, if known; else its parameters are hashed
-                on first use.
+            identity: What the model is, if known; else it is hashed on first use.
+            announce: Called with a line for people when hashing a model takes long,
+                else that is a warning.
         """
         self.model = model
         if not isinstance(tokenizer, TokenizerWrapper):
@@ -100,7 +103,9 @@ class CachedGenerator:
         self.save: SavePolicy = save
         self._reuse = reuse
         self._chat_template_config = chat_template_config
-        self._loaded = LoadedModel(model, identity=identity, namespace=namespace)
+        self._loaded = LoadedModel(
+            model, identity=identity, namespace=namespace, announce=announce
+        )
         self._writer = Writer()
         self._hot = HotTier(memory.cache_limit(memory_limit))
         self._store_error: StoreError | None = None
@@ -172,6 +177,7 @@ class CachedGenerator:
             namespace=namespace,
             chat_template_config=chat_template_config,
             identity=identity,
+            announce=announce,
         )
 
     def close(self) -> None:
@@ -193,12 +199,26 @@ class CachedGenerator:
             self.close()
 
     @property
-    def identity(self) -> loading.ModelIdentity:
-        """Return what the model is; its parameters are hashed if that is not known."""
+    def identity(self) -> ModelIdentity:
+        """Return what the model is now; it is hashed if that is not known.
+
+        Raises ModelError if that fails.
+        """
         return self._loaded.identity
 
+    def refresh_identity(self) -> None:
+        """Have the model, and its drafts, hashed again before they are used.
+
+        Call it after an array of theirs was changed in place (`weight[0] = 1`). Arrays,
+        modules and plain attributes that were replaced are noticed by themselves.
+        """
+        self._loaded.refresh_identity()
+
     def fingerprint(self, settings: Settings = DEFAULT_SETTINGS) -> Fingerprint:
-        """Return what KV values depend on, besides the token ids."""
+        """Return what KV values depend on now, besides the token ids.
+
+        Raises ModelError if that cannot be told.
+        """
         return self._loaded.fingerprint(settings)
 
     def load_draft(self, path_or_hf_repo: str | Path) -> Any:

@@ -10,6 +10,7 @@ from promptcache.chain import common_length, pack
 from promptcache.chat_prompt import message_texts
 from promptcache.chat_template import render
 from promptcache.culprits import (
+    FOLLOWING_PARTS,
     KV_DETAILS,
     PART_NAMES,
     change_of_config,
@@ -157,7 +158,10 @@ class _Inquiry:
         if "kv_bits" in names:
             # Group size and start mean nothing without bits.
             names = [name for name in names if name not in KV_DETAILS]
-        if {"weights", "config"} <= set(names):
+        for cause, effect in FOLLOWING_PARTS:
+            names = [n for n in names if n != effect or cause not in names]
+        has_other_name = other.model != self._fingerprint.model
+        if has_other_name and {"weights", "config"} <= set(names):
             # Another model has other parts of every kind.
             return self._divergence(
                 "model",

@@ -1,5 +1,6 @@
 """Loaded models: what decides where a model can be resumed, and by which name."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from promptcache import loading
 from promptcache.fingerprint import hash_json, make_fingerprint
+from promptcache.identity import IdentifiedModel, ModelIdentity, hash_layout
 from promptcache.length_dependence import length_dependence
 from promptcache.prefill import Cuts
 from promptcache.settings import DEFAULT_SETTINGS, Settings
@@ -28,23 +30,38 @@ class LoadedModel:
         self,
         model: Any,
         *,
-        identity: loading.ModelIdentity | None = None,
+        identity: ModelIdentity | None = None,
         namespace: str = "",
+        announce: Callable[[str], None] | None = None,
     ) -> None:
-        """Take a model, and what it is, if known; else it is hashed on first use."""
+        """Take a model.
+
+        Args:
+            model: A model of mlx-lm.
+            identity: What it is, if known; else it is hashed on first use.
+            namespace: See `CachedGenerator`.
+            announce: Called with a line for people when hashing takes long.
+        """
         self.model = model
         self.length_dependence = length_dependence(model)
-        self._identity = identity
         self._namespace = namespace
-        self._fingerprints: dict[str, Fingerprint] = {}
-        self._drafts: dict[int, tuple[Any, loading.ModelIdentity]] = {}
+        self._announce = announce
+        self._main = IdentifiedModel(model, identity, announce)
+        # Of what the length dependence is known.
+        self._last = identity
+        self._drafts: dict[int, IdentifiedModel] = {}
+        # By settings, what was fingerprinted under them, and the fingerprint.
+        self._fingerprints: dict[str, tuple[list[ModelIdentity], Fingerprint]] = {}
 
     @property
-    def identity(self) -> loading.ModelIdentity:
-        """Return what the model is."""
-        if self._identity is None:
-            self._identity = loading.identify(self.model)
-        return self._identity
+    def identity(self) -> ModelIdentity:
+        """Return what the model is now. Raises ModelError if that cannot be told."""
+        return self._main.identity
+
+    def refresh_identity(self) -> None:
+        """Have it and its drafts identified again, as arrays were changed in place."""
+        for identified in (self._main, *self._drafts.values()):
+            identified.refresh()
 
     def reader(self, settings: Settings) -> Any:
         """Return what reads a prompt: the model, or both of a pair."""
@@ -92,34 +109,56 @@ class LoadedModel:
         answer: int | None = None,
     ) -> Cuts:
         """Return where the pieces of a prompt with these boundaries end."""
+        self._keep_up()
         exact_from = self.exact_from(settings)
         return Cuts(settings.step_size, boundaries, exact_from, answer)
 
+    def _keep_up(self) -> None:
+        """Look again at a model that has changed."""
+        if not self._main.is_current():
+            self.length_dependence = length_dependence(self.model)
+
     def fingerprint(self, settings: Settings = DEFAULT_SETTINGS) -> Fingerprint:
-        """Return what KV values depend on, besides the token ids."""
-        parts = self._setting_parts(settings)
-        known = hash_json(parts)
-        if known not in self._fingerprints:
-            parts |= {
-                **self.identity.parts,
-                "layout": loading.hash_layout(self.make_cache(settings)),
-                "namespace": self._namespace,
-            }
-            exact = None
-            if settings.store_bits is not None:
-                exact = self.fingerprint(replace(settings, store_bits=None))
-            self._fingerprints[known] = make_fingerprint(
-                parts,
-                model=self.identity.name,
-                source=self.identity.source,
-                exact=exact,
-            )
-        return self._fingerprints[known]
+        """Return what KV values depend on now, besides the token ids.
+
+        Raises ModelError if that cannot be told.
+        """
+        draft = settings.draft_model
+        models = [self._main] if draft is None else [self._main, self._draft(draft)]
+        identities = [model.identity for model in models]
+        if identities[0] is not self._last:
+            self._last = identities[0]
+            self.length_dependence = length_dependence(self.model)
+        key = hash_json(self._setting_parts(settings)) + str(id(draft))
+        known = self._fingerprints.get(key)
+        if known is None or known[0] != identities:
+            known = identities, self._make_fingerprint(settings, *identities)
+            self._fingerprints[key] = known
+        return known[1]
+
+    def _make_fingerprint(
+        self,
+        settings: Settings,
+        identity: ModelIdentity,
+        draft: ModelIdentity | None = None,
+    ) -> Fingerprint:
+        exact = None
+        if settings.store_bits is not None:
+            exact = self.fingerprint(replace(settings, store_bits=None))
+        parts = {
+            **self._setting_parts(settings),
+            **identity.parts,
+            "draft": "" if draft is None else hash_json(dict(draft.parts)),
+            "layout": hash_layout(self.make_cache(settings)),
+            "namespace": self._namespace,
+        }
+        return make_fingerprint(
+            parts, model=identity.name, source=identity.source, exact=exact
+        )
 
     def _setting_parts(self, settings: Settings) -> dict[str, str]:
         kv, exact_from = settings.kv, self.exact_from(settings)
         exact = "" if exact_from is None else f"{exact_from}+{settings.step_size}"
-        draft = settings.draft_model
         # Named only where it is given, as it is younger than the other parts.
         at_rest = {"store_bits": str(settings.store_bits)}
         return {
@@ -130,7 +169,6 @@ class LoadedModel:
             "quantized_kv_start": str(kv.start if kv.bits else ""),
             "max_kv_size": str(settings.max_kv_size or ""),
             "exact": exact,
-            "draft": "" if draft is None else hash_json(self._draft(draft).parts),
         }
 
     def load_draft(self, path_or_hf_repo: str | Path, vocab_size: int) -> Any:
@@ -139,12 +177,12 @@ class LoadedModel:
         self.know_draft(draft, identity)
         return draft
 
-    def know_draft(self, draft: Any, identity: loading.ModelIdentity) -> None:
+    def know_draft(self, draft: Any, identity: ModelIdentity) -> None:
         """Note what a draft model is, so that it need not be hashed."""
-        self._drafts[id(draft)] = (draft, identity)
+        self._drafts[id(draft)] = IdentifiedModel(draft, identity, self._announce)
 
-    def _draft(self, draft: Any) -> loading.ModelIdentity:
+    def _draft(self, draft: Any) -> IdentifiedModel:
         """Return what a draft model is; it is kept, so that no other gets its id."""
         if id(draft) not in self._drafts:
-            self._drafts[id(draft)] = (draft, loading.identify(draft))
-        return self._drafts[id(draft)][1]
+            self._drafts[id(draft)] = IdentifiedModel(draft, announce=self._announce)
+        return self._drafts[id(draft)]

@@ -1,34 +1,22 @@
 """Loading: a model with its tokenizer and what identifies it."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from promptcache import default_model, location
-from promptcache import fingerprint as fp
 from promptcache.errors import ModelError
-from promptcache.treatment import parts_of
-
-SCALARS = (bool, int, float, str)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelIdentity:
-    """What a model is, apart from how a run uses it.
-
-    Attributes:
-        name: Its name for people.
-        source: The folder or hub repository it came from, or None.
-        parts: The parts of a fingerprint that come from the model.
-    """
-
-    name: str
-    source: str | None
-    parts: Mapping[str, str]
+from promptcache.fingerprint import hash_json
+from promptcache.identity import (
+    ModelIdentity,
+    hash_weights,
+    make_identity,
+    parts_of_tree,
+)
+from promptcache.known_models import FileState, KnownModels, state_of
+from promptcache.module_tree import describe, plain
 
 
 def load(
@@ -70,6 +58,8 @@ def load_with_config(
     revision = kwargs.pop("revision", None)
     adapter = None if adapter_path is None else _adapter(adapter_path)
     source, folder = _find(wanted, revision=revision, announce=announce)
+    files = [folder] if adapter is None else [folder, adapter]
+    before = state_of(files)
     try:
         model, tokenizer, config = mlx_lm.load(
             str(folder),
@@ -81,13 +71,55 @@ def load_with_config(
         # The loader and the model's own code raise whatever they like.
         told = f"model {wanted!r} cannot be loaded: {_reason(error)}"
         raise ModelError(told) from error
-    parts = {
-        **_folder_parts(model, folder, config, adapter),
-        "dtype": _dtypes(model),
-    }
+    if config.get("model_file") and state_of(files) != before:
+        # Which code it runs cannot be told.
+        raise ModelError(f"model {wanted!r} has changed while it was loaded, try again")
+    identity = identify_loaded(model, files, before, kwargs, announce)
     # Another revision than the hub's newest is found by its folder only.
     source = str(folder) if revision else source
-    return model, tokenizer, ModelIdentity(display_name(wanted), source, parts), config
+    identity = replace(identity, name=display_name(wanted), source=source)
+    return model, tokenizer, identity, config
+
+
+def identify_loaded(
+    model: Any,
+    folders: Sequence[Path],
+    before: FileState | None,
+    options: Mapping[str, Any],
+    announce: Callable[[str], None] | None,
+) -> ModelIdentity:
+    """Identify a model that was loaded from folders, by what is known of their files.
+
+    Args:
+        model: What was loaded, whatever became of the files meanwhile.
+        folders: Its folder, and that of its adapter.
+        before: The state of the files before it was loaded.
+        options: What the loader was given besides.
+        announce: Called with a line for people when hashing takes long.
+
+    Raises ModelError if it cannot be identified.
+    """
+    tree = describe(model)
+    parts = parts_of_tree(model, tree)
+    known = KnownModels(location.known_models_path())
+    loader = _loader(parts, options)
+    # What is not read yet may be something else when it is.
+    is_read = not options.get("lazy")
+    weights = known.weights_of(before, loader) if before and is_read else None
+    if weights is None or state_of(folders) != before:
+        weights = hash_weights(tree, announce)
+        if before is not None and state_of(folders) == before:
+            known.remember(before, loader, weights)
+    return make_identity(model, tree, {"weights": weights, **parts})
+
+
+def _loader(parts: Mapping[str, str], options: Mapping[str, Any]) -> str:
+    """Return a hash over what makes arrays of files: code, arguments and a device."""
+    import mlx.core as mx
+
+    config = plain(options.get("model_config"))
+    versions = [version("mlx"), version("mlx-lm"), str(mx.default_device())]
+    return hash_json([parts, config, versions])
 
 
 def load_draft(
@@ -199,87 +231,3 @@ def display_name(wanted: str) -> str:
     """Return a folder's name, or a hub repository as it is."""
     path = Path(wanted).expanduser()
     return path.resolve().name if path.is_dir() else wanted
-
-
-def _folder_parts(
-    model: Any, folder: Path, config: Mapping[str, Any], adapter: Path | None
-) -> dict[str, str]:
-    memo = location.file_hashes_path()
-    try:
-        return {
-            "weights": fp.hash_weights(folder, memo),
-            "config": fp.hash_config(config),
-            "adapter": "" if adapter is None else fp.hash_adapter(adapter, memo),
-            "implementation": _implementation(model, folder, config),
-        }
-    except OSError as error:
-        raise ModelError(f"model files in {folder} cannot be read ({error})") from error
-
-
-def _implementation(model: Any, folder: Path, config: Mapping[str, Any]) -> str:
-    if model_file := config.get("model_file"):
-        return fp.hash_source_file(folder / str(model_file))
-    return fp.hash_implementation(type(model).__module__)
-
-
-def _dtypes(model: Any) -> str:
-    from mlx.utils import tree_flatten
-
-    parameters = tree_flatten(model.parameters())
-    return ",".join(sorted({str(array.dtype) for _, array in parameters}))
-
-
-def identify(model: Any) -> ModelIdentity:
-    """Identify a model that came from no known folder, by its content.
-
-    Its parameters, its arguments and the plain attributes of its modules count.
-    """
-    parts = {
-        "weights": _hash_parameters(model),
-        "config": fp.hash_json(_attributes(model)),
-        "adapter": "",
-        "implementation": fp.hash_implementation(type(model).__module__),
-        "dtype": _dtypes(model),
-    }
-    arguments = getattr(model, "args", None)
-    name = str(getattr(arguments, "model_type", type(model).__module__))
-    return ModelIdentity(name, None, parts)
-
-
-def _hash_parameters(model: Any) -> str:
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
-    checksum = xxhash.xxh3_128()
-    for name, array in sorted(tree_flatten(model.parameters())):
-        # A copy: on a GPU, what the host looks at leaves the device's own memory.
-        copied = mx.contiguous(array).reshape(-1).view(mx.uint8) | 0
-        mx.eval(copied)
-        checksum.update(f"{name} {array.dtype} {array.shape}".encode())
-        checksum.update(memoryview(copied))
-    return checksum.hexdigest()
-
-
-def _attributes(model: Any) -> list[Any]:
-    """Return the model's arguments and each module's class and plain attributes."""
-    arguments = getattr(model, "args", None)
-    return [
-        json.loads(json.dumps(vars(arguments) if arguments else None, default=str)),
-        *sorted(
-            [name, type(module).__qualname__, *_scalars(module)]
-            for name, module in model.named_modules()
-        ),
-    ]
-
-
-def _scalars(module: Any) -> Iterator[str]:
-    for name, value in sorted(vars(module).items()):
-        if isinstance(value, SCALARS) and name not in ("_no_grad", "_training"):
-            yield f"{name}={value!r}"
-
-
-def hash_layout(cache: Sequence[Any]) -> str:
-    """Return a hash over the classes and the plain attributes of a fresh cache."""
-    return fp.hash_json(
-        [[name, type(part).__name__, *_scalars(part)] for name, part in parts_of(cache)]
-    )

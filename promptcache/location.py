@@ -28,9 +28,9 @@ def models_dir() -> Path:
     return cache_dir() / "models"
 
 
-def file_hashes_path() -> Path:
-    """Return the file that remembers the hashes of weight files already read."""
-    return cache_dir() / "file-hashes.json"
+def known_models_path() -> Path:
+    """Return the file that remembers the hashes of weights loaded before."""
+    return cache_dir() / "known-models.json"
 
 
 def max_nbytes() -> int:

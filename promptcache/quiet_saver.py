@@ -26,7 +26,7 @@ class QuietSaver:
                 self._saver.capture(start, end, logits)
             # Of a cache class that is not mlx-lm's own, anything can be expected.
             except Exception as error:
-                self._stop(error)
+                self.stop(error)
 
     def capture_answer(self, num_tokens: int) -> None:
         """Note what the cache is about to lose of an answer."""
@@ -34,7 +34,7 @@ class QuietSaver:
             try:
                 self._saver.capture_answer(num_tokens)
             except Exception as error:
-                self._stop(error)
+                self.stop(error)
 
     def begin(self, end: int, *, is_listed: bool = True) -> None:
         """Begin to save `[0, end)`, and list its end if that is the prompt's."""
@@ -57,11 +57,17 @@ class QuietSaver:
             return save(self._saver)
         # mlx raises RuntimeError where memory is short, or the thread is another one.
         except Exception as error:
-            self._stop(error)
+            self.stop(error)
             return None
 
-    def _stop(self, error: Exception) -> None:
-        warn(f"the prompt is not saved: {error}")
+    @property
+    def is_saving(self) -> bool:
+        """Return whether something is left to save."""
+        return self._saver is not None
+
+    def stop(self, reason: object) -> None:
+        """Save nothing more."""
+        warn(f"the prompt is not saved: {reason}")
         self._saver = None
 
     def finish(self, end: int, answer: Sequence[int] = ()) -> str | None:

@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 
 from mlx_lm.models.cache import make_prompt_cache
 
-from promptcache.errors import PromptCacheError, StoreError, UnsupportedCacheError, warn
+from promptcache.errors import (
+    ModelError,
+    PromptCacheError,
+    StoreError,
+    UnsupportedCacheError,
+    warn,
+)
 from promptcache.hot_tier import HotTier
 from promptcache.request import Request
 from promptcache.resuming import Resumed, resume
@@ -66,7 +72,7 @@ def start(
     try:
         _check_cacheable(reader, cache, request)
         found = _resume(store, hot, fingerprint(), cache, request)
-    except (UnsupportedCacheError, StoreError) as error:
+    except (ModelError, StoreError) as error:
         warn(f"going on without the store: {error}")
         # With a cache of its own: the other one may have been filled.
         return Start(_make_cache(reader, request), Resumed())

@@ -279,7 +279,11 @@ CAUSES = {
     "model": cause(with_model(num_hidden_layers=3), "model", "narrator, not for other"),
     "weights": cause(with_model(seed=5), "weights", "other weights"),
     "config": cause(with_model(rope_theta=5000.0), "config", "other config"),
-    "adapter": cause(with_adapter, "adapter", "other adapter"),
+    "adapter": cause(
+        with_adapter,
+        "layers",
+        "other layers (adapter, quantization) and weights",
+    ),
     "KV bits": cause(with_settings(kv_bits=8), "KV bits", "none became 8"),
     "KV group size": cause(
         with_settings(kv_bits=8, kv_group_size=64, quantized_kv_start=0),

@@ -14,13 +14,18 @@ class Fingerprints:
         self._database = database
 
     def add(self, fingerprint: Fingerprint) -> int:
-        """Add a fingerprint, or tell its model's new name; return its id."""
+        """Add a fingerprint, or tell its model's new name; return its id.
+
+        A model that came from nowhere is named after its kind only, so that the name
+        and source of the same one in a folder stay.
+        """
         self._database.execute(
             """
             INSERT INTO fingerprints (digest, model, source, parts)
             VALUES (?, ?, ?, ?)
             ON CONFLICT (digest) DO UPDATE
             SET model = excluded.model, source = excluded.source
+            WHERE excluded.source IS NOT NULL OR fingerprints.source IS NULL
             """,
             [
                 fingerprint.digest,

@@ -147,6 +147,7 @@ class ServedCache:
     # Finding
 
     def _find(self, reading: Reading) -> Found:
+        reading.check_model()
         hot = None
         if reading.settings.kv.bits is None:
             hot = self._hot.find(
@@ -265,6 +266,7 @@ class ServedCache:
         is_answer = end >= reading.num_tokens
         if not self._is_due(reading, cache, end):
             return None
+        reading.check_model()
         mx.eval([part.state for _, part in parts_of(cache) if not part.empty()])
         reading.kept_at = time.perf_counter()
         self._token_nbytes = sum(layer.nbytes for layer in cache) / end

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from promptcache.identity import ModelIdentity
 from promptcache.loaded_model import LoadedModel
-from promptcache.loading import ModelIdentity
 from promptcache.settings import Settings
 
 

@@ -12,6 +12,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex, overload
 
 from promptcache.chain import common_length, pack
+from promptcache.errors import ModelError
 from promptcache.loaded_model import LoadedModel
 from promptcache.prefill import Cuts
 from promptcache.settings import Settings
@@ -85,6 +86,12 @@ class Reading:
     def is_read(self) -> bool:
         """Return whether nothing but the last token of the prompt is left to read."""
         return self.num_read >= self.num_tokens - 1
+
+    def check_model(self) -> None:
+        """Raise ModelError if its model is not what it was when it was asked."""
+        now = self.model.fingerprint(self.settings)
+        if now.digest != self.fingerprint.digest:
+            raise ModelError("the model has changed meanwhile")
 
     def begin(self, cached_tokens: int) -> None:
         """Note what a cache holds before anything is read."""
