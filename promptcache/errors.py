@@ -17,11 +17,17 @@ generation survives is no error but a warning.
 
 import warnings
 
+from promptcache.printable import printable
+
 
 class PromptCacheError(Exception):
     """Something that a user, a disk or a model caused, told in one line."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        # Python prints it as it is, and it may quote what others wrote.
+        return printable(super().__str__())
 
 
 class UsageError(PromptCacheError):
@@ -70,4 +76,4 @@ class PromptCacheWarning(UserWarning):
 
 def warn(message: str) -> None:
     """Tell that the cache had trouble which the generation survives."""
-    warnings.warn(message, PromptCacheWarning, stacklevel=3)
+    warnings.warn(printable(message), PromptCacheWarning, stacklevel=3)

@@ -361,7 +361,10 @@ class Terminal:
 def test_control_c_at_the_prompt_does_not_leave_and_control_d_does() -> None:
     with Terminal("--max-tokens", "8") as terminal:
         terminal.read_until("> ")
-        terminal.type("half a li\x03")
+        terminal.type("half a li")
+        # What is typed before the prompt can be edited is lost.
+        terminal.read_until("half a li")
+        terminal.type("\x03")
         terminal.read_until("Ctrl-D or /exit leaves")
         terminal.read_until("> ")
         terminal.type("Hello\n")

@@ -28,6 +28,7 @@ MODULES = sorted(name for name in TREES if name != "__init__")
 
 # From the bottom up; a module imports from lower lines only.
 LAYERS = [
+    ["printable"],
     ["errors", "locks"],
     [
         *[

@@ -33,7 +33,7 @@ def server(
     env = {"PROMPTCACHE_MEMORY_LIMIT": "64MB", "HF_HUB_OFFLINE": "1"}
     env |= {"HF_HOME": str(tmp_path_factory.mktemp("hub"))}
     store = tmp_path_factory.mktemp("served") / "store"
-    options = (*options, "--api-key", BERT)
+    options = (*options, "--api-key", BERT, "--log-level", "INFO")
     model = make_model("llama")
     with running(model, *options, store=store, env=env, key=ANNA) as server:
         yield server
@@ -375,6 +375,17 @@ def test_pages_of_other_origins_learn_nothing(server: Server) -> None:
 
     assert b" 403 " in answer.splitlines()[0]
     assert b"Access-Control-Allow-Origin" not in answer
+
+
+def test_logs_show_what_clients_say_and_do_not_obey(server: Server) -> None:
+    request = b"GET /\x1b]52;c;ZXZpbA==\x07\x9b2J\x7f HTTP/1.0\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+        client.sendall(request)
+        client.recv(65536)
+
+    shown = "GET /\\x1b]52;c;ZXZpbA==\\x07\\x9b2J\\x7f HTTP/1.0"
+    wait_until(lambda: any(shown in line for line in server.said))
+    assert all(line.isprintable() for line in server.said)
 
 
 def test_metrics_are_prometheus_text(server: Server, anna: openai.OpenAI) -> None:

@@ -1,5 +1,75 @@
-"""`python -m promptcache_cli`."""
+"""The `promptcache` command, from the first moment on; `python -m promptcache_cli`.
 
-from promptcache_cli.main import cli
+It imports next to nothing before an interrupt ends it in one line.
+"""
 
-cli(prog_name="promptcache")
+import contextlib
+import os
+import signal
+from types import FrameType
+from typing import NoReturn
+
+from promptcache_cli import INTERRUPTED
+
+
+def main() -> None:
+    """Run the command and exit."""
+    try:
+        signal.signal(signal.SIGINT, _on_interrupt)
+        _open_streams()
+        _let_limits_be()
+        from promptcache_cli.main import cli
+
+        cli(prog_name="promptcache")
+    except KeyboardInterrupt:
+        _leave()
+
+
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, or end at once while a module is imported.
+
+    What is raised in there may get lost: Python drops errors of its own callbacks.
+    Nothing is lost either way, as a store survives any end.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _leave()
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _leave() -> NoReturn:
+    with contextlib.suppress(OSError):
+        os.write(2, b"promptcache: interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+def _open_streams() -> None:
+    """Open what was closed of stdin, stdout and stderr, for writing to nowhere.
+
+    Else the next file that is opened gets the number of one of them, and with it what
+    is written there; MLX takes no file for number 0.
+    """
+    while (descriptor := os.open(os.devnull, os.O_WRONLY)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
+def _let_limits_be() -> None:
+    """Let mlx-lm be imported where it may not raise the limit on open files."""
+    import resource
+
+    set_limit = resource.setrlimit
+
+    def set_limit_if_allowed(which: int, limits: tuple[int, int]) -> None:
+        try:
+            set_limit(which, limits)
+        except ValueError:
+            if which != resource.RLIMIT_NOFILE:
+                raise
+
+    resource.setrlimit = set_limit_if_allowed
+
+
+if __name__ == "__main__":
+    main()

@@ -25,6 +25,7 @@ from promptcache_cli.options import (
     max_size_option,
     model_options,
     quiet_option,
+    stdin,
     store_option,
     system_option,
     template_options,
@@ -143,15 +144,15 @@ class _Session:
 
     def _obey(self, command: str) -> None:
         if command == "/help":
-            click.echo(HELP, err=True)
+            output.say_text(HELP)
         elif command == "/history":
             for message in self._conversation.messages:
-                click.echo(f"{message['role']}: {message['content']}", err=True)
+                output.say_text(f"{message['role']}: {message['content']}")
         elif command == "/undo":
             undone = self._conversation.undo()
             self._talk.say("Taken back" if undone else "Nothing to take back")
         else:
-            click.echo(f"No command {command}, /help tells them", err=True)
+            output.say(f"No command {command}, /help tells them")
 
     def _show(self, text: str | None) -> None:
         """Show an answer as it comes; an error is told, and the next message read.
@@ -171,13 +172,13 @@ class _Session:
                     for response in streamed(stoppable, echo=not self._json):
                         taken.append(response)
         except UsageError as error:
-            click.echo(f"promptcache: error: {error}", err=True)
+            output.fail(error)
         except KeyboardInterrupt:
             self._talk.say("Stopped before the answer began")
         if taken and self._json:
             output.json_line(answer_as_json(taken))
         if taken and self._usage:
-            click.echo(usage_line(taken[-1], explanation), err=True)
+            output.say(usage_line(taken[-1], explanation))
 
     def _explain(self, text: str | None) -> "Explanation | None":
         settings = {name: self._options[name] for name in SETTINGS}
@@ -194,8 +195,8 @@ class _Session:
 
 def _lines() -> Iterator[str]:
     """Yield the lines of stdin, on a terminal with a prompt and editing."""
-    if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin)
+    if not output.is_terminal(sys.stdin):
+        yield from (line.strip() for line in stdin())
         return
     # Gives `input` its editing.
     with contextlib.suppress(ImportError):
@@ -204,17 +205,17 @@ def _lines() -> Iterator[str]:
         try:
             yield _ask().strip()
         except KeyboardInterrupt:
-            click.echo("\nCtrl-D or /exit leaves", err=True)
+            output.say_text("\nCtrl-D or /exit leaves")
         except EOFError:
-            click.echo(err=True)
+            output.say()
             return
 
 
 def _ask() -> str:
     """Return a line that is typed; stdout is for answers if it is no terminal."""
-    if sys.stdout.isatty():
+    if output.is_terminal(sys.stdout):
         return input("> ")
-    click.echo("> ", nl=False, err=True)
+    output.say("> ", end="")
     return input()
 
 

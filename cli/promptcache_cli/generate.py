@@ -124,7 +124,8 @@ def generate(
 ) -> None:
     """Generate text, reusing the longest cached prefix of the prompt
 
-    Prints only the text. The answer is never saved.
+    Prints only the text; on a terminal, control characters in it are escaped. The
+    answer is never saved.
 
     Example:
 
@@ -168,7 +169,7 @@ def generate(
     if json_:
         output.json_data(answer_as_json(taken))
     if usage:
-        click.echo(usage_line(taken[-1], explanation), err=True)
+        output.say(usage_line(taken[-1], explanation))
 
 
 def streamed(
@@ -177,10 +178,10 @@ def streamed(
     """Pass responses on, printing their text as it comes."""
     for response in responses:
         if echo:
-            click.echo(response.text, nl=False)
+            output.exact(response.text, end="")
         yield response
     if echo:
-        click.echo()
+        output.exact("")
 
 
 def answer_as_json(responses: list["GenerationResponse"]) -> dict[str, object]:

@@ -36,7 +36,7 @@ def ls(store_path: str | None, json_: bool, quiet: bool) -> None:
             used = format_size(store.total_nbytes())
             limit = format_size(store.max_nbytes)
             count = f"{len(prefixes)} prefix{'' if len(prefixes) == 1 else 'es'}"
-            click.echo(f"{count}, {used} of {limit} used", err=True)
+            output.say(f"{count}, {used} of {limit} used")
 
 
 def _print_table(prefixes: list[Prefix]) -> None:

@@ -1,13 +1,12 @@
 """The `promptcache` command."""
 
-import os
 import sys
 from typing import Any
 
 import click
 
 from promptcache import PromptCacheError, __version__
-from promptcache_cli import output
+from promptcache_cli import INTERRUPTED, output
 from promptcache_cli.build import build
 from promptcache_cli.chat import chat
 from promptcache_cli.explain import explain
@@ -24,9 +23,6 @@ from promptcache_cli.stats import stats
 from promptcache_cli.sync import sync
 from promptcache_cli.verify import verify
 
-# As a shell reports a process that SIGINT ended.
-INTERRUPTED = 130
-
 
 class Group(click.Group):
     """A group whose errors are one line on stderr and an exit code."""
@@ -38,24 +34,24 @@ class Group(click.Group):
         except PromptCacheError as error:
             code = _failed(str(error), error.exit_code)
         except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.format_message(), err=True)
+            output.say_text(error.format_message())
             code = error.exit_code
         except click.ClickException as error:
             code = _failed(error.format_message().rstrip("."), error.exit_code)
         except click.Abort:
-            click.echo("promptcache: interrupted", err=True)
+            output.say("promptcache: interrupted")
             code = INTERRUPTED
         except BrokenPipeError:
-            # A reader such as `head` has enough; keep Python's exit silent too.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # A reader such as `head` has enough.
             code = 1
         except OSError as error:
             code = _failed(str(error), 1)
+        output.end()
         sys.exit(code if isinstance(code, int) else 0)
 
 
 def _failed(message: str, code: int) -> int:
-    click.echo(f"promptcache: error: {message}", err=True)
+    output.fail(message)
     return code
 
 
@@ -75,7 +71,7 @@ def cli() -> None:
         promptcache generate -s @narrator.txt "I open the door"
         promptcache ls
     """
-    output.show_warnings()
+    output.begin()
 
 
 COMMANDS = (

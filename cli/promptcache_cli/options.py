@@ -4,13 +4,15 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import click
 
 from promptcache import PrefixStore, PromptCacheError, UsageError
 from promptcache.locks import Patience
+from promptcache.printable import printable
 from promptcache.units import parse_age, parse_size
+from promptcache_cli import output
 
 # How long a command that people wait for waits for another process.
 COMMAND_SECONDS = 60.0
@@ -65,13 +67,20 @@ def read_file(path: str) -> str:
     """
     try:
         if path == "-":
-            return checked_text(sys.stdin.read())
+            return checked_text(stdin().read())
         return Path(path).read_text("utf-8")
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         name = "stdin" if path == "-" else path
         raise UsageError(f"{name} is no text in UTF-8") from error
+
+
+def stdin() -> TextIO:
+    """Return stdin. Raises UsageError if it is closed."""
+    if sys.stdin is None:
+        raise UsageError("cannot read stdin: it is closed")
+    return sys.stdin
 
 
 def read_json_object(text: str) -> dict[str, Any]:
@@ -257,19 +266,19 @@ def open_store(
     patience = patience or Patience(COMMAND_SECONDS, say or _tell)
     store = PrefixStore(store_path, max_nbytes=max_nbytes, patience=patience)
     if store.rebuilt:
-        click.echo(
-            "promptcache: warning: the index was missing or damaged and has been "
-            f"rebuilt from {store.rebuilt} blobs",
-            err=True,
+        output.warn(
+            "the index was missing or damaged and has been "
+            f"rebuilt from {store.rebuilt} blobs"
         )
     return store
 
 
 def _tell(line: str) -> None:
-    click.echo(f"promptcache: {line}", err=True)
+    output.say(f"promptcache: {line}")
 
 
 def confirm(question: str, *, yes: bool) -> None:
     """Ask on a terminal; a script is not asked, a cache can be computed again."""
-    if not yes and sys.stdin.isatty() and not click.confirm(question, err=True):
+    asks = not yes and output.is_terminal(sys.stdin)
+    if asks and not click.confirm(printable(question), err=True):
         raise click.exceptions.Exit(0)

@@ -1,8 +1,13 @@
-"""Output: data on stdout, talk on stderr, for people or as JSON."""
+"""Output: data on stdout, talk on stderr, for people or as JSON.
+
+All that a command prints is printed here: what others wrote must not reach a terminal
+as it is.
+"""
 
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -12,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from promptcache import PromptCacheWarning
+from promptcache.printable import printable, printable_json, printable_text
 from promptcache.units import format_age
 
 if TYPE_CHECKING:
@@ -21,26 +27,93 @@ if TYPE_CHECKING:
 MOST_WARNINGS = 5
 
 
-def data(text: str) -> None:
+def data(line: str) -> None:
     """Print a line of data."""
-    click.echo(text)
+    _print(printable(line))
+
+
+def text(lines: str) -> None:
+    """Print a text of several lines, for people."""
+    _print(printable_text(lines))
+
+
+def exact(text: str, *, end: str = "\n") -> None:
+    """Print what other programs take as it is; a terminal only shows it."""
+    if sys.stdout is None or is_terminal(sys.stdout):
+        _print(printable_text(text), end=end)
+    else:
+        _print(_encoded(text + end), end="")
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether somebody may look at a stream; it is None if it is closed."""
+    return stream is not None and stream.isatty()
+
+
+def _encoded(text: str) -> bytes:
+    encoding = sys.stdout.encoding
+    try:
+        # The names of files are bytes that need not be text.
+        return text.encode(encoding, "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode(encoding, "backslashreplace")
+
+
+def _print(shown: str | bytes, *, end: str = "\n") -> None:
+    if sys.stdout is None:
+        raise click.ClickException("cannot write to stdout: it is closed")
+    try:
+        click.echo(shown, nl=end == "\n")
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise click.ClickException(
+            f"cannot write to stdout: {error.strerror}"
+        ) from error
 
 
 def json_data(value: Any) -> None:
     """Print a value as JSON."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    _print(printable_json(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def json_line(value: Any) -> None:
     """Print a value as one line of JSON, where more of them follow."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    _print(printable_json(json.dumps(value, ensure_ascii=False)))
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table; the last column is the only one that may contain spaces."""
     from tabulate import tabulate
 
-    click.echo(tabulate(rows, headers, tablefmt="plain", disable_numparse=True))
+    shown = [[printable(value) for value in row] for row in rows]
+    _print(tabulate(shown, headers, tablefmt="plain", disable_numparse=True))
+
+
+def say(line: str = "", *, end: str = "\n") -> None:
+    """Print a line on stderr."""
+    _say(printable(line) + end)
+
+
+def say_text(lines: str) -> None:
+    """Print a text of several lines on stderr."""
+    _say(printable_text(lines) + "\n")
+
+
+def _say(shown: str) -> None:
+    # What is done goes on, whether or not somebody can be told.
+    with contextlib.suppress(OSError):
+        click.echo(shown, nl=False, err=True)
+
+
+def warn(message: object) -> None:
+    """Print a warning."""
+    say(f"promptcache: warning: {message}")
+
+
+def fail(message: object) -> None:
+    """Print what went wrong."""
+    say(f"promptcache: error: {message}")
 
 
 class Talk:
@@ -53,7 +126,7 @@ class Talk:
     def say(self, text: str) -> None:
         """Print a line unless quiet."""
         if not self._quiet:
-            click.echo(text, err=True)
+            say(text)
 
     @contextlib.contextmanager
     def progress(self, label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
@@ -62,11 +135,11 @@ class Talk:
         Yields a function to call with how much is done and the total; the bar goes
         away when all is done.
         """
-        if self._quiet or not sys.stderr.isatty():
+        if self._quiet or not is_terminal(sys.stderr):
             yield lambda done, total: None
             return
         with _bar(unit) as bar:
-            task = bar.add_task(label, total=None)
+            task = bar.add_task(printable(label), total=None)
             first: list[int] = []
 
             def update(done: int, total: int) -> None:
@@ -100,7 +173,7 @@ def _bar(unit: str) -> Any:
             return Text(f"{speed:.0f} {unit}/s" if speed else "")
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
@@ -113,8 +186,13 @@ def _bar(unit: str) -> Any:
     )
 
 
-def show_warnings() -> None:
-    """Print promptcache's warnings as one line each, and leave out other libraries'."""
+def begin() -> None:
+    """Print promptcache's warnings as one line each, and leave out other libraries'.
+
+    What stdout's encoding has no characters for is escaped.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     # A tokenizer warns of prompts that are longer than what it was made with.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
@@ -131,16 +209,42 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    click.echo(f"promptcache: warning: {message}", err=True)
+    warn(message)
+
+
+def end() -> None:
+    """Drop what cannot be written, so that Python's exit does not try it again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def warn_of_volatile_text(found: Sequence["VolatileText"]) -> None:
     """Print a warning for the first ones, and how many there are more."""
     for text in found[:MOST_WARNINGS]:
-        click.echo(f"promptcache: warning: {text.message}", err=True)
+        warn(text.message)
     if found[MOST_WARNINGS:]:
         more = len(found) - MOST_WARNINGS
-        click.echo(f"promptcache: warning: and {more} more like these", err=True)
+        warn(f"and {more} more like these")
+
+
+class LogFormatter(logging.Formatter):
+    """Makes a line of a message, whatever clients have put there."""
+
+    def __init__(self) -> None:
+        """Begin lines with the time and the level."""
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line, without the traceback that may follow."""
+        return printable(super().formatMessage(record))
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, and a traceback."""
+        return printable_text(super().format(record))
 
 
 def ago(seconds: float) -> str:

@@ -17,4 +17,4 @@ def path(store_path: str | None) -> None:
     \b
         du -sh "$(promptcache path)"
     """
-    output.data(str(location.store_dir(store_path)))
+    output.exact(str(location.store_dir(store_path)))

@@ -81,10 +81,9 @@ def prune(
     talk.say(f"{verb} {freed}, {kept} kept" if num_files else f"Nothing to do, {kept}")
     if plan.over_nbytes:
         over = format_size(plan.over_nbytes)
-        click.echo(
-            f"promptcache: warning: still {over} over {format_size(limit)}: "
-            "the rest is pinned or not a prefix",
-            err=True,
+        output.warn(
+            f"still {over} over {format_size(limit)}: "
+            "the rest is pinned or not a prefix"
         )
 
 

@@ -260,6 +260,6 @@ def serve(
 
 
 def _log(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(output.LogFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler])

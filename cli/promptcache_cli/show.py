@@ -27,7 +27,7 @@ def show(key: str, store_path: str | None, json_: bool) -> None:
         output.json_data(_as_json(report, text))
     else:
         _print_report(report)
-        output.data(f"\n{text}" if text is not None else "")
+        output.text(f"\n{text}" if text is not None else "")
 
 
 def _text(report: PrefixReport) -> str | None:
@@ -38,7 +38,7 @@ def _text(report: PrefixReport) -> str | None:
     try:
         tokenizer = load_tokenizer(report.fingerprint.source)
     except ModelError as error:
-        click.echo(f"promptcache: warning: no text to show, {error}", err=True)
+        output.warn(f"no text to show, {error}")
         return None
     return str(tokenizer.decode(list(report.token_ids)))
 

@@ -47,12 +47,11 @@ def stats(store_path: str | None, json_: bool) -> None:
         headers = ["MODEL", "PREFIX", "HITS", "MISSES", "CACHED", "PREFILLED"]
         output.table([*headers, "LOADED", "SAVED"], rows)
     sums = _sums(usage)
-    click.echo(
+    output.say(
         f"{sums['hits']} hits, {sums['misses']} misses, "
         f"{sums['saved_seconds']:.1f} s saved, {sums['load_seconds']:.1f} s loaded, "
         f"{format_size(written.total_nbytes)} written, "
-        f"{format_size(written.today_nbytes)} of it today",
-        err=True,
+        f"{format_size(written.today_nbytes)} of it today"
     )
 
 

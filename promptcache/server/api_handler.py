@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from promptcache.printable import printable
 from promptcache.server.api_errors import (
     ApiError,
     ForbiddenError,
@@ -94,7 +95,7 @@ class ApiHandler(APIHandler):
         except Exception as error:
             told = api_error(error)
             if told.status >= 500:
-                logging.error("%s %s: %r", self.command, self.path, error)
+                logging.error("%s: %r", printable(self.requestline), error)
             self._tell(told)
 
     def _post(self) -> None:
@@ -260,4 +261,4 @@ class ApiHandler(APIHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log a line, without what clients say."""
-        logging.info("%s %s", self.address_string(), format % args)
+        logging.info("%s %s", self.address_string(), printable(format % args))
