@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import sqlite_utils  # noqa: F401
 import workers
 from invariants import check_invariants
 from segments import (

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from segments import (
 )
 
 from promptcache import CachedGenerator, PrefixStore, PromptCacheError
-from promptcache.errors import DamagedBlobError, StoreError
+from promptcache.errors import DamagedBlobError, DamagedIndexError, StoreError
 from promptcache.header import _header_checksum, _safetensors_header
+from promptcache.index import SCHEMA_VERSION
 from promptcache.reports import PrunePolicy
 from promptcache.types import Match, Origin, Receipt, TensorSpec
 
@@ -310,6 +311,83 @@ def test_circle_of_parents_does_not_hang(filled: Path) -> None:
             connection.execute("UPDATE segments SET parent_id = id")
             connection.commit()
         use(folder, outside)
+
+
+ENDLESS = "WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n)"
+STATEMENTS = (
+    f"CREATE VIEW v AS {ENDLESS} SELECT * FROM n",
+    "ALTER TABLE {table} RENAME TO t",
+    f"ALTER TABLE {{table}} RENAME TO t; CREATE VIEW {{table}} AS {ENDLESS}"
+    " SELECT t.* FROM t, n",
+    f"CREATE TRIGGER a AFTER INSERT ON {{table}} BEGIN {ENDLESS}"
+    " SELECT count(*) FROM n; END",
+    f"CREATE TRIGGER b BEFORE UPDATE ON {{table}} BEGIN {ENDLESS}"
+    " SELECT count(*) FROM n; END",
+    "CREATE TRIGGER c AFTER DELETE ON {table} BEGIN DELETE FROM segments; END",
+    "ALTER TABLE {table} ADD COLUMN g GENERATED ALWAYS AS (hex(zeroblob(1e9)))",
+    "ALTER TABLE {table} ADD COLUMN h NOT NULL DEFAULT 1 CHECK (h < 2)",
+    "CREATE INDEX e ON {table} (hex(zeroblob(9)))",
+    "CREATE TABLE IF NOT EXISTS other (a)",
+    "CREATE VIRTUAL TABLE s USING fts5(a)",
+    "DROP TABLE {table}",
+    "ANALYZE",
+)
+
+
+@fuzz(10)
+@given(data=st.data())
+def test_any_schema_may_be_forged(filled: Path, data: st.DataObject) -> None:
+    with copied(filled) as (folder, outside):
+        for _ in range(data.draw(st.integers(1, 2))):
+            sql = data.draw(st.sampled_from(STATEMENTS))
+            change_schema(folder, sql.format(table=data.draw(st.sampled_from(TABLES))))
+
+        use(folder, outside)
+
+
+@pytest.mark.parametrize("sql", [s.format(table="segments") for s in STATEMENTS])
+def test_schema_that_is_not_ours_is_damage(filled: Path, sql: str) -> None:
+    with copied(filled) as (folder, _):
+        change_schema(folder, sql)
+
+        with watched(), PrefixStore(folder) as store:
+            assert store.rebuilt == 5
+            assert store.lookup(PROMPT, TINY).cached_tokens == len(PROMPT)
+            assert [entry.name for entry in store.pins()] == ["name"]
+
+
+def test_another_database_with_our_version_is_damage(filled: Path) -> None:
+    with copied(filled) as (folder, _):
+        (folder / "index.db").unlink()
+        change_schema(
+            folder, f"CREATE TABLE t (a); PRAGMA user_version={SCHEMA_VERSION}"
+        )
+
+        with PrefixStore(folder) as store:
+            assert store.rebuilt == 5
+
+
+def test_statement_without_an_end_is_ended(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("promptcache.index.database.STATEMENT_SECONDS", 0.2)
+    with copied(filled) as (folder, _), PrefixStore(folder) as store:
+        change_schema(folder, STATEMENTS[2].format(table="segments"))
+
+        with watched(), pytest.raises(DamagedIndexError, match="takes too long, run"):
+            store.prefixes()
+        assert store.verify(fix=True).is_sound
+        assert store.lookup(PROMPT, TINY).cached_tokens == len(PROMPT)
+
+
+def change_schema(folder: Path, sql: str) -> None:
+    """Run some SQL on an index, as far as it makes sense."""
+    with (
+        closing(sqlite3.connect(folder / "index.db", isolation_level=None)) as index,
+        suppress(sqlite3.Error),
+    ):
+        index.executescript(sql)
+    (folder / "index.db").chmod(0o600)
 
 
 # With a model: never a wrong token

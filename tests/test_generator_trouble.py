@@ -184,11 +184,11 @@ REBUILT_DAMAGE: dict[str, Callable[[Path], object]] = {
     "garbage index": lambda store: (store / "index.db").write_bytes(b"x" * 9999),
     "truncated index": lambda store: os.truncate(store / "index.db", 5000),
     "empty index": lambda store: os.truncate(store / "index.db", 0),
+    "index without a table": lambda store: drop_table(store / "index.db"),
 }
 LOST_DAMAGE: dict[str, Callable[[Path], object]] = {
     "a file in place of the store": replace_by_file,
     "store of a newer version": lambda store: set_version(store / "index.db", 99),
-    "index without a table": lambda store: drop_table(store / "index.db"),
 }
 
 

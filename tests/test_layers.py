@@ -237,7 +237,6 @@ def test_modules_that_may_import_mlx_do() -> None:
     ("module", "owners"),
     [
         ("sqlite3", {"index.database", "index.schema"}),
-        ("sqlite_utils", {"index.schema"}),
         ("platformdirs", {"location"}),
         ("fcntl", {"files", "locks"}),
         ("subprocess", {"default_model", "locks"}),
@@ -264,7 +263,7 @@ def test_deed_has_its_doers(words: list[str], owners: set[str]) -> None:
     assert doers <= owners
 
 
-HEAVY = ("mlx", "mlx_lm", "transformers", "sqlite_utils", "numpy", "huggingface_hub")
+HEAVY = ("mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub")
 
 
 def modules_after(code: str) -> set[str]:

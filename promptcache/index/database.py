@@ -4,6 +4,7 @@ It knows how rows are read and written safely, not what is in them.
 """
 
 import contextlib
+import math
 import os
 import sqlite3
 import stat
@@ -17,11 +18,16 @@ from typing import Any, TypeVar
 
 from promptcache.errors import DamagedIndexError, StoreError, StoreFormatError
 from promptcache.files import PRIVATE_FILE, size_of
-from promptcache.index.schema import SCHEMA_VERSION, create_tables
+from promptcache.index.schema import SCHEMA_VERSION, create_tables, has_tables
 from promptcache.locks import Holder, Patience, holder_of, told
 
 Result = TypeVar("Result")
 
+# No statement takes this long, unless somebody made it endless: listing 100,000
+# prefixes takes a second.
+STATEMENT_SECONDS = 60.0
+# So often it is looked at the clock, about every 5 ms.
+STEPS_BETWEEN_LOOKS = 500_000
 # What an answer may be delayed by for the sake of its receipt.
 BUSY_SECONDS = 0.1
 # The bytes of the `-shm` file that whoever writes has locked, and whoever reads; see
@@ -72,6 +78,7 @@ class Database:
         self._replaced: sqlite3.Connection | None = None
         # Not before it is open, meanwhile, and after `close`.
         self._follows = False
+        self._ends_at = math.inf
 
     def open(self, populate: Callable[[], object]) -> None:
         """Open the file, creating it where there is none.
@@ -128,6 +135,7 @@ class Database:
         """Return a connection that has opened the WAL, which goes by its name, too."""
         self._check_file()
         connection = _open(self.path, self._options())
+        connection.set_progress_handler(self._is_endless, STEPS_BETWEEN_LOOKS)
         try:
             with self._lock:
                 self._patiently(
@@ -205,6 +213,7 @@ class Database:
         """Check the schema's version, or create the tables."""
         version = self._version()
         if version == SCHEMA_VERSION:
+            self._check_schema()
             return
         if version:
             raise DamagedIndexError(f"the index has the older format {version}")
@@ -219,6 +228,13 @@ class Database:
                 create_tables(self._connection)
                 self._populate()
                 self.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+    def _check_schema(self) -> None:
+        """Raise DamagedIndexError where something is missing, or more than known."""
+        if not self._patiently(lambda: has_tables(self._connection)):
+            raise DamagedIndexError(
+                "the index has other tables than it should, run `promptcache verify`"
+            )
 
     def _version(self) -> int:
         """Return the schema's version, 0 before there is one."""
@@ -320,6 +336,7 @@ class Database:
             self._writer, most=self._most, sleep=self._sleep
         )
         for _ in attempts:
+            self._ends_at = time.monotonic() + STATEMENT_SECONDS
             try:
                 return act()
             except _BusyError:
@@ -347,6 +364,7 @@ class Database:
     def execute_many(self, sql: str, rows: Iterable[Sequence[object]]) -> None:
         """Run a statement once for each row. Raises StoreError."""
         with self._lock, translated():
+            self._ends_at = time.monotonic() + STATEMENT_SECONDS
             self._connection.executemany(sql, rows)
 
     def rows(
@@ -358,9 +376,14 @@ class Database:
                 lambda: self._connection.execute(sql, parameters).fetchall()
             )
 
+    def _is_endless(self) -> bool:
+        return time.monotonic() > self._ends_at
+
     def is_sound(self) -> bool:
         """Return whether SQLite finds its own file sound."""
         try:
+            with self._lock, translated():
+                self._check_schema()
             return self.rows("PRAGMA quick_check") == [("ok",)]
         except StoreError:
             return False
@@ -377,6 +400,10 @@ def translated() -> Iterator[None]:
         yield
     except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:
         # The latter after `close`.
+        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
+            raise DamagedIndexError(
+                "the index takes too long, run `promptcache verify`"
+            ) from error
         raise StoreError(f"the index cannot be used ({error})") from error
     except (sqlite3.DatabaseError, *VALUE_ERRORS) as error:
         raise DamagedIndexError(
@@ -404,7 +431,7 @@ def _identity(path: Path) -> Identity | None:
 
 
 def _open(path: Path, options: str) -> sqlite3.Connection:
-    return sqlite3.connect(
+    connection = sqlite3.connect(
         f"file:{_quoted(path)}?{options}",
         uri=True,
         # SQLite's own wait cannot be interrupted.
@@ -412,6 +439,9 @@ def _open(path: Path, options: str) -> sqlite3.Connection:
         isolation_level=None,
         check_same_thread=False,
     )
+    # What a forged schema calls does nothing but compute.
+    connection.execute("PRAGMA trusted_schema=OFF")
+    return connection
 
 
 def _quoted(path: Path) -> str:

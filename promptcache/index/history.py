@@ -10,7 +10,6 @@ from typing import Any, Literal
 from promptcache.errors import DamagedIndexError
 from promptcache.index.database import DAMAGED, Database, checked, translated
 from promptcache.index.fingerprints import Fingerprints
-from promptcache.index.schema import CREATE_WRITES
 from promptcache.reports import Usage, Written
 from promptcache.types import Eviction, Fingerprint, Origin, Receipt
 
@@ -128,15 +127,10 @@ class History:
             ON CONFLICT (day) DO UPDATE SET nbytes = nbytes + excluded.nbytes
         """
         with self._database.writing():
-            # Stores that were made before have no such table.
-            self._database.execute(CREATE_WRITES)
             self._database.execute(sql, [_day(now), nbytes])
 
     def written(self) -> Written:
         """Return how many bytes of blobs were written, in all and today."""
-        is_there = "SELECT 1 FROM sqlite_master WHERE name = 'writes'"
-        if not self._database.rows(is_there):
-            return Written(0, 0)
         sql = """
             SELECT coalesce(sum(nbytes), 0),
                 coalesce(sum(nbytes) FILTER (WHERE day = ?), 0) FROM writes

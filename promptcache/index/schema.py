@@ -1,119 +1,128 @@
 """The schema: the tables of the index, and the version they have."""
 
 import sqlite3
-from typing import Any
 
 SCHEMA_VERSION = 6
 # In place of the first token of a checkpoint, which has no tokens.
 NO_TOKEN = -1
 
-CREATE_WRITES = """
-    CREATE TABLE IF NOT EXISTS writes
-    (day TEXT PRIMARY KEY, nbytes INTEGER NOT NULL) WITHOUT ROWID
+# Plain SQL: an index is compared with it whenever it is opened, so the text must not
+# depend on the release of a library.
+TABLES = """
+CREATE TABLE fingerprints (
+    id INTEGER PRIMARY KEY,
+    digest TEXT NOT NULL,
+    model TEXT NOT NULL,
+    source TEXT,
+    parts TEXT NOT NULL
+);
+CREATE UNIQUE INDEX fingerprints_by_digest ON fingerprints (digest);
+
+CREATE TABLE segments (
+    id INTEGER PRIMARY KEY,
+    key TEXT,
+    parent_id INTEGER,
+    fingerprint_id INTEGER REFERENCES fingerprints (id),
+    start INTEGER,
+    end INTEGER,
+    first_token INTEGER,
+    nbytes INTEGER,
+    created_at REAL,
+    used_at REAL,
+    divisible INTEGER,
+    extendable INTEGER,
+    needs_checkpoint INTEGER,
+    has_logits INTEGER,
+    worth INTEGER,
+    token_ids BLOB
+);
+CREATE UNIQUE INDEX segments_by_key ON segments (key);
+-- Finds the child that continues a prompt at a token, the checkpoints of a segment,
+-- and whether it has children.
+CREATE INDEX segments_by_parent ON segments (parent_id, start, first_token);
+
+CREATE TABLE blocks (
+    hash INTEGER,
+    segment_id INTEGER,
+    PRIMARY KEY (hash, segment_id)
+) WITHOUT ROWID;
+CREATE INDEX blocks_by_segment ON blocks (segment_id);
+
+CREATE TABLE prefixes (
+    key TEXT PRIMARY KEY,
+    segment_id INTEGER REFERENCES segments (id),
+    num_tokens INTEGER,
+    name TEXT,
+    created_at REAL,
+    used_at REAL,
+    hits INTEGER,
+    origin TEXT,
+    manifest TEXT
+);
+CREATE UNIQUE INDEX prefixes_by_name ON prefixes (name);
+CREATE INDEX prefixes_by_segment ON prefixes (segment_id);
+
+-- What happened, which blobs cannot tell again.
+CREATE TABLE writes (
+    day TEXT PRIMARY KEY,
+    nbytes INTEGER NOT NULL
+) WITHOUT ROWID;
+-- Apart from the prefixes, so that asking does not take longer with more of them.
+CREATE TABLE configs (
+    template TEXT,
+    config TEXT,
+    PRIMARY KEY (template, config)
+);
+CREATE TABLE speeds (
+    fingerprint_id INTEGER,
+    deed TEXT,
+    num_tokens REAL,
+    seconds REAL,
+    measured_at REAL,
+    PRIMARY KEY (fingerprint_id, deed)
+);
+CREATE TABLE usage (
+    fingerprint_id INTEGER,
+    key TEXT,
+    requests INTEGER,
+    cached_tokens INTEGER,
+    prefilled_tokens INTEGER,
+    load_seconds REAL,
+    prefill_seconds REAL,
+    saved_seconds REAL,
+    PRIMARY KEY (fingerprint_id, key)
+);
+CREATE TABLE evictions (
+    id INTEGER PRIMARY KEY,
+    key TEXT,
+    fingerprint_id INTEGER,
+    end INTEGER,
+    reason TEXT,
+    removed_at REAL
+);
 """
 
 
 def create_tables(connection: sqlite3.Connection) -> None:
     """Create the schema inside the transaction that is open."""
-    # Imported here because it costs 0.2 s, which `ls` has not.
-    import sqlite_utils
-
-    database = sqlite_utils.Database(connection)
-    database["fingerprints"].create(
-        {"id": int, "digest": str, "model": str, "source": str, "parts": str},
-        pk="id",
-        not_null={"digest", "model", "parts"},
-    )
-    database["fingerprints"].create_index(["digest"], unique=True)
-    database["segments"].create(
-        {
-            "id": int,
-            "key": str,
-            "parent_id": int,
-            "fingerprint_id": int,
-            "start": int,
-            "end": int,
-            "first_token": int,
-            "nbytes": int,
-            "created_at": float,
-            "used_at": float,
-            "divisible": int,
-            "extendable": int,
-            "needs_checkpoint": int,
-            "has_logits": int,
-            "worth": int,
-            "token_ids": bytes,
-        },
-        pk="id",
-        foreign_keys=[("fingerprint_id", "fingerprints", "id")],
-    )
-    database["segments"].create_index(["key"], unique=True)
-    # Finds the child that continues a prompt at a token, the checkpoints of a
-    # segment, and whether it has children.
-    database["segments"].create_index(["parent_id", "start", "first_token"])
-    database.execute(
-        "CREATE TABLE blocks (hash INTEGER, segment_id INTEGER,"
-        " PRIMARY KEY (hash, segment_id)) WITHOUT ROWID"
-    )
-    database["blocks"].create_index(["segment_id"])
-    database["prefixes"].create(
-        {
-            "key": str,
-            "segment_id": int,
-            "num_tokens": int,
-            "name": str,
-            "created_at": float,
-            "used_at": float,
-            "hits": int,
-            "origin": str,
-            "manifest": str,
-        },
-        pk="key",
-        foreign_keys=[("segment_id", "segments", "id")],
-    )
-    database["prefixes"].create_index(["name"], unique=True)
-    database["prefixes"].create_index(["segment_id"])
-    _create_history(database)
+    for statement in _statements():
+        connection.execute(statement)
 
 
-def _create_history(database: Any) -> None:
-    """Create the tables of what happened, which blobs cannot tell again."""
-    database.execute(CREATE_WRITES)
-    # Apart from the prefixes, so that asking does not take longer with more of them.
-    database["configs"].create(
-        {"template": str, "config": str}, pk=("template", "config")
-    )
-    database["speeds"].create(
-        {
-            "fingerprint_id": int,
-            "deed": str,
-            "num_tokens": float,
-            "seconds": float,
-            "measured_at": float,
-        },
-        pk=("fingerprint_id", "deed"),
-    )
-    database["usage"].create(
-        {
-            "fingerprint_id": int,
-            "key": str,
-            "requests": int,
-            "cached_tokens": int,
-            "prefilled_tokens": int,
-            "load_seconds": float,
-            "prefill_seconds": float,
-            "saved_seconds": float,
-        },
-        pk=("fingerprint_id", "key"),
-    )
-    database["evictions"].create(
-        {
-            "id": int,
-            "key": str,
-            "fingerprint_id": int,
-            "end": int,
-            "reason": str,
-            "removed_at": float,
-        },
-        pk="id",
-    )
+def has_tables(connection: sqlite3.Connection) -> bool:
+    """Return whether a database has this schema, and nothing else.
+
+    A view or a trigger would run as part of our statements.
+    """
+    wanted = _statements()
+    # What comes with a primary key has no text.
+    rows = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")
+    found = [sql for [sql] in rows.fetchmany(len(wanted) + 1)]
+    return len(found) == len(wanted) and set(found) == set(wanted)
+
+
+def _statements() -> list[str]:
+    """Return the statements without comments, as SQLite keeps their text."""
+    lines = (line for line in TABLES.splitlines() if not line.startswith("--"))
+    *statements, _ = "\n".join(lines).split(";")
+    return [statement.strip() for statement in statements]
