@@ -206,7 +206,7 @@ def test_module_imports_from_lower_layers_only(name: str) -> None:
 
 def test_imports_are_seen() -> None:
     assert own_imports("store.store") >= {"location", "chain", "errors", "store.room"}
-    assert own_imports("index.history") >= {"index.database", "index.schema", "types"}
+    assert own_imports("index.prefixes") >= {"index.database", "index.schema", "types"}
     assert own_imports("default_model") >= {"gguf"}
 
 
