@@ -199,7 +199,7 @@ def _find(
 
 
 def _adapter(path: str | Path) -> Path:
-    adapter = Path(path).expanduser()
+    adapter = location.absolute(path)
     if not (adapter / "adapter_config.json").exists():
         raise ModelError(f"adapter {path} not found, it has no adapter_config.json")
     return adapter

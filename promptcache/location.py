@@ -6,6 +6,7 @@ from pathlib import Path
 
 import platformdirs
 
+from promptcache.errors import StoreError
 from promptcache.units import parse_size
 
 DEFAULT_MAX_NBYTES = 10 * 10**9
@@ -13,13 +14,29 @@ DEFAULT_MAX_NBYTES = 10 * 10**9
 
 def cache_dir() -> Path:
     """Return the user's cache folder for promptcache, which may not exist yet."""
-    return Path(platformdirs.user_cache_dir("promptcache", appauthor=False))
+    return absolute(platformdirs.user_cache_dir("promptcache", appauthor=False))
+
+
+def absolute(path: str | Path) -> Path:
+    """Return a path that stays good when the process changes its directory.
+
+    Raises:
+        StoreError: The current directory is gone, or there is no such home.
+    """
+    try:
+        return Path(path).expanduser().absolute()
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise StoreError(f"{path} cannot be found ({reason})") from error
 
 
 def store_dir(path: str | Path | None = None) -> Path:
-    """Return a store's folder: `path`, else `PROMPTCACHE_DIR`, else the user's own."""
+    """Return a store's folder: `path`, else `PROMPTCACHE_DIR`, else the user's own.
+
+    It is absolute. Raises StoreError if it cannot be.
+    """
     if path := path or os.environ.get("PROMPTCACHE_DIR"):
-        return Path(path).expanduser()
+        return absolute(path)
     return cache_dir() / "store"
 
 
