@@ -18,9 +18,9 @@ from promptcache.checksum import combined, digest
 from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.files import (
     IrregularFileError,
+    check_private,
     create_folder,
     files_below,
-    intruder,
     is_locked,
     lock_at_once,
     locked_folder,
@@ -39,6 +39,8 @@ from promptcache.types import BlobHeader, EncodedSegment, SegmentInfo, Tensor, b
 READ_NBYTES = 1 << 22
 # What comes from a damaged index must not lead anywhere else.
 KEY = re.compile(r"[0-9a-f]{32}")
+# Where conversations are kept, which is left to `transcript`.
+CHATS = "chats"
 CACHEDIR_TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# Prompt caches of promptcache, which can always be computed again.\n"
@@ -93,17 +95,10 @@ class BlobFolder:
 
     def _check_private(self) -> None:
         """Raise StoreError where others could put or change files."""
-        inside = [self._blobs, self._tmp, self._quarantine, self.root / "index.db"]
-        for path in [self.root, *inside]:
-            if path.is_symlink() and path != self.root:
-                raise StoreError(f"{path} is a link, put what it leads to in its place")
-            if reason := intruder(path):
-                advice = (
-                    "run `chmod go-w` on it"
-                    if "written" in reason
-                    else ("choose another folder with --store or PROMPTCACHE_DIR")
-                )
-                raise StoreError(f"the store is not private: {path} {reason}, {advice}")
+        inside = (self._blobs, self._tmp, self._quarantine, self.root / CHATS)
+        check_private(self.root, may_be_link=True)
+        for path in (*inside, self.root / "index.db"):
+            check_private(path)
 
     def path(self, key: str) -> Path:
         """Return where a blob is, or would be.

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from promptcache.errors import StoreError
 from promptcache.locks import TELL_SECONDS, Patience, lock
 
 PRIVATE_FOLDER = 0o700
@@ -47,6 +48,21 @@ def open_file(path: Path) -> BinaryIO:
     os.close(descriptor)
     kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
     raise IrregularFileError(errno.EISDIR, kind)
+
+
+def open_private(path: Path) -> int:
+    """Open a regular file to read and to add to, created where there is none.
+
+    Return its descriptor. Nobody else can write to it, and it is no link. Raises
+    StoreError, and OSError.
+    """
+    check_private(path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path, flags, PRIVATE_FILE)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise IrregularFileError(errno.EISDIR, "no regular file")
 
 
 def open_locked(
@@ -130,7 +146,7 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def lock_at_once(file: BinaryIO) -> None:
+def lock_at_once(file: BinaryIO | int) -> None:
     """Lock a file. Raises BlockingIOError if another process has it locked."""
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -171,6 +187,22 @@ def files_below(folder: Path, *without: str) -> Iterator[Path]:
             folders[:] = (name for name in folders if name not in without)
         links = (name for name in folders if Path(parent, name).is_symlink())
         yield from (Path(parent, name) for name in [*names, *links])
+
+
+def check_private(path: Path, *, may_be_link: bool = False) -> None:
+    """Make sure that nobody else can put files there, or change them.
+
+    What is not there is no trouble. Raises StoreError, and OSError.
+    """
+    if path.is_symlink() and not may_be_link:
+        raise StoreError(f"{path} is a link, put what it leads to in its place")
+    if reason := intruder(path):
+        advice = (
+            "run `chmod go-w` on it"
+            if "written" in reason
+            else "choose another folder with --store or PROMPTCACHE_DIR"
+        )
+        raise StoreError(f"the store is not private: {path} {reason}, {advice}")
 
 
 def intruder(path: Path) -> str | None:

@@ -13,6 +13,15 @@ from typing import Any, Self
 from urllib.parse import quote
 
 from promptcache.errors import StoreError, UsageError
+from promptcache.files import (
+    check_private,
+    create_folder,
+    lock_at_once,
+    make_durable,
+    make_path_durable,
+    open_private,
+)
+from promptcache.locks import holder_of, told
 
 VERSION = 1
 INTERRUPTED = "interrupted"
@@ -181,26 +190,30 @@ class _LineFile:
     """A file of lines that one process at a time adds to."""
 
     def __init__(self, path: Path) -> None:
-        # Imported here because it takes 30 ms, which most commands can do without.
-        import filelock
-
-        self._path = path
         self._descriptor: int | None = None
+        self._path = path
         with self._translated():
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = filelock.FileLock(f"{path}.lock", mode=0o600)
-            try:
-                self._lock.acquire(blocking=False)
-            except filelock.Timeout as error:
-                raise UsageError(
-                    "another process has this conversation open, close it first"
-                ) from error
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-            try:
-                self._descriptor = os.open(path, flags, 0o600)
-            except OSError:
-                self._lock.release()
-                raise
+            # It stays the same file wherever the process goes.
+            self._path = path.absolute()
+            _create_folder(self._path.parent)
+            self._descriptor = open_private(self._path)
+        try:
+            with self._translated():
+                self._lock(self._descriptor)
+        except BaseException:
+            self.close()
+            raise
+
+    def _lock(self, descriptor: int) -> None:
+        try:
+            lock_at_once(descriptor)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{told(holder_of(self._path))} has this conversation open, close it "
+                "first"
+            ) from error
+        if not os.fstat(descriptor).st_size:
+            make_path_durable(self._path.parent)
 
     def lines(self) -> list[bytes]:
         """Return the lines that were written in full.
@@ -243,7 +256,7 @@ class _LineFile:
                 while line:
                     line = line[os.write(descriptor, line) :]
                 if durably:
-                    os.fsync(descriptor)
+                    make_durable(descriptor)
                 yield
             except BaseException:
                 os.ftruncate(descriptor, start)
@@ -254,7 +267,6 @@ class _LineFile:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-            self._lock.release()
 
     def _open(self) -> int:
         if self._descriptor is None:
@@ -269,6 +281,18 @@ class _LineFile:
             raise StoreError(
                 f"the conversation cannot be kept in {self._path} ({error.strerror})"
             ) from error
+
+
+def _create_folder(folder: Path) -> None:
+    """Create a private folder, durably; one that is there must be private.
+
+    Raises StoreError, and OSError.
+    """
+    check_private(folder)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        create_folder(folder)
+        make_path_durable(folder.parent)
 
 
 def transcript_path(folder: Path, name: str) -> Path:

@@ -1,5 +1,6 @@
 """Nobody else reads a store, nothing is written outside it, tenants share nothing."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -10,10 +11,11 @@ import pytest
 from invariants import check_modes
 from segments import TINY, blob_path, blob_paths, save, tokens, tree_hash
 
-from promptcache import CachedGenerator, PrefixStore
+from promptcache import CachedGenerator, PrefixStore, default_model
 from promptcache.blobs import BlobFolder
 from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.reports import PrunePolicy
+from promptcache.transcript import Transcript, transcript_path
 
 PROMPT = [i % 250 for i in range(100)]
 
@@ -41,13 +43,17 @@ def test_modes_are_private_whatever_the_umask(
     check_modes(tmp_path / "store")
 
 
-@pytest.mark.parametrize("name", ["", "blobs", "tmp", "quarantine", "index.db"])
+PARTS = ["blobs", "tmp", "quarantine", "index.db", "chats"]
+
+
+@pytest.mark.parametrize("name", ["", *PARTS])
 @pytest.mark.parametrize("bit", [0o020, 0o002])
 def test_store_that_others_can_write_to_is_refused(
     tmp_path: Path, name: str, bit: int
 ) -> None:
     with PrefixStore(tmp_path / "store") as store:
         save(store, tokens(70))
+    begin_chat(tmp_path / "store")
     path = tmp_path / "store" / name
     path.chmod(path.stat().st_mode | bit)
     before = tree_hash(tmp_path / "store")
@@ -56,6 +62,73 @@ def test_store_that_others_can_write_to_is_refused(
         PrefixStore(tmp_path / "store")
 
     assert tree_hash(tmp_path / "store") == before
+
+
+def begin_chat(store: Path) -> Path:
+    """Begin a conversation in a store's folder, and return its file."""
+    path = transcript_path(store, "talk")
+    with Transcript(path, {"system": "secret"}) as transcript:
+        transcript.add({"role": "user", "content": "said"})
+    return path
+
+
+@pytest.mark.parametrize("name", ["chats", "chats/talk.jsonl"])
+@pytest.mark.parametrize("mode", [0o777, 0o620])
+def test_conversation_that_others_can_write_to_is_refused(
+    tmp_path: Path, name: str, mode: int
+) -> None:
+    path = begin_chat(tmp_path)
+    before = path.read_bytes()
+    (tmp_path / name).chmod(mode)
+
+    with pytest.raises(StoreError, match="by other users, run `chmod go-w`"):
+        begin_chat(tmp_path)
+
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["chats", "chats/talk.jsonl"])
+def test_conversation_does_not_follow_links(
+    tmp_path: Path, outside: Path, name: str
+) -> None:
+    path = transcript_path(tmp_path, "talk")
+    target = outside if name == "chats" else outside / "talk.jsonl"
+    if name != "chats":
+        path.parent.mkdir(mode=0o700)
+    (tmp_path / name).symlink_to(target)
+
+    with pytest.raises(StoreError, match="is a link, put what it leads to"):
+        begin_chat(tmp_path)
+
+    assert [p.name for p in outside.iterdir()] == ["precious"]
+
+
+def test_pipe_in_place_of_a_conversation_is_not_waited_for(tmp_path: Path) -> None:
+    path = transcript_path(tmp_path, "talk")
+    path.parent.mkdir(mode=0o700)
+    os.mkfifo(path, 0o600)
+
+    with pytest.raises(StoreError, match="no regular file"):
+        begin_chat(tmp_path)
+
+
+def test_everything_is_synced_by_what_a_mac_has_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", fcntl.F_GETFL, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda fd, call: synced.append(fd))
+    monkeypatch.delattr(os, "fsync")
+    begin_chat(tmp_path)
+    # The folder of chats, the file in it, its first line and what was said.
+    assert len(synced) == 4
+
+    def fill(unfinished: Path) -> None:
+        for name in default_model.FILES:
+            (unfinished / name).touch()
+
+    default_model.create_once(tmp_path / "model", fill, source=tmp_path / "source")
+    assert len(synced) == 4 + len(default_model.FILES) + 2
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -104,12 +177,13 @@ def outside(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["blobs", "tmp", "quarantine", "index.db"])
+@pytest.mark.parametrize("name", PARTS)
 def test_link_in_place_of_a_part_of_the_store_is_refused(
     tmp_path: Path, outside: Path, name: str
 ) -> None:
     with PrefixStore(tmp_path / "store") as store:
         save(store, tokens(70))
+    begin_chat(tmp_path / "store")
     path = tmp_path / "store" / name
     path.rename(outside / name)
     path.symlink_to(outside / name)
