@@ -12,13 +12,18 @@ from functools import cached_property
 
 import xxhash
 
+from promptcache.errors import UsageError
+
 BLOCK_SIZE = 32
 TOKEN_NBYTES = 4
 
 
 def pack(token_ids: Sequence[int]) -> bytes:
-    """Return token ids as little-endian uint32."""
-    packed = array("I", token_ids)
+    """Return token ids as little-endian uint32. Raises UsageError for others."""
+    try:
+        packed = array("I", token_ids)
+    except (OverflowError, TypeError) as error:
+        raise UsageError("token ids are integers in [0, 2**32)") from error
     if sys.byteorder == "big":
         packed.byteswap()
     return packed.tobytes()

@@ -244,13 +244,15 @@ class CachedGenerator:
                 the generator's.
 
         Raises:
-            UsageError: The prompt is empty, or no prompt.
+            UsageError: The prompt is empty, or no prompt of this model.
         """
-        return rendering.render_prompt(
+        rendered = rendering.render_prompt(
             self.tokenizer,
             prompt,
             **self._template_options(tools, chat_template_config),
         )
+        self._loaded.check_token_ids(rendered.token_ids)
+        return rendered
 
     def render_open(
         self,
@@ -268,11 +270,13 @@ class CachedGenerator:
         Raises:
             UsageError: Nothing comes before it.
         """
-        return rendering.render_open(
+        rendered = rendering.render_open(
             self.tokenizer,
             messages,
             **self._template_options(tools, chat_template_config),
         )
+        self._loaded.check_token_ids(rendered.token_ids)
+        return rendered
 
     def render_parts(self, parts: PromptParts) -> RenderedPrompt:
         """Return a whole prompt that is given in parts. Raises UsageError."""
@@ -324,7 +328,7 @@ class CachedGenerator:
             settings: `kv_bits`, `exact` and so on, as `stream_generate` takes them.
 
         Raises:
-            UsageError: The prompt is empty, or no prompt.
+            UsageError: The prompt is empty, or no prompt of this model.
             StoreError: The store cannot be read.
         """
         token_ids = self.render(prompt, tools, chat_template_config).token_ids
@@ -348,7 +352,7 @@ class CachedGenerator:
             settings: `kv_bits`, `exact` and so on, as `stream_generate` takes them.
 
         Raises:
-            UsageError: The prompt is empty, or no prompt.
+            UsageError: The prompt is empty, or no prompt of this model.
             StoreError: The store cannot be read.
         """
         rendered = self.render(prompt, tools, chat_template_config)
@@ -433,6 +437,8 @@ class CachedGenerator:
             store_bits=store_bits,
         )
         rendered = self._prompt_to_build(prompt, system, tools, chat_template_config)
+        if draft_model is not None:
+            self._loaded.check_token_ids(rendered.token_ids, draft_model=draft_model)
         store = self._usable_store()
         started = time.perf_counter()
         building = Building(self._loaded, store, self._writer, rendered, settings)
@@ -588,6 +594,8 @@ class CachedGenerator:
         if seed is not None:
             mx.random.seed(seed)
         rendered = self.render(prompt, tools, chat_template_config)
+        if draft_model is not None:
+            self._loaded.check_token_ids(rendered.token_ids, draft_model=draft_model)
         settings = Settings.of(
             kv_bits=kv_bits,
             kv_group_size=kv_group_size,

@@ -1,13 +1,16 @@
 """Loaded models: what decides where a model can be resumed, and by which name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from promptcache import loading
+from promptcache.errors import UsageError
 from promptcache.fingerprint import hash_json, make_fingerprint
 from promptcache.identity import IdentifiedModel, ModelIdentity, hash_layout
 from promptcache.length_dependence import length_dependence
@@ -62,6 +65,27 @@ class LoadedModel:
         """Have it and its drafts identified again, as arrays were changed in place."""
         for identified in (self._main, *self._drafts.values()):
             identified.refresh()
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Return how many tokens the model has embeddings for."""
+        return vocab_size_of(self.model)
+
+    def check_token_ids(
+        self, token_ids: Sequence[int], *, draft_model: Any = None
+    ) -> None:
+        """Raise UsageError for a token that the model has no embedding for.
+
+        MLX would read whatever is in memory there, or crash.
+        """
+        size = self.vocab_size
+        if draft_model is not None:
+            size = min(size, vocab_size_of(draft_model))
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= size):
+            wrong = next(i for i in token_ids if not 0 <= i < size)
+            raise UsageError(
+                f"token id {wrong} is not in the vocabulary of the model, [0, {size})"
+            )
 
     def reader(self, settings: Settings) -> Any:
         """Return what reads a prompt: the model, or both of a pair."""
@@ -186,3 +210,13 @@ class LoadedModel:
         if id(draft) not in self._drafts:
             self._drafts[id(draft)] = IdentifiedModel(draft, announce=self._announce)
         return self._drafts[id(draft)]
+
+
+def vocab_size_of(model: Any) -> int:
+    """Return the rows of a model's embedding of tokens; others, of places, have fewer.
+
+    MLX takes ids up to 2**31 where there is none to be seen.
+    """
+    kinds = (nn.Embedding, nn.QuantizedEmbedding)
+    tables = (module for module in model.modules() if isinstance(module, kinds))
+    return max((table.weight.shape[0] for table in tables), default=2**31)

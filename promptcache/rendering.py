@@ -2,7 +2,8 @@
 
 import bisect
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -93,7 +94,7 @@ def render_prompt(
         chat = make_chat(prompt, tools, chat_template_config)
         rendered = _rendered(tokenizer, chat, every_message=every_message)
     else:
-        rendered = RenderedPrompt([int(token_id) for token_id in _flat(prompt)])
+        rendered = RenderedPrompt(_ids_of(prompt))
     if not rendered.token_ids:
         raise UsageError("the prompt is empty, give it at least one token")
     return rendered
@@ -255,9 +256,33 @@ def _token_positions(
     return {common_length(packed, part) for part in parts}
 
 
-def _flat(prompt: Any) -> list[Any]:
-    """Return the ids of a sequence, of an mlx array or of a numpy array."""
-    token_ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
-    if not all(isinstance(token_id, int) and token_id >= 0 for token_id in token_ids):
-        raise UsageError("a prompt is text, token ids or a list of chat messages")
-    return token_ids
+def _ids_of(prompt: Any) -> list[int]:
+    """Return the ids of a sequence, an array of mlx or numpy, or a `BatchEncoding`."""
+    is_encoding = isinstance(prompt, Mapping) and "input_ids" in prompt
+    items = _items_of(prompt["input_ids"] if is_encoding else prompt)
+    is_batch = is_encoding or hasattr(prompt, "tolist")
+    if is_batch and len(items) == 1 and isinstance(items[0], list):
+        # As tokenizers return it, a batch of one.
+        items = items[0]
+    return items if {*map(type, items)} == {int} else [*map(_id_of, items)]
+
+
+def _items_of(prompt: Any) -> list[Any]:
+    items = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if isinstance(items, Iterable) and not isinstance(items, bytes | Mapping | Set):
+        return list(items)
+    kind = type(prompt).__name__
+    raise UsageError(
+        f"a prompt is text, token ids or a list of chat messages, and not {kind}"
+    )
+
+
+def _id_of(item: Any) -> int:
+    """Return an integer of any kind as one of Python's."""
+    # True counts as an integer, for Python and for numpy.
+    if type(item).__name__ not in ("bool", "bool_"):
+        with contextlib.suppress(TypeError):
+            return operator.index(item)
+    raise UsageError(
+        f"token ids are integers, and not {type(item).__name__} such as {item!r:.40}"
+    )

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from segments import TINY, expected_digests, expected_key, fingerprint, shared_length
 from strategies import any_token, prompts, token_lists
 
+from promptcache import UsageError
 from promptcache.chain import BLOCK_SIZE, Chain, common_length, pack, unpack
 
 DIGEST = TINY.digest
@@ -147,7 +148,7 @@ def test_unpacked_token_ids_are_the_packed_ones(token_ids: list[int]) -> None:
 
 @pytest.mark.parametrize("token_id", [-1, 2**32])
 def test_token_id_that_is_no_uint32_is_refused(token_id: int) -> None:
-    with pytest.raises(OverflowError):
+    with pytest.raises(UsageError):
         pack([token_id])
 
 

@@ -145,7 +145,7 @@ def test_empty_prompt_is_refused(tokenizer: Any, prompt: Any) -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    [[1.5], ["a"], [[1, 2]], [-1], [None], {"role": "user", "content": "Hello"}],
+    [[1.5], ["a"], [[1, 2]], [True], [None], {"role": "user", "content": "Hello"}],
     ids=str,
 )
 def test_what_is_no_prompt_is_refused(tokenizer: Any, prompt: Any) -> None:

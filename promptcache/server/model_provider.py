@@ -12,6 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from promptcache import loading
 from promptcache.errors import PromptCacheError
+from promptcache.loaded_model import vocab_size_of
 from promptcache.server.mlx_lm_server import ModelProvider, load_processor
 from promptcache.server.served_model import ServedModel
 from promptcache.settings import Settings
@@ -150,7 +151,9 @@ class IdentifiedModelProvider(ModelProvider):
                 draft_model=draft_model,
                 store_bits=self._store_bits,
             ),
-            vocab_size=max(tokenizer.get_vocab().values()) + 1,
+            vocab_size=min(
+                max(tokenizer.get_vocab().values()) + 1, vocab_size_of(model)
+            ),
             most_tokens=limit or None,
         )
 

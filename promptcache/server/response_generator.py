@@ -170,6 +170,7 @@ class CachedResponseGenerator(ResponseGenerator):
         found = super()._tokenize(tokenizer, request, args)
         token_ids, segments, _, state, vision = found
         _check_length(len(token_ids), current.most_tokens)
+        model.check_token_ids(token_ids, draft_model=settings.draft_model)
         if vision is not None:
             return found
         if rendered is None or rendered.token_ids != token_ids:
