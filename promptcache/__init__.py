@@ -13,6 +13,7 @@ from promptcache.errors import (
     ModelError,
     PromptCacheError,
     PromptCacheWarning,
+    QuotaError,
     StoreError,
     StoreFormatError,
     StoreFullError,
@@ -20,6 +21,7 @@ from promptcache.errors import (
     UsageError,
 )
 from promptcache.reports import (
+    PinQuota,
     Prefix,
     PrefixReport,
     PrunePlan,
@@ -51,6 +53,7 @@ __all__ = [
     "KeyNotFoundError",
     "Match",
     "ModelError",
+    "PinQuota",
     "Prefix",
     "PrefixReport",
     "PrefixStore",
@@ -59,6 +62,7 @@ __all__ = [
     "PrunePlan",
     "PrunePolicy",
     "PruneReport",
+    "QuotaError",
     "StoreError",
     "StoreFormatError",
     "StoreFullError",

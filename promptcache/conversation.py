@@ -61,7 +61,9 @@ class Conversation:
         if name is not None:
             if generator.store is None:
                 raise StoreError("there is no store to keep the conversation in")
-            path = transcript_path(generator.store.path, name)
+            path = transcript_path(
+                generator.store.path, name, namespace=generator.namespace
+            )
         self._transcript = Transcript(path, head)
         self._is_answering = False
 

@@ -14,7 +14,6 @@ PART_NAMES = {
     "store_bits": "bits at rest",
     "exact": "exact mode",
     "draft": "draft model",
-    "namespace": "namespace",
     "modules": "layers",
     "weights": "weights",
     "config": "config",

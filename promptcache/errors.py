@@ -2,7 +2,8 @@
 
     PromptCacheError
     ├── UsageError
-    │   └── KeyNotFoundError
+    │   ├── KeyNotFoundError
+    │   └── QuotaError
     ├── ModelError
     │   └── UnsupportedCacheError
     └── StoreError
@@ -38,6 +39,12 @@ class UsageError(PromptCacheError):
 
 class KeyNotFoundError(UsageError):
     """No prefix, or more than one, goes by the given key or name."""
+
+    exit_code = 1
+
+
+class QuotaError(UsageError):
+    """More would be pinned in a namespace than may be."""
 
     exit_code = 1
 

@@ -21,6 +21,7 @@ from promptcache.hot_tier import HotTier
 from promptcache.identity import ModelIdentity
 from promptcache.lint import VolatileText, find_volatile_text
 from promptcache.loaded_model import LoadedModel
+from promptcache.names import check_name
 from promptcache.prefill import DEFAULT_STEP_SIZE
 from promptcache.prompt_parts import PromptParts, compose
 from promptcache.rendering import Prompt, RenderedPrompt
@@ -28,7 +29,7 @@ from promptcache.reports import Prefix
 from promptcache.request import DEFAULT_DRAFT_TOKENS, Progress, Request, SavePolicy
 from promptcache.sampling import LogitsProcessor, penalties_of, sampler_of
 from promptcache.settings import DEFAULT_SETTINGS, Settings
-from promptcache.store import PrefixStore, check_name
+from promptcache.store import PrefixStore
 from promptcache.types import Fingerprint, Match
 from promptcache.writer import Writer
 
@@ -57,6 +58,7 @@ class CachedGenerator:
         tokenizer: Its tokenizer.
         store: The store, or None if it cannot be used.
         save: Whether to save the prompts that are read, unless a call says otherwise.
+        namespace: What it finds, builds, names and explains is in this namespace.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class CachedGenerator:
         self.tokenizer = tokenizer
         self.store: PrefixStore | None = None
         self.save: SavePolicy = save
+        self.namespace = namespace
         self._reuse = reuse
         self._chat_template_config = chat_template_config
         self._loaded = LoadedModel(
@@ -447,8 +450,8 @@ class CachedGenerator:
         )
         try:
             if name is not None:
-                store.pin(building.key, name)
-            prefix = store.resolve(building.key)
+                store.pin(building.key, name, namespace=self.namespace)
+            prefix = store.resolve(building.key, namespace=self.namespace)
         except KeyNotFoundError as error:
             raise StoreError(
                 "what was built has been evicted by another process already"
@@ -648,7 +651,8 @@ class CachedGenerator:
         if store is None or chat is None or rendered.origin is None or is_expected:
             return
         fingerprint = self.fingerprint(settings)
-        for config in store.configs(rendered.origin.template):
+        configs = store.configs(rendered.origin.template, namespace=self.namespace)
+        for config in configs:
             if config == rendered.origin.config:
                 continue
             with contextlib.suppress(UsageError):

@@ -27,6 +27,7 @@ def of_prefix(prefix: Prefix) -> dict[str, Any]:
         "used_at": iso_time(prefix.used_at),
         "hits": prefix.hits,
         "pinned": prefix.pinned,
+        "namespace": prefix.namespace,
     }
 
 

@@ -94,6 +94,11 @@ def api_keys() -> tuple[str, ...]:
     return tuple(key.strip() for key in keys if key.strip())
 
 
+def metrics_key() -> str | None:
+    """Return the key in `PROMPTCACHE_METRICS_KEY`, or None."""
+    return os.environ.get("PROMPTCACHE_METRICS_KEY", "").strip() or None
+
+
 def model_name() -> str | None:
     """Return the model named by `PROMPTCACHE_MODEL`, or None."""
     return os.environ.get("PROMPTCACHE_MODEL") or None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from promptcache.errors import UsageError
+from promptcache.names import check_name
 
 MANIFEST_KEYS = ("model", "prompts")
 TEMPLATE_KEYS = ("system", "messages", "tools", "chat_template_config")
@@ -145,10 +146,10 @@ def _syntax_error(error: tomllib.TOMLDecodeError, text: str) -> str:
 def _read_prompt(
     prompts: "_Table", name: str, *, default_model: str | None
 ) -> PromptSpec:
-    if not name.strip() or not name.isprintable():
-        raise prompts.error(
-            None, f"{name!r} cannot be a name, use printable characters"
-        )
+    try:
+        check_name(name)
+    except UsageError as error:
+        raise prompts.error(None, str(error)) from error
     table = prompts.table(name)
     table.check_keys(PROMPT_KEYS)
     spec = PromptSpec(

@@ -26,13 +26,16 @@ TAGS = ("", "tail", "checkpoint", "checkpoint logits", "checkpoint logits tail")
 
 
 class _Finder:
-    """Looks around one prompt, in one state of the index."""
+    """Looks around one prompt in its namespace, in one state of the index."""
 
-    def __init__(self, index: Index, chain: Chain) -> None:
+    def __init__(self, index: Index, chain: Chain, namespace: str) -> None:
         self._index = index
         self._chain = chain
-        self._fingerprints = {f.digest: f for f in index.fingerprints.all()}
-        self._listed = index.prefixes.prompts()
+        # What others have is not looked at: whoever asks could read it out of the
+        # answers, token by token, or out of the time that they take.
+        fingerprints = index.fingerprints.of_namespace(namespace)
+        self._fingerprints = {f.digest: f for f in fingerprints}
+        self._listed = index.prefixes.prompts(namespace)
 
     def find(self, origin: Origin | None) -> Neighbourhood:
         index, chain = self._index, self._chain
@@ -103,10 +106,10 @@ class _Finder:
 
 
 def find_neighbourhood(
-    index: Index, chain: Chain, origin: Origin | None
+    index: Index, chain: Chain, origin: Origin | None, *, namespace: str
 ) -> Neighbourhood:
-    """Return what is close to a prompt. Raises StoreError."""
-    return _Finder(index, chain).find(origin)
+    """Return what a namespace has close to a prompt. Raises StoreError."""
+    return _Finder(index, chain, namespace).find(origin)
 
 
 def joined(found: Sequence[Neighbourhood], fingerprint: Fingerprint) -> Neighbourhood:

@@ -239,11 +239,15 @@ def _stuck_nbytes(index: Index, blobs: BlobFolder, limit: int) -> int:
 
 def _full_message(segments: Collection[Leaf], nbytes: int, limit: int) -> str:
     room = f"{format_size(nbytes)} do not fit into the limit of {format_size(limit)}"
-    evictable = {segment.id for segment in plan_eviction(segments)}
-    pinned = _nbytes(s for s in segments if s.id not in evictable)
+    pinned = pinned_nbytes(segments)
     if pinned:
         return f"{room} because {format_size(pinned)} are pinned, unpin some of it"
     return f"{room}, raise it with --max-size or PROMPTCACHE_MAX_SIZE"
+
+
+def pinned_nbytes(segments: Collection[Leaf]) -> int:
+    """Return the size of what eviction keeps: what is pinned, with its ancestors."""
+    return _nbytes(segments) - _nbytes(plan_eviction(segments))
 
 
 class Tree:

@@ -12,6 +12,7 @@ from promptcache.cover import Cover
 from promptcache.errors import DamagedBlobError, DamagedIndexError, StoreError
 from promptcache.files import locked_folder
 from promptcache.index import ROOT_ID, Database, Index
+from promptcache.names import full_name
 from promptcache.reports import Damage, VerifyReport
 from promptcache.types import BlobHeader, ListedPrefix, SegmentInfo
 
@@ -72,9 +73,9 @@ def give_up(index: Index, blobs: BlobFolder, key: str) -> list[str]:
 
     Its blob moves to `quarantine/`.
     """
-    names = index.prefixes.names().keys()
+    names = _full_names(index)
     index.remove_subtree(key)
-    lost = sorted(names - index.prefixes.names().keys())
+    lost = sorted(names - _full_names(index))
     if lost:
         write_prefixes(index, blobs)
     try:
@@ -86,6 +87,10 @@ def give_up(index: Index, blobs: BlobFolder, key: str) -> list[str]:
             f"blob {key} cannot be set aside ({error.strerror})"
         ) from error
     return lost
+
+
+def _full_names(index: Index) -> set[str]:
+    return {str(full_name(pin.namespace, pin.name)) for pin in index.prefixes.pins()}
 
 
 def create_index(database: Database, blobs: BlobFolder) -> None:
@@ -248,7 +253,9 @@ def _restore_prefixes(
         if entry in known or segment_id is None:
             continue
         index.prefixes.add(entry.key, segment_id, entry.num_tokens, now=time.time())
-        if entry.name is not None and entry.name not in index.prefixes.names():
+        namespace = index.fingerprints.of_segment(segment_id).namespace
+        names = {pin.name for pin in index.prefixes.pins(namespace)}
+        if entry.name is not None and entry.name not in names:
             index.prefixes.set_name(entry.key, entry.name, manifest=entry.manifest)
 
 

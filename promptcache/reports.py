@@ -3,7 +3,20 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from promptcache.names import full_name
 from promptcache.types import Fingerprint
+
+
+class PinQuota(NamedTuple):
+    """How much may be pinned in one namespace.
+
+    Attributes:
+        num_pins: How many names.
+        nbytes: How many bytes they keep, those of ancestors included.
+    """
+
+    num_pins: int
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +32,7 @@ class Prefix:
         created_at: Unix time.
         used_at: Unix time of the last hit.
         hits: How often it was reused.
+        namespace: Where its name means it, empty for the default one.
     """
 
     key: str
@@ -29,11 +43,17 @@ class Prefix:
     created_at: float
     used_at: float
     hits: int
+    namespace: str = ""
 
     @property
     def pinned(self) -> bool:
         """Return whether eviction keeps it."""
         return self.name is not None
+
+    @property
+    def full_name(self) -> str | None:
+        """Return its name as one that means nothing else in the whole store."""
+        return full_name(self.namespace, self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +70,7 @@ class Usage:
         load_seconds: Time that matching and loading took.
         prefill_seconds: Time that processing the others took.
         saved_seconds: Time that processing the reused ones would have taken.
+        namespace: Where the requests came from.
     """
 
     model: str
@@ -61,6 +82,12 @@ class Usage:
     load_seconds: float
     prefill_seconds: float
     saved_seconds: float
+    namespace: str = ""
+
+    @property
+    def full_name(self) -> str | None:
+        """Return its name as one that means nothing else in the whole store."""
+        return full_name(self.namespace, self.name)
 
 
 class Written(NamedTuple):

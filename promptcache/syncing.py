@@ -108,7 +108,7 @@ class Syncing:
         self, name: str, key: str, wanted: Mapping[str, str]
     ) -> tuple[Action, str, str]:
         """Return what to do with the pin of a prompt that is stored."""
-        pin = next((pin for pin in self._store.pins() if pin.key == key), None)
+        pin = next((pin for pin in self._pins() if pin.key == key), None)
         if pin is None:
             return "pin", key, "stored, but not pinned"
         if pin.name == name:
@@ -118,12 +118,16 @@ class Syncing:
         # A prefix has one name, and another one keeps it as well.
         return "keep", key, f"pinned as {pin.name}"
 
+    def _pins(self) -> list[ListedPrefix]:
+        """Return the pins of the default namespace, which manifests are about."""
+        return self._store.pins(namespace="")
+
     def _is_own(self, pin: ListedPrefix) -> bool:
         return pin.manifest == str(self._manifest.path)
 
     def _check_name_is_free(self, name: str, key: str) -> None:
         """Raise UsageError if another manifest has given the name to something else."""
-        for pin in self._store.pins():
+        for pin in self._pins():
             others = pin.manifest not in (None, str(self._manifest.path))
             if pin.name == name and pin.key != key and others:
                 raise UsageError(f"the name is taken by {pin.manifest}")
@@ -137,7 +141,7 @@ class Syncing:
         """
         named = {spec.name for spec in self._manifest.prompts}
         renamed = {step.key for step in steps if step.action == "pin"}
-        for pin in self._store.pins():
+        for pin in self._pins():
             name = str(pin.name)
             if self._is_own(pin) and name not in wanted and pin.key not in renamed:
                 reason = "the manifest names it no longer"
@@ -180,7 +184,7 @@ class Syncing:
 
     def _unpinned(self, step: SyncStep) -> SyncStep:
         if step.action == "unpin":
-            self._store.unpin(step.name)
+            self._store.unpin(step.name, namespace="")
         return step
 
 

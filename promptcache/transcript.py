@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
 
+import xxhash
+
 from promptcache.errors import StoreError, UsageError
 from promptcache.files import (
     check_private,
@@ -295,8 +297,10 @@ def _create_folder(folder: Path) -> None:
         make_path_durable(folder.parent)
 
 
-def transcript_path(folder: Path, name: str) -> Path:
+def transcript_path(folder: Path, name: str, *, namespace: str = "") -> Path:
     """Return where a conversation of this name is kept in a store's folder.
+
+    Conversations of the same name in two namespaces are two.
 
     Raises:
         UsageError: The name cannot be one.
@@ -307,4 +311,6 @@ def transcript_path(folder: Path, name: str) -> Path:
         )
     # A name is no path: neither `..` nor `/` mean anything.
     quoted = quote(name, safe=" ").replace(".", "%2E")
-    return folder / "chats" / f"{quoted}.jsonl"
+    # No quoted name has an `@`, and a namespace may be longer than a file's name.
+    whose = xxhash.xxh3_128_hexdigest(namespace.encode()) + "@" if namespace else ""
+    return folder / "chats" / f"{whose}{quoted}.jsonl"

@@ -28,6 +28,11 @@ class Fingerprint:
     exact: "Fingerprint | None" = field(default=None, compare=False)
 
     @property
+    def namespace(self) -> str:
+        """Return the namespace that it belongs to, empty for the default one."""
+        return str(self.parts.get("namespace", ""))
+
+    @property
     def reusable(self) -> "tuple[Fingerprint, ...]":
         """Return the fingerprints whose rows are reused, the best ones first."""
         alone = self if self.exact is None else replace(self, exact=None)
@@ -288,6 +293,7 @@ class ListedPrefix(NamedTuple):
     num_tokens: int
     name: str | None
     manifest: str | None = None
+    namespace: str = ""
 
 
 class Leaf(NamedTuple):

@@ -24,6 +24,7 @@ LS_FIELDS = {
     "used_at": str,
     "hits": int,
     "pinned": bool,
+    "namespace": str,
 }
 
 

@@ -297,7 +297,8 @@ CAUSES = {
     "weights of raw text": cause(
         with_model(seed=5), "weights", "other weights", first=with_prompt(RAW)
     ),
-    "namespace": cause(in_namespace, "namespace", "other namespace"),
+    # What is in another one is not told.
+    "namespace": cause(in_namespace, "nothing cached", "nothing cached for narrator"),
     "max_kv_size": cause(
         with_settings(max_kv_size=4000), "max_kv_size", "none became 4000"
     ),

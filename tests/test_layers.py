@@ -33,6 +33,7 @@ LAYERS = [
     [
         *[
             "units",
+            "names",
             "types",
             "writer",
             "checksum",
@@ -68,7 +69,7 @@ LAYERS = [
     ],
     ["known_models"],
     ["chat_template", "codec", "matching", "memory", "pruning", "recovery"],
-    ["neighbourhood", "identity"],
+    ["neighbourhood", "identity", "store.secret"],
     ["store.folder", "store.listing", "store.room", "store.speeds"],
     ["store.receipts", "store.segment_writer"],
     ["store.store"],

@@ -342,7 +342,7 @@ def test_match_ends_where_token_ids_differ_though_all_hashes_agree(
 @pytest.fixture(autouse=True)
 def unthinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep all checkpoints, however close; which of them go is not matching's."""
-    monkeypatch.setattr(SegmentWriter, "_thin", lambda writer, key: None)
+    monkeypatch.setattr(SegmentWriter, "_thin", lambda *_: None)
 
 
 def end_of(match: Match) -> tuple[int, bool]:

@@ -19,7 +19,7 @@ from benchmarks.served import wait_until
 from promptcache.server.api_keys import ApiKeys, is_loopback
 
 SYSTEM = "You are the narrator of a long story about a lighthouse. " * 12
-ANNA, BERT = "sk-anna-1", "sk-bert-2"
+ANNA, BERT, METRICS = "sk-anna-1", "sk-bert-2", "sk-metrics-3"
 # Of the tiny models' tokenizer: after 256 bytes, 6 merges and the BOS.
 END_ID = 263
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -29,13 +29,14 @@ HELLO = [{"role": "user", "content": "Hello"}]
 def server(
     make_model: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    options = ("--api-key", ANNA, "--max-request-size", "1MB")
+    options = ("--api-key", ANNA, "--max-request-size", "2MB")
     env = {"PROMPTCACHE_MEMORY_LIMIT": "64MB", "HF_HUB_OFFLINE": "1"}
     env |= {"HF_HOME": str(tmp_path_factory.mktemp("hub"))}
     store = tmp_path_factory.mktemp("served") / "store"
     options = (*options, "--api-key", BERT, "--log-level", "INFO")
+    options = (*options, "--metrics-key", METRICS, "--pin-quota", "2MB")
     model = make_model("llama")
-    with running(model, *options, store=store, env=env, key=ANNA) as server:
+    with running(model, *options, store=store, env=env, key=METRICS) as server:
         yield server
         assert not [line for line in server.said if "Traceback" in line]
 
@@ -82,7 +83,7 @@ def test_keys_do_not_share_prefixes(anna: openai.OpenAI, bert: openai.OpenAI) ->
 
 
 def test_only_bearers_of_a_key_get_its_namespace() -> None:
-    keys = ApiKeys([ANNA, BERT])
+    keys = ApiKeys([ANNA, BERT], secret=b"1")
 
     anna, bert = (keys.namespace(f"Bearer {key}") for key in (ANNA, BERT))
 
@@ -348,23 +349,112 @@ def test_cache_lists_explains_and_pins(server: Server, anna: openai.OpenAI) -> N
     assert not unpinned["pinned"]
 
 
-def test_cache_of_others_is_not_told(server: Server, anna: openai.OpenAI) -> None:
-    ask(anna, system_and(f"{SYSTEM} Anna's.", "Hello"))
+def _answer(server: Server, path: str, body: Any = None) -> tuple[int, Any]:
+    """Return what Bert is answered, errors too."""
+    try:
+        if body is None:
+            return 200, json.loads(server.get(path, BERT))
+        return 200, server.post(path, body, BERT)
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_key_is_answered_as_if_it_were_the_only_one(
+    server: Server, anna: openai.OpenAI, bert: openai.OpenAI
+) -> None:
+    secret = "The password of the lighthouse is 4711, tell it to nobody at all. " * 4
+    ask(bert, HELLO)
     server.wait_saved()
-    own = json.loads(server.get("/v1/cache", ANNA))["data"]
+    mine = _answer(server, "/v1/cache")[1]["data"][0]["key"]
+    # Each guess is closer by a word, or only a token from the whole.
+    words = secret.split(" ")
+    cuts = [" ".join(words[:n]) for n in range(1, 12)]
+    guesses = [system_and(cut, "Hello") for cut in [*cuts, secret, secret[:-9] + "x"]]
+    questions: list[tuple[str, Any]] = [
+        *(("/v1/cache/explain", {"messages": guess}) for guess in guesses),
+        *(("/v1/cache/explain", {"prompt": cut}) for cut in cuts),
+        ("/v1/cache", None),
+        ("/v1/cache/pin", {"key": mine, "name": "anna's"}),
+        ("/v1/cache/unpin", {"name": "anna's"}),
+        ("/v1/cache/unpin", {"name": "anna's"}),
+        *(("/v1/cache/pin", {"key": digit, "name": "x"}) for digit in "0123456789"),
+        ("/v1/cache/unpin", {"name": "x"}),
+        ("/metrics", None),
+    ]
+    before = [_answer(server, *question) for question in questions]
 
-    others = json.loads(server.get("/v1/cache", BERT))["data"]
-    told = server.post(
-        "/v1/cache/explain",
-        {"messages": system_and(f"{SYSTEM} Anna's.", "Hello!")},
-        BERT,
-    )
+    ask(anna, system_and(secret, "Hello"))
+    anna.completions.create(model="default_model", prompt=secret, max_tokens=1)
+    server.wait_saved()
+    theirs = [p["key"] for p in json.loads(server.get("/v1/cache", ANNA))["data"]]
+    for name, key in zip(("anna's", "x"), theirs, strict=False):
+        server.post("/v1/cache/pin", {"key": key, "name": name}, ANNA)
+
+    assert [_answer(server, *question) for question in questions] == before
+    unknown = ("/v1/cache/pin", {"key": "0" * 32, "name": "mine"})
+    for key in theirs:
+        mine_now = ("/v1/cache/pin", {"key": key, "name": "mine"})
+        status, told = _answer(server, *mine_now)
+        assert status == 404
+        assert json.dumps(told).replace(key, "0" * 32) == json.dumps(
+            _answer(server, *unknown)[1]
+        )
+    names = {p["name"] for p in json.loads(server.get("/v1/cache", ANNA))["data"]}
+    assert {"anna's", "x"} <= names
+
+
+def test_keys_pin_no_more_than_their_share(server: Server, bert: openai.OpenAI) -> None:
+    ask(bert, system_and(SYSTEM * 4, "Hello"), max_tokens=1)
+    server.wait_saved()
+    listed = json.loads(server.get("/v1/cache", BERT))["data"]
+    longest = max(listed, key=lambda prefix: prefix["num_tokens"])
+
+    large = _answer(server, "/v1/cache/pin", {"key": longest["key"], "name": "large"})
+    long = _answer(server, "/v1/cache/pin", {"key": longest["key"], "name": "n" * 129})
+
+    assert (large[0], large[1]["error"]["code"]) == (403, "pin_quota_exceeded")
+    assert "would be pinned and 2.0 MB may be" in large[1]["error"]["message"]
+    assert long[0] == 400 and "too long for a name" in long[1]["error"]["message"]
+    assert not any(p["name"] for p in json.loads(server.get("/v1/cache", BERT))["data"])
+
+
+def test_metrics_want_a_key_of_their_own(server: Server) -> None:
+    assert "promptcache_hits" in server.get("/metrics", METRICS)
+    assert _answer(server, "/metrics")[0] == 403
     with pytest.raises(urllib.error.HTTPError) as error:
-        server.post("/v1/cache/pin", {"key": own[0]["key"], "name": "mine"}, BERT)
+        server.get("/v1/cache", METRICS)
+    assert error.value.code == 401
 
-    assert error.value.code == 404
-    assert not {p["key"] for p in own} & {p["key"] for p in others}
-    assert "Anna" not in json.dumps(told)
+
+@pytest.mark.parametrize(
+    ("keys", "metrics_key", "given", "expected"),
+    [
+        ([], None, None, True),
+        ([], "m", None, False),
+        ([], "m", "Bearer m", True),
+        ([ANNA], None, f"Bearer {ANNA}", False),
+        ([ANNA], "m", f"Bearer {ANNA}", False),
+        ([ANNA], "m", "bearer m", True),
+        ([ANNA], "m", "m", False),
+    ],
+)
+def test_who_may_see_the_metrics(
+    keys: list[str], metrics_key: str | None, given: str | None, expected: bool
+) -> None:
+    found = ApiKeys(keys, secret=b"1", metrics_key=metrics_key)
+
+    assert found.opens_metrics(given) is expected
+
+
+def test_model_that_is_not_loaded_is_not_explained(server: Server) -> None:
+    body = {"messages": HELLO}
+
+    for name in ("default_model", "llama"):
+        assert _answer(server, "/v1/cache/explain", {**body, "model": name})[0] == 200
+    status, told = _answer(server, "/v1/cache/explain", {**body, "model": "other"})
+
+    assert (status, told["error"]["code"]) == (503, "unavailable")
+    assert _answer(server, "/v1/cache/explain", {**body, "model": []})[0] == 400
 
 
 def test_pages_of_other_origins_learn_nothing(server: Server) -> None:
@@ -392,7 +482,7 @@ def test_metrics_are_prometheus_text(server: Server, anna: openai.OpenAI) -> Non
     for _ in range(2):
         ask(anna, system_and(f"{SYSTEM} Metrics.", "Hello"))
 
-    text = server.get("/metrics", ANNA)
+    text = server.get("/metrics", METRICS)
 
     names = {family.name for family in text_string_to_metric_families(text)}
     assert names >= {

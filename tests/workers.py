@@ -137,6 +137,13 @@ def spoil(folder: Path) -> None:
     os.truncate(folder / "index.db", 5000)
 
 
+def make_secret(folder: Path, number: int) -> None:
+    """Ask for the secret of the same store as everybody else."""
+    with PrefixStore(folder) as store:
+        ready()
+        print(store.secret().hex())
+
+
 def add_rows(folder: Path, number: int) -> None:
     """Add and remove rows as fast as possible."""
     ready()

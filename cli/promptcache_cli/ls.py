@@ -16,7 +16,8 @@ def ls(store_path: str | None, json_: bool, quiet: bool) -> None:
     """List prefixes, the last used first
 
     SIZE is what removing the prefix would free: what it shares with others is
-    not counted. With --quiet only the keys are printed.
+    not counted. The name of a prefix in a namespace, such as a server's API keys
+    have, is NAMESPACE/NAME. With --quiet only the keys are printed.
 
     Example:
 
@@ -45,7 +46,7 @@ def _print_table(prefixes: list[Prefix]) -> None:
     rows = [
         [
             prefix.key[:12],
-            prefix.name or "",
+            prefix.full_name or "",
             prefix.model,
             prefix.num_tokens,
             format_size(prefix.nbytes),

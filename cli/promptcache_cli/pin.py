@@ -16,7 +16,8 @@ from promptcache_cli.options import json_option, open_store, quiet_option, store
 def pin(key: str, name: str, store_path: str | None, json_: bool, quiet: bool) -> None:
     """Name a prefix, so that eviction keeps it
 
-    A name that another prefix has moves to this one.
+    A name that another prefix has moves to this one. In each namespace, such as a
+    server's API keys have, a name means a prefix of its own.
 
     Example:
 
@@ -25,7 +26,12 @@ def pin(key: str, name: str, store_path: str | None, json_: bool, quiet: bool) -
     """
     with open_store(store_path) as store:
         prefix = store.pin(key, name)
-    _report(prefix, f"Pinned {prefix.key[:12]} as {name}", json_=json_, quiet=quiet)
+    _report(
+        prefix,
+        f"Pinned {prefix.key[:12]} as {prefix.full_name}",
+        json_=json_,
+        quiet=quiet,
+    )
 
 
 @click.command()

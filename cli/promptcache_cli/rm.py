@@ -44,7 +44,7 @@ def rm(
     with open_store(store_path) as store:
         prefixes = list({p.key: p for p in map(store.resolve, keys)}.values())
         if not dry_run:
-            names = ", ".join(p.name or p.key[:12] for p in prefixes)
+            names = ", ".join(p.full_name or p.key[:12] for p in prefixes)
             confirm(f"Remove {names}?", yes=yes)
         planned = {prefix.key: prefix.nbytes for prefix in prefixes}
         removed = planned if dry_run else _remove(store, prefixes)

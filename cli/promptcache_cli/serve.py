@@ -182,6 +182,17 @@ server_options = stacked(
     "[env: PROMPTCACHE_API_KEY, separated by commas]",
 )
 @click.option(
+    "--metrics-key",
+    help="A key that opens /metrics, which API keys do not  "
+    "[env: PROMPTCACHE_METRICS_KEY]",
+)
+@click.option(
+    "--pin-quota",
+    type=SIZE,
+    help="Most bytes that each API key may pin  [default: its part of a half of the "
+    "store's limit]",
+)
+@click.option(
     "--insecure", is_flag=True, help="Let others than this machine in without a key"
 )
 @click.option(
@@ -204,6 +215,8 @@ def serve(
     save_answers: bool,
     store_bits: int | None,
     api_keys: tuple[str, ...],
+    metrics_key: str | None,
+    pin_quota: int | None,
     insecure: bool,
     max_request_size: int,
     max_prompt_tokens: int | None,
@@ -217,7 +230,8 @@ def serve(
     prompts and the ends of prompts are stored at once, answers when they are done.
 
     GET /v1/cache lists what is stored, POST /v1/cache/explain tells why a prompt hits
-    or misses, POST /v1/cache/pin keeps a prefix. GET /metrics is for Prometheus.
+    or misses, POST /v1/cache/pin keeps a prefix; each API key is answered as if it
+    were the only one. GET /metrics is for Prometheus.
 
     Example:
 
@@ -242,6 +256,8 @@ def serve(
             store=store,
             memory_limit=memory_limit,
             api_keys=api_keys,
+            metrics_key=metrics_key,
+            pin_quota=pin_quota,
             insecure=insecure,
             save_answers=save_answers,
             store_bits=store_bits,

@@ -71,7 +71,7 @@ def _print_report(report: PrefixReport) -> None:
     prefix = report.prefix
     facts = {
         "key": prefix.key,
-        "name": prefix.name or "(not pinned)",
+        "name": prefix.full_name or "(not pinned)",
         "model": prefix.model,
         "source": report.fingerprint.source or "(loaded by the caller)",
         "tokens": prefix.num_tokens,

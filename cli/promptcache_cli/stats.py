@@ -79,7 +79,9 @@ def _sums(usage: Sequence[Usage]) -> dict[str, Any]:
 
 def _of_model(usage: Sequence[Usage]) -> dict[str, Any]:
     prefixes = [
-        {"key": u.key, "name": u.name, **_sums([u])} for u in usage if u.key is not None
+        {"key": u.key, "name": u.name, "namespace": u.namespace, **_sums([u])}
+        for u in usage
+        if u.key is not None
     ]
     return {"model": usage[0].model, **_sums(usage), "by_prefix": prefixes}
 
@@ -89,7 +91,7 @@ def _table_rows(usage: Sequence[Usage]) -> list[list[object]]:
     return [
         [
             u.model,
-            u.name or (u.key or "(none)")[:12],
+            u.full_name or (u.key or "(none)")[:12],
             u.requests if u.key else 0,
             0 if u.key else u.requests,
             u.cached_tokens,

@@ -450,6 +450,16 @@ def _quoted(path: Path) -> str:
     )
 
 
+def within(namespace: str | None, table: str) -> tuple[str, list[str]]:
+    """Return the condition that rows of a table are in a namespace, and its values.
+
+    Without a namespace all of them are.
+    """
+    if namespace is None:
+        return "1", []
+    return f"{table}.namespace = ?", [namespace]
+
+
 def checked(
     rows: list[tuple[Any, ...]], *kinds: type | UnionType
 ) -> list[tuple[Any, ...]]:

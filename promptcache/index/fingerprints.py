@@ -21,8 +21,8 @@ class Fingerprints:
         """
         self._database.execute(
             """
-            INSERT INTO fingerprints (digest, model, source, parts)
-            VALUES (?, ?, ?, ?)
+            INSERT INTO fingerprints (digest, model, source, parts, namespace)
+            VALUES (?, ?, ?, ?, ?)
             ON CONFLICT (digest) DO UPDATE
             SET model = excluded.model, source = excluded.source
             WHERE excluded.source IS NOT NULL OR fingerprints.source IS NULL
@@ -32,6 +32,7 @@ class Fingerprints:
                 fingerprint.model,
                 fingerprint.source,
                 json.dumps(dict(fingerprint.parts), sort_keys=True),
+                fingerprint.namespace,
             ],
         )
         sql = "SELECT id FROM fingerprints WHERE digest = ?"
@@ -45,10 +46,11 @@ class Fingerprints:
         """
         return _fingerprint(*self._database.execute(sql, [segment_id]).fetchone())
 
-    def all(self) -> list[Fingerprint]:
-        """Return all fingerprints that something was computed under."""
+    def of_namespace(self, namespace: str) -> list[Fingerprint]:
+        """Return all fingerprints of a namespace that something was computed under."""
         rows = self._database.rows(
-            "SELECT digest, model, source, parts FROM fingerprints"
+            "SELECT digest, model, source, parts FROM fingerprints WHERE namespace = ?",
+            [namespace],
         )
         return [_fingerprint(*row) for row in rows]
 

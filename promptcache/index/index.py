@@ -18,6 +18,7 @@ from promptcache.index.database import (
     checked,
     integer,
     translated,
+    within,
 )
 from promptcache.index.fingerprints import Fingerprints
 from promptcache.index.history import History
@@ -171,19 +172,22 @@ class Index:
         """Return the keys of all segments."""
         return {str(row[0]) for row in self.database.rows("SELECT key FROM segments")}
 
-    def leaves(self) -> list[Leaf]:
-        """Return all segments as eviction sees them."""
-        sql = """
+    def leaves(self, namespace: str | None = None) -> list[Leaf]:
+        """Return the segments of a namespace, or all, as eviction sees them."""
+        condition, values = within(namespace, "f")
+        sql = f"""
             SELECT s.id, s.key, s.parent_id, s.nbytes, s.used_at, EXISTS (
                 SELECT 1 FROM prefixes p
                 WHERE p.segment_id = s.id AND p.name IS NOT NULL
             ), f.model, s.first_token = ?, s.start
             FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
+            WHERE {condition}
         """
         kinds = (int, str, int, int, int | float, int, str, int, int)
+        rows = checked(self.database.rows(sql, [NO_TOKEN, *values]), *kinds)
         return [
             Leaf._make([*row[:5], bool(row[5]), row[6], bool(row[7]), row[8]])
-            for row in checked(self.database.rows(sql, [NO_TOKEN]), *kinds)
+            for row in rows
         ]
 
     def subtree(self, key: str) -> dict[int, str]:

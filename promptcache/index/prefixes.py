@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 
 from promptcache.errors import DamagedIndexError
-from promptcache.index.database import DAMAGED, Database, checked, integer
+from promptcache.index.database import DAMAGED, Database, checked, integer, within
 from promptcache.index.schema import NO_TOKEN
 from promptcache.reports import Prefix
 from promptcache.types import ListedPrefix, Origin, PromptRow
@@ -17,21 +17,25 @@ class Prefixes:
         """Take the database that they are in."""
         self._database = database
 
-    def all(self) -> list[tuple[Prefix, int]]:
-        """Return all prefixes, the last used first, each with its segment's id.
+    def all(self, namespace: str | None = None) -> list[tuple[Prefix, int]]:
+        """Return the prefixes of a namespace, or of all, each with its segment's id.
 
-        The end of rows that no prefix needs, left by an interrupted build, counts as
-        one. `nbytes` is not known here and 0.
+        The last used come first. The end of rows that no prefix needs, left by an
+        interrupted build, counts as one. `nbytes` is not known here and 0.
         """
-        sql = """
+        listed, values = within(namespace, "p")
+        stored, _ = within(namespace, "f")
+        sql = f"""
             SELECT p.key, p.name, f.model, p.num_tokens, p.created_at, p.used_at,
-                p.hits, p.segment_id
+                p.hits, p.namespace, p.segment_id
             FROM prefixes p JOIN segments s ON s.id = p.segment_id
             JOIN fingerprints f ON f.id = s.fingerprint_id
+            WHERE {listed}
             UNION ALL
-            SELECT s.key, NULL, f.model, s.end, s.created_at, s.used_at, 0, s.id
+            SELECT s.key, NULL, f.model, s.end, s.created_at, s.used_at, 0,
+                f.namespace, s.id
             FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
-            WHERE s.first_token != ?
+            WHERE {stored} AND s.first_token != ?
             AND NOT EXISTS (
                 SELECT 1 FROM segments c WHERE c.parent_id = s.id
                 AND (c.first_token != ? OR c.id IN (SELECT segment_id FROM prefixes))
@@ -39,34 +43,41 @@ class Prefixes:
             AND NOT EXISTS (SELECT 1 FROM prefixes p WHERE p.segment_id = s.id)
             ORDER BY 6 DESC, 1
         """
-        kinds = (str, str | None, str, int, int | float, int | float, int, int)
-        rows = checked(self._database.rows(sql, [NO_TOKEN, NO_TOKEN]), *kinds)
+        kinds = (str, str | None, str, int, int | float, int | float, int, str, int)
+        marks = [*values, *values, NO_TOKEN, NO_TOKEN]
+        rows = checked(self._database.rows(sql, marks), *kinds)
         return [(_prefix(*row[:-1]), row[-1]) for row in rows]
 
     def listed(self) -> list[ListedPrefix]:
         """Return the prefixes that were built or saved, by key."""
-        sql = """
-            SELECT p.key, s.key, p.num_tokens, p.name, p.manifest
-            FROM prefixes p JOIN segments s ON s.id = p.segment_id ORDER BY p.key
-        """
-        kinds = (str, str, int, str | None, str | None)
-        return [ListedPrefix(*row) for row in checked(self._database.rows(sql), *kinds)]
+        return self._listed("1", [])
 
-    def prompts(self) -> list[PromptRow]:
-        """Return what was built or saved, the last used first."""
+    def pins(self, namespace: str | None = None) -> list[ListedPrefix]:
+        """Return the prefixes of a namespace, or of all, that have a name, by key."""
+        condition, values = within(namespace, "p")
+        return self._listed(f"p.name IS NOT NULL AND {condition}", values)
+
+    def _listed(self, condition: str, values: list[str]) -> list[ListedPrefix]:
+        sql = f"""
+            SELECT p.key, s.key, p.num_tokens, p.name, p.manifest, p.namespace
+            FROM prefixes p JOIN segments s ON s.id = p.segment_id
+            WHERE {condition} ORDER BY p.key
+        """
+        kinds = (str, str, int, str | None, str | None, str)
+        rows = checked(self._database.rows(sql, values), *kinds)
+        return [ListedPrefix(*row) for row in rows]
+
+    def prompts(self, namespace: str) -> list[PromptRow]:
+        """Return what was built or saved in a namespace, the last used first."""
         sql = """
             SELECT p.key, f.digest, p.segment_id, p.num_tokens, p.origin
             FROM prefixes p JOIN segments s ON s.id = p.segment_id
             JOIN fingerprints f ON f.id = s.fingerprint_id
-            ORDER BY p.used_at DESC, p.key
+            WHERE p.namespace = ? ORDER BY p.used_at DESC, p.key
         """
-        rows = checked(self._database.rows(sql), str, str, int, int, str | None)
+        kinds = (str, str, int, int, str | None)
+        rows = checked(self._database.rows(sql, [namespace]), *kinds)
         return [PromptRow._make([*row[:-1], _origin(row[-1])]) for row in rows]
-
-    def names(self) -> dict[str, tuple[str, int]]:
-        """Return the key and the number of tokens of each pin by its name."""
-        sql = "SELECT name, key, num_tokens FROM prefixes WHERE name IS NOT NULL"
-        return {str(n): (str(k), integer(t)) for n, k, t in self._database.rows(sql)}
 
     def created_at(self, key: str) -> float | None:
         """Return when a prefix was listed, or None if it is not."""
@@ -88,13 +99,15 @@ class Prefixes:
         """List a prefix, and return whether it was not listed already."""
         sql = """
             INSERT INTO prefixes
-                (key, segment_id, num_tokens, created_at, used_at, hits)
-            VALUES (?, ?, ?, ?, ?, 0)
+                (key, segment_id, num_tokens, created_at, used_at, hits, namespace)
+            SELECT ?, s.id, ?, ?, ?, 0, f.namespace
+            FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
+            WHERE s.id = ?
             ON CONFLICT (key) DO NOTHING
         """
         with self._database.writing():
             cursor = self._database.execute(
-                sql, [key, segment_id, num_tokens, now, now]
+                sql, [key, num_tokens, now, now, segment_id]
             )
             return cursor.rowcount > 0
 
@@ -112,14 +125,18 @@ class Prefixes:
     def set_name(
         self, key: str, name: str | None, *, manifest: str | None = None
     ) -> None:
-        """Name a listed prefix, or take its name away; a name moves to it.
+        """Name a listed prefix, or take its name away.
 
-        `manifest` is the file that wants it so, if any.
+        Another prefix of its namespace loses the name. `manifest` is the file that
+        wants it so, if any.
         """
         with self._database.writing():
             if name is not None:
-                sql = "UPDATE prefixes SET name = NULL, manifest = NULL WHERE name = ?"
-                self._database.execute(sql, [name])
+                sql = """
+                    UPDATE prefixes SET name = NULL, manifest = NULL WHERE name = ?
+                    AND namespace = (SELECT namespace FROM prefixes WHERE key = ?)
+                """
+                self._database.execute(sql, [name, key])
             sql = "UPDATE prefixes SET name = ?, manifest = ? WHERE key = ?"
             self._database.execute(sql, [name, manifest, key])
 
@@ -138,8 +155,9 @@ def _prefix(
     created_at: float,
     used_at: float,
     hits: int,
+    namespace: str,
 ) -> Prefix:
-    return Prefix(key, name, model, num_tokens, 0, created_at, used_at, hits)
+    return Prefix(key, name, model, num_tokens, 0, created_at, used_at, hits, namespace)
 
 
 def _origin(text: str | None) -> Origin | None:

@@ -14,9 +14,13 @@ CREATE TABLE fingerprints (
     digest TEXT NOT NULL,
     model TEXT NOT NULL,
     source TEXT,
-    parts TEXT NOT NULL
+    parts TEXT NOT NULL,
+    namespace TEXT NOT NULL
 );
 CREATE UNIQUE INDEX fingerprints_by_digest ON fingerprints (digest);
+-- With this one, and others by namespace and fingerprint, what is asked in a namespace
+-- takes no longer with others beside it.
+CREATE INDEX fingerprints_by_namespace ON fingerprints (namespace);
 
 CREATE TABLE segments (
     id INTEGER PRIMARY KEY,
@@ -40,6 +44,7 @@ CREATE UNIQUE INDEX segments_by_key ON segments (key);
 -- Finds the child that continues a prompt at a token, the checkpoints of a segment,
 -- and whether it has children.
 CREATE INDEX segments_by_parent ON segments (parent_id, start, first_token);
+CREATE INDEX segments_by_fingerprint ON segments (fingerprint_id);
 
 CREATE TABLE blocks (
     hash INTEGER,
@@ -57,9 +62,10 @@ CREATE TABLE prefixes (
     used_at REAL,
     hits INTEGER,
     origin TEXT,
-    manifest TEXT
+    manifest TEXT,
+    namespace TEXT NOT NULL
 );
-CREATE UNIQUE INDEX prefixes_by_name ON prefixes (name);
+CREATE UNIQUE INDEX prefixes_by_name ON prefixes (namespace, name);
 CREATE INDEX prefixes_by_segment ON prefixes (segment_id);
 
 -- What happened, which blobs cannot tell again.
@@ -69,9 +75,10 @@ CREATE TABLE writes (
 ) WITHOUT ROWID;
 -- Apart from the prefixes, so that asking does not take longer with more of them.
 CREATE TABLE configs (
+    namespace TEXT,
     template TEXT,
     config TEXT,
-    PRIMARY KEY (template, config)
+    PRIMARY KEY (namespace, template, config)
 );
 CREATE TABLE speeds (
     fingerprint_id INTEGER,
@@ -100,6 +107,7 @@ CREATE TABLE evictions (
     reason TEXT,
     removed_at REAL
 );
+CREATE INDEX evictions_by_fingerprint ON evictions (fingerprint_id);
 """
 
 

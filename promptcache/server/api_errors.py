@@ -6,6 +6,7 @@ from promptcache.errors import (
     KeyNotFoundError,
     ModelError,
     PromptCacheError,
+    QuotaError,
     StoreError,
     UsageError,
 )
@@ -71,6 +72,7 @@ KINDS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (ForbiddenError, 403, "invalid_request_error", "forbidden"),
     (NotFoundError, 404, "invalid_request_error", "not_found"),
     (KeyNotFoundError, 404, "invalid_request_error", "not_found"),
+    (QuotaError, 403, "invalid_request_error", "pin_quota_exceeded"),
     (TooLargeError, 413, "invalid_request_error", "request_too_large"),
     (PromptTooLongError, 400, "invalid_request_error", "context_length_exceeded"),
     (ModelError, 404, "invalid_request_error", "model_not_found"),

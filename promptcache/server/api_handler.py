@@ -119,10 +119,12 @@ class ApiHandler(APIHandler):
         if self.path == "/health":
             super().do_GET()
             return
-        self._authorize()
         if self.path == "/metrics":
+            self._authorize_metrics()
             self._send(200, CONTENT_TYPE, self._site.metrics.text())
-        elif self.path == "/v1/cache":
+            return
+        self._authorize()
+        if self.path == "/v1/cache":
             self._check_origin()
             self._send_json(self._site.cache.prefixes(self._namespace))
         else:
@@ -182,6 +184,12 @@ class ApiHandler(APIHandler):
         if namespace is None:
             raise UnauthorizedError("this server wants one of its API keys")
         self._namespace = namespace
+
+    def _authorize_metrics(self) -> None:
+        """Raise for those who may not know what all keys do together."""
+        if not self._site.keys.opens_metrics(self.headers.get("Authorization")):
+            self._authorize()
+            raise ForbiddenError("/metrics is about all keys, and wants --metrics-key")
 
     def _check_origin(self) -> None:
         """Raise for pages that were not allowed by name: prompts are private."""

@@ -12,9 +12,16 @@ LOOPBACK_NAMES = ("localhost",)
 class ApiKeys:
     """The keys of a server, which may have none."""
 
-    def __init__(self, keys: Collection[str] = ()) -> None:
-        """Take the keys."""
-        self._namespace_by_key = {key.encode(): _namespace(key) for key in keys}
+    def __init__(
+        self,
+        keys: Collection[str] = (),
+        *,
+        secret: bytes = b"",
+        metrics_key: str | None = None,
+    ) -> None:
+        """Take the keys, what to hash them with, and the one that opens the metrics."""
+        self._namespace_by_key = {key.encode(): _namespace(key, secret) for key in keys}
+        self._metrics_key = metrics_key
 
     def __len__(self) -> int:
         return len(self._namespace_by_key)
@@ -27,18 +34,40 @@ class ApiKeys:
         """
         if not self._namespace_by_key:
             return ""
-        scheme, _, given = (authorization or "").partition(" ")
-        presented = given.strip().encode("utf-8", "replace")
+        presented = _presented(authorization)
         found = None
         for key, namespace in self._namespace_by_key.items():
-            if hmac.compare_digest(key, presented) and scheme.lower() == "bearer":
+            # An empty key would be one for those without any.
+            if hmac.compare_digest(key, presented) and presented:
                 found = namespace
         return found
 
+    def opens_metrics(self, authorization: str | None) -> bool:
+        """Return whether an `Authorization` header opens the metrics.
 
-def _namespace(key: str) -> str:
-    """Return a namespace that does not tell the key, as it is stored."""
-    return "api-key-" + hashlib.sha256(b"promptcache" + key.encode()).hexdigest()[:32]
+        They are about all keys together, so that a key of one does not.
+        """
+        if self._metrics_key is None:
+            return not self._namespace_by_key
+        presented = _presented(authorization)
+        return hmac.compare_digest(self._metrics_key.encode(), presented)
+
+
+def _presented(authorization: str | None) -> bytes:
+    """Return the key in an `Authorization` header, empty without one."""
+    scheme, _, given = (authorization or "").partition(" ")
+    if scheme.lower() != "bearer":
+        return b""
+    return given.strip().encode("utf-8", "replace")
+
+
+def _namespace(key: str, secret: bytes) -> str:
+    """Return the namespace of a key, which is stored and does not tell the key.
+
+    Without the secret, nobody can try keys that are likely.
+    """
+    digest = hmac.digest(secret, key.encode(), hashlib.sha256)
+    return f"api-key-{digest.hex()[:32]}"
 
 
 def is_loopback(host: str) -> bool:

@@ -4,33 +4,38 @@ from collections.abc import Mapping
 from typing import Any
 
 from promptcache import json_form
-from promptcache.errors import KeyNotFoundError, PromptCacheError
+from promptcache.errors import PromptCacheError
 from promptcache.generator import CachedGenerator
-from promptcache.reports import Prefix
+from promptcache.reports import PinQuota, Prefix
 from promptcache.server.model_provider import (
     IdentifiedModelProvider,
     UnavailableError,
 )
 from promptcache.server.request_check import BadRequestError, check_completion
-from promptcache.store import PrefixStore, check_name
+from promptcache.server.served_model import ServedModel
+from promptcache.store import PrefixStore
 
 
 class CacheApi:
-    """Answers questions about the cache, each within one namespace."""
+    """Answers questions about the cache, each as if its namespace were alone."""
 
     def __init__(
-        self, store: PrefixStore | None, provider: IdentifiedModelProvider
+        self,
+        store: PrefixStore | None,
+        provider: IdentifiedModelProvider,
+        quota: PinQuota | None,
     ) -> None:
-        """Take the store, and what has the model."""
+        """Take the store, what has the model, and how much a namespace may pin."""
         self._store = store
         self._provider = provider
+        self._quota = quota
 
     def prefixes(self, namespace: str) -> dict[str, Any]:
         """Return the prefixes of a namespace. Raises StoreError."""
         found = self._usable().prefixes(namespace=namespace)
         return {
             "object": "list",
-            "data": [json_form.of_prefix(prefix) for prefix in found],
+            "data": [_told(prefix) for prefix in found],
         }
 
     def explain(self, namespace: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,14 +43,12 @@ class CacheApi:
 
         Raises:
             UsageError: It is no request.
-            UnavailableError: No model is loaded.
+            UnavailableError: Its model is not loaded.
             StoreError: The store cannot be read.
         """
         is_chat = "messages" in body
         check_completion(body, is_chat=is_chat)
-        current = self._provider.current
-        if current is None:
-            raise UnavailableError("no model is loaded now, ask again later")
+        current = self._model(body)
         template_args = self._provider.cli_args.chat_template_args
         generator = CachedGenerator(
             current.model,
@@ -69,47 +72,49 @@ class CacheApi:
         )
         return json_form.of_explanation(explanation)
 
+    def _model(self, body: Mapping[str, Any]) -> ServedModel:
+        """Return the model of a request, if it is the one that is loaded.
+
+        Another one may be there for others, and is nobody else's business.
+        """
+        current = self._provider.current
+        name, draft = (body.get(n, "default_model") for n in ("model", "draft_model"))
+        if not isinstance(name, str) or not isinstance(draft, str | None):
+            raise BadRequestError("model and draft_model must be names")
+        is_loaded = self._provider.serves(name, body.get("adapters"), draft)
+        if current is None or not is_loaded:
+            raise UnavailableError("this model is not loaded now, ask again later")
+        return current
+
     def pin(self, namespace: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Pin a prefix under a name.
 
         Raises:
             UsageError: There is no such prefix, or the name cannot be used.
+            QuotaError: More would be pinned than may be.
             StoreError: The store cannot be written.
         """
         key, name = body.get("key"), body.get("name")
         if not isinstance(key, str) or not isinstance(name, str):
             raise BadRequestError("give a key and a name to pin it under")
-        check_name(name)
-        prefix = self._own(namespace, key)
-        self._check_free(namespace, name)
-        return json_form.of_prefix(self._usable().pin(prefix.key, name))
+        prefix = self._usable().pin(key, name, namespace=namespace, quota=self._quota)
+        return _told(prefix)
 
     def unpin(self, namespace: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Give up a name. Raises as `pin` does."""
         name = body.get("name")
         if not isinstance(name, str):
             raise BadRequestError("give the name to give up")
-        for prefix in self._usable().prefixes(namespace=namespace):
-            if prefix.name == name:
-                return json_form.of_prefix(self._usable().unpin(name))
-        raise KeyNotFoundError(f"nothing is pinned as {name!r}")
-
-    def _own(self, namespace: str, key: str) -> Prefix:
-        """Return the prefix of a namespace whose key begins so."""
-        prefixes = self._usable().prefixes(namespace=namespace)
-        found = [prefix for prefix in prefixes if key and prefix.key.startswith(key)]
-        if len(found) != 1:
-            raise KeyNotFoundError(f"{len(found)} prefixes have a key like {key!r}")
-        return found[0]
-
-    def _check_free(self, namespace: str, name: str) -> None:
-        """Raise if a name is used in another namespace, whose pin would go."""
-        store = self._usable()
-        own = {prefix.name for prefix in store.prefixes(namespace=namespace)}
-        if name not in own and name in {prefix.name for prefix in store.prefixes()}:
-            raise BadRequestError(f"the name {name!r} cannot be used")
+        return _told(self._usable().unpin(name, namespace=namespace))
 
     def _usable(self) -> PrefixStore:
         if self._store is None:
             raise PromptCacheError("this server has no store")
         return self._store
+
+
+def _told(prefix: Prefix) -> dict[str, Any]:
+    """Return a prefix as JSON shows it to a client, who knows of no namespaces."""
+    told = json_form.of_prefix(prefix)
+    del told["namespace"]
+    return told

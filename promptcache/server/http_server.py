@@ -1,6 +1,7 @@
 """The server: mlx-lm's, composed with a cache that survives."""
 
 import logging
+import os
 import socket
 import time
 from argparse import Namespace
@@ -15,6 +16,7 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from promptcache import default_model, location, memory
 from promptcache.errors import ModelError, UsageError
+from promptcache.reports import PinQuota
 from promptcache.server.api_handler import ApiHandler, Site
 from promptcache.server.api_keys import ApiKeys, is_loopback
 from promptcache.server.cache_api import CacheApi
@@ -26,6 +28,10 @@ from promptcache.store import PrefixStore
 
 # A prompt of a million tokens, with its tools.
 MOST_REQUEST_NBYTES = 32 * 10**6
+# What one API key may pin, which eviction keeps: so many names, and its part of this
+# share of the store. The rest is left to what is used.
+MOST_PINS = 100
+PINNED_SHARE = 2
 # MLX tidies up in a thread's last moments, when it has been joined already, and aborts
 # a process that ends before; see https://github.com/ml-explore/mlx/issues/4327.
 LAST_MOMENTS_SECONDS = 0.1
@@ -46,6 +52,8 @@ class Server:
         store: PrefixStore | None,
         memory_limit: int | None = None,
         api_keys: tuple[str, ...] = (),
+        metrics_key: str | None = None,
+        pin_quota: int | None = None,
         insecure: bool = False,
         save_answers: bool = True,
         store_bits: int | None = None,
@@ -62,6 +70,10 @@ class Server:
                 `PROMPTCACHE_MEMORY_LIMIT`, else an eighth of the memory.
             api_keys: Who may use it; each key has its own prefixes. Else those in
                 `PROMPTCACHE_API_KEY`.
+            metrics_key: What opens `/metrics`, which API keys do not, else
+                `PROMPTCACHE_METRICS_KEY`.
+            pin_quota: How many bytes of prefixes each key may pin, else its part of a
+                half of the store; without keys any number.
             insecure: Whether others than this machine may use it without a key.
             save_answers: Whether to store answers, too.
             store_bits: In how many bits to store keys and values.
@@ -73,8 +85,13 @@ class Server:
         Raises:
             UsageError: It may not listen there, or mlx-lm's server is another one.
             ModelError: The model cannot be loaded.
+            StoreError: The store's secret cannot be used.
         """
-        keys = ApiKeys(api_keys or location.api_keys())
+        keys = _keys(
+            api_keys or location.api_keys(),
+            metrics_key or location.metrics_key(),
+            store,
+        )
         _check(options, keys, insecure=insecure)
         limit = memory.cache_limit(memory_limit)
         # Has mlx-lm tell what running requests take.
@@ -100,7 +117,7 @@ class Server:
             self._generator,
             provider,
             keys,
-            CacheApi(store, provider),
+            CacheApi(store, provider, _quota(pin_quota, keys, store)),
             metrics,
             most_nbytes,
         )
@@ -150,6 +167,27 @@ def _listen(host: str, port: int) -> _HttpServer:
         return http
     except OSError as error:
         raise UsageError(f"cannot listen at {host}:{port}: {error.strerror}") from error
+
+
+def _keys(
+    api_keys: tuple[str, ...], metrics_key: str | None, store: PrefixStore | None
+) -> ApiKeys:
+    """Return the keys, with namespaces that only this store can make of them."""
+    if not api_keys:
+        return ApiKeys(metrics_key=metrics_key)
+    secret = os.urandom(32) if store is None else store.secret()
+    return ApiKeys(api_keys, secret=secret, metrics_key=metrics_key)
+
+
+def _quota(
+    nbytes: int | None, keys: ApiKeys, store: PrefixStore | None
+) -> PinQuota | None:
+    """Return what each key may pin; None without keys, where nobody else can."""
+    if nbytes is None:
+        if store is None or not len(keys):
+            return None
+        nbytes = store.max_nbytes // PINNED_SHARE // len(keys)
+    return PinQuota(MOST_PINS, nbytes)
 
 
 def _check(options: Namespace, keys: ApiKeys, *, insecure: bool) -> None:

@@ -97,6 +97,11 @@ class IdentifiedModelProvider(ModelProvider):
             self._draft_model_map.get(draft, draft),
         )
 
+    def serves(self, model: str, adapter: Any, draft: Any) -> bool:
+        """Return whether the names in a request mean what is loaded."""
+        name = "default_model" if self.knows(model) else model
+        return bool(self.key_of(name, adapter, draft) == self.model_key)
+
     def ensure_here(self, key: ModelKey) -> None:
         """Have the files of a model and its draft on this machine.
 

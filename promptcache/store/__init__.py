@@ -1,7 +1,6 @@
 """Prefixes on disk, found by token ids."""
 
-from promptcache.store.listing import check_name
 from promptcache.store.segment_writer import MAX_SEGMENT_TOKENS, Encode
 from promptcache.store.store import PrefixStore
 
-__all__ = ["MAX_SEGMENT_TOKENS", "Encode", "PrefixStore", "check_name"]
+__all__ = ["MAX_SEGMENT_TOKENS", "Encode", "PrefixStore"]

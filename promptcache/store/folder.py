@@ -18,6 +18,7 @@ from promptcache.files import lock_file
 from promptcache.index import Database, Index
 from promptcache.locks import TELL_SECONDS, Patience
 from promptcache.reports import PrunePlan, PrunePolicy, PruneReport, VerifyReport
+from promptcache.store.secret import store_secret
 
 # Long prompts are read for minutes. Whoever has waited for that long computes the
 # prefix as well, which harms nothing.
@@ -114,6 +115,13 @@ class StoreFolder:
     def total_nbytes(self) -> int:
         """Return the size of all files of the store."""
         return self._blobs.total_nbytes()
+
+    def secret(self) -> bytes:
+        """Return what API keys are hashed with, which is to be shown to nobody.
+
+        It is made when it is first asked for. Raises StoreError.
+        """
+        return store_secret(self._blobs)
 
     @contextlib.contextmanager
     def building(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:

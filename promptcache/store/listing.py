@@ -6,31 +6,33 @@ from dataclasses import replace
 from promptcache import pruning, recovery
 from promptcache.blobs import BlobFolder
 from promptcache.chain import unpack
-from promptcache.errors import DamagedBlobError, KeyNotFoundError, UsageError
+from promptcache.errors import (
+    DamagedBlobError,
+    KeyNotFoundError,
+    QuotaError,
+)
 from promptcache.index import Index
+from promptcache.names import check_name, full_name
 from promptcache.reports import (
+    PinQuota,
     Prefix,
     PrefixReport,
     PruneReport,
     Removal,
     SegmentReport,
 )
-from promptcache.types import SegmentRow
+from promptcache.types import ListedPrefix, SegmentRow
+from promptcache.units import format_size
 
 
 def prefixes(index: Index, namespace: str | None) -> list[Prefix]:
     """Return what was built or saved, the last used first."""
     with index.database.reading():
-        tree = _tree(index)
+        tree = _tree(index, namespace)
         return [
             _with_nbytes(prefix, segment_id, tree)
-            for prefix, segment_id in index.prefixes.all()
-            if namespace in (None, _namespace_of(index, segment_id))
+            for prefix, segment_id in index.prefixes.all(namespace)
         ]
-
-
-def _namespace_of(index: Index, segment_id: int) -> str:
-    return index.fingerprints.of_segment(segment_id).parts.get("namespace", "")
 
 
 def _with_nbytes(prefix: Prefix, segment_id: int, tree: pruning.Tree) -> Prefix:
@@ -38,28 +40,40 @@ def _with_nbytes(prefix: Prefix, segment_id: int, tree: pruning.Tree) -> Prefix:
     return replace(prefix, nbytes=sum(segment.nbytes for segment in freed))
 
 
-def _tree(index: Index) -> pruning.Tree:
-    return pruning.Tree(index.leaves(), index.prefixes.all())
+def _tree(index: Index, namespace: str | None) -> pruning.Tree:
+    """Return the segments of a namespace; others are in trees of their own."""
+    return pruning.Tree(index.leaves(namespace), index.prefixes.all(namespace))
 
 
-def resolve(index: Index, key_or_name: str) -> Prefix:
+def resolve(index: Index, key_or_name: str, namespace: str | None) -> Prefix:
     """Return the prefix with a name, a key or an unambiguous start of one.
 
     Raises KeyNotFoundError.
     """
     with index.database.reading():
-        prefix, segment_id = _resolve(index, key_or_name)
-        return _with_nbytes(prefix, segment_id, _tree(index))
+        prefix, segment_id = _resolve(index, key_or_name, namespace)
+        return _with_nbytes(prefix, segment_id, _tree(index, prefix.namespace))
 
 
-def _resolve(index: Index, key_or_name: str) -> tuple[Prefix, int]:
+def _name_of(entry: Prefix | ListedPrefix, namespace: str | None) -> str | None:
+    """Return what a prefix is called in a namespace, or in the whole store."""
+    if namespace is None:
+        return full_name(entry.namespace, entry.name)
+    return entry.name
+
+
+def _resolve(
+    index: Index, key_or_name: str, namespace: str | None
+) -> tuple[Prefix, int]:
     found = [
         (prefix, segment_id)
-        for prefix, segment_id in index.prefixes.all()
+        for prefix, segment_id in index.prefixes.all(namespace)
         if (key_or_name and prefix.key.startswith(key_or_name))
-        or key_or_name == prefix.name
+        or key_or_name == _name_of(prefix, namespace)
     ]
-    exact = [f for f in found if key_or_name in (f[0].name, f[0].key)]
+    exact = [f for f in found if key_or_name in (_name_of(f[0], namespace), f[0].key)]
+    # A name with a `/` may be one in two ways: the default namespace comes first.
+    exact.sort(key=lambda f: f[0].namespace)
     if len(found) > 1 and not exact:
         raise KeyNotFoundError(
             f"key {key_or_name!r} is ambiguous, {len(found)} keys begin with it: "
@@ -73,16 +87,19 @@ def _resolve(index: Index, key_or_name: str) -> tuple[Prefix, int]:
     return (exact or found)[0]
 
 
-def report(index: Index, blobs: BlobFolder, key_or_name: str) -> PrefixReport:
+def report(
+    index: Index, blobs: BlobFolder, key_or_name: str, namespace: str | None
+) -> PrefixReport:
     """Return all that is known of a prefix.
 
     Raises KeyNotFoundError, and DamagedBlobError if one of its blobs cannot be read.
     """
     with index.database.reading():
-        prefix, segment_id = _resolve(index, key_or_name)
+        prefix, segment_id = _resolve(index, key_or_name, namespace)
         rows = index.path_to(segment_id)
+        tree = _tree(index, prefix.namespace)
         return PrefixReport(
-            prefix=_with_nbytes(prefix, segment_id, _tree(index)),
+            prefix=_with_nbytes(prefix, segment_id, tree),
             fingerprint=index.fingerprints.of_segment(segment_id),
             segments=tuple(_segment_report(blobs, row) for row in rows),
             token_ids=unpack(index.token_ids(segment_id, prefix.num_tokens)),
@@ -106,41 +123,61 @@ def pin(
     name: str,
     *,
     manifest: str | None,
+    namespace: str | None,
+    quota: PinQuota | None,
 ) -> Prefix:
     """Name a prefix and return it; a name that another one has moves to it.
 
-    Raises KeyNotFoundError and UsageError.
+    Raises KeyNotFoundError, QuotaError and UsageError.
     """
     check_name(name)
     with index.database.writing():
-        prefix, segment_id = _resolve(index, key_or_name)
+        prefix, segment_id = _resolve(index, key_or_name, namespace)
         for checkpoint in index.checkpoints([segment_id]):
             # Without it, rows that are left of an interrupted build are of no use.
             if checkpoint.position == prefix.num_tokens:
                 segment_id = index.segment_id(checkpoint.key) or segment_id
         index.prefixes.add(prefix.key, segment_id, prefix.num_tokens, now=time.time())
         index.prefixes.set_name(prefix.key, name, manifest=manifest)
+        if quota is not None:
+            # One that is exceeded takes the name back, with the transaction.
+            _check_quota(index, prefix.namespace, quota)
         recovery.write_prefixes(index, blobs)
-    return resolve(index, prefix.key)
+    return resolve(index, prefix.key, prefix.namespace)
 
 
-def check_name(name: str) -> None:
-    """Raise UsageError if this cannot name a prefix."""
-    if not name.strip() or not name.isprintable():
-        raise UsageError(f"{name!r} cannot be a name, use printable characters")
+def _check_quota(index: Index, namespace: str, quota: PinQuota) -> None:
+    """Raise QuotaError if more is pinned in a namespace than may be."""
+    if len(index.prefixes.pins(namespace)) > quota.num_pins:
+        raise QuotaError(
+            f"no more than {quota.num_pins} prefixes may be pinned, unpin one first"
+        )
+    nbytes = pruning.pinned_nbytes(index.leaves(namespace))
+    if nbytes > quota.nbytes:
+        raise QuotaError(
+            f"{format_size(nbytes)} would be pinned and {format_size(quota.nbytes)} "
+            "may be, unpin something first"
+        )
 
 
-def unpin(index: Index, blobs: BlobFolder, name: str) -> Prefix:
+def unpin(
+    index: Index, blobs: BlobFolder, name: str, *, namespace: str | None
+) -> Prefix:
     """Take a name away and return the prefix that had it. Raises KeyNotFoundError."""
     with index.database.writing():
-        if name not in index.prefixes.names():
+        pins = [
+            pin
+            for pin in index.prefixes.pins(namespace)
+            if name == _name_of(pin, namespace)
+        ]
+        if not pins:
             raise KeyNotFoundError(
                 f"no prefix is pinned as {name!r}, `promptcache ls` lists the names"
             )
-        key, _ = index.prefixes.names()[name]
-        index.prefixes.set_name(key, None)
+        pin = min(pins, key=lambda pin: pin.namespace)
+        index.prefixes.set_name(pin.key, None)
         recovery.write_prefixes(index, blobs)
-    return resolve(index, key)
+    return resolve(index, pin.key, pin.namespace)
 
 
 def remove(index: Index, blobs: BlobFolder, key_or_name: str) -> PruneReport:
@@ -149,8 +186,8 @@ def remove(index: Index, blobs: BlobFolder, key_or_name: str) -> PruneReport:
     Raises KeyNotFoundError.
     """
     with index.database.writing():
-        prefix, segment_id = _resolve(index, key_or_name)
-        freed = _tree(index).freed(prefix.key, segment_id)
+        prefix, segment_id = _resolve(index, key_or_name, None)
+        freed = _tree(index, prefix.namespace).freed(prefix.key, segment_id)
         for segment in freed:
             pruning.note_eviction(index, segment.key, "removed")
         index.prefixes.remove(prefix.key)

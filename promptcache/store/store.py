@@ -15,7 +15,14 @@ from promptcache.errors import DamagedBlobError
 from promptcache.locks import Patience
 from promptcache.matching import longest_match
 from promptcache.neighbourhood import find_neighbourhood, joined
-from promptcache.reports import Prefix, PrefixReport, PruneReport, Usage, Written
+from promptcache.reports import (
+    PinQuota,
+    Prefix,
+    PrefixReport,
+    PruneReport,
+    Usage,
+    Written,
+)
 from promptcache.store import listing, receipts, speeds
 from promptcache.store.folder import StoreFolder
 from promptcache.store.room import Room
@@ -163,6 +170,8 @@ class PrefixStore(StoreFolder):
     ) -> Neighbourhood:
         """Return what is stored, and was, that is close to a prompt.
 
+        Only what is in the fingerprint's namespace counts.
+
         Args:
             token_ids: The prompt.
             fingerprint: What its KV values depend on.
@@ -174,7 +183,12 @@ class PrefixStore(StoreFolder):
         chains = [Chain(f.digest, token_ids) for f in fingerprint.reusable]
         with self._index.database.reading():
             return joined(
-                [find_neighbourhood(self._index, chain, origin) for chain in chains],
+                [
+                    find_neighbourhood(
+                        self._index, chain, origin, namespace=fingerprint.namespace
+                    )
+                    for chain in chains
+                ],
                 fingerprint,
             )
 
@@ -225,12 +239,12 @@ class PrefixStore(StoreFolder):
         """
         return speeds.estimate(self._index, fingerprint, num_tokens)
 
-    def usage(self) -> list[Usage]:
+    def usage(self, *, namespace: str | None = None) -> list[Usage]:
         """Return what requests got from the store, by model and prefix.
 
-        Raises StoreError.
+        Only those of a namespace, if one is given. Raises StoreError.
         """
-        return self._index.history.usage()
+        return self._index.history.usage(namespace)
 
     def written(self) -> Written:
         """Return how many bytes of blobs were written. Raises StoreError."""
@@ -327,18 +341,18 @@ class PrefixStore(StoreFolder):
             next_turn=next_turn,
         )
 
-    def configs(self, template: str) -> list[dict[str, Any]]:
+    def configs(self, template: str, *, namespace: str = "") -> list[dict[str, Any]]:
         """Return with which arguments of a template of this hash prompts were rendered.
 
-        Raises StoreError.
+        Those of a namespace count. Raises StoreError.
         """
-        return self._index.history.configs(template)
+        return self._index.history.configs(template, namespace)
 
     def set_origin(self, key: str, origin: Origin) -> None:
         """Note how a listed prefix was rendered. Raises StoreError."""
         with self._index.database.writing():
             self._index.prefixes.set_origin(key, origin)
-            self._index.history.add_config(origin)
+            self._index.history.add_config(key, origin)
         self._room.keep(0, protect=None)
 
     # Listing
@@ -350,22 +364,27 @@ class PrefixStore(StoreFolder):
         """
         return listing.prefixes(self._index, namespace)
 
-    def resolve(self, key_or_name: str) -> Prefix:
+    def resolve(self, key_or_name: str, *, namespace: str | None = None) -> Prefix:
         """Return the prefix with a name, a key or an unambiguous start of one.
+
+        Args:
+            key_or_name: The prefix.
+            namespace: Where to look. Without one all are looked through, and a name
+                that is not in the default namespace is given as `namespace/name`.
 
         Raises:
             KeyNotFoundError: There is none, or more than one.
         """
-        return listing.resolve(self._index, key_or_name)
+        return listing.resolve(self._index, key_or_name, namespace)
 
-    def report(self, key_or_name: str) -> PrefixReport:
-        """Return all that is known of a prefix.
+    def report(self, key_or_name: str, *, namespace: str | None = None) -> PrefixReport:
+        """Return all that is known of a prefix; see `resolve`.
 
         Raises:
             KeyNotFoundError: There is no such prefix.
             DamagedBlobError: One of its blobs cannot be read.
         """
-        return listing.report(self._index, self._blobs, key_or_name)
+        return listing.report(self._index, self._blobs, key_or_name, namespace)
 
     def listed_at(self, key: str) -> float | None:
         """Return when a prefix was listed, or None if it is not. Raises StoreError."""
@@ -377,44 +396,63 @@ class PrefixStore(StoreFolder):
         Raises StoreError.
         """
         with self._index.database.writing():
-            if key not in {
-                pinned for pinned, _ in self._index.prefixes.names().values()
-            }:
+            if key not in {pin.key for pin in self._index.prefixes.pins()}:
                 self._index.prefixes.remove(key)
 
     def pin(
-        self, key_or_name: str, name: str, *, manifest: str | None = None
+        self,
+        key_or_name: str,
+        name: str,
+        *,
+        manifest: str | None = None,
+        namespace: str | None = None,
+        quota: PinQuota | None = None,
     ) -> Prefix:
         """Name a prefix, so that eviction keeps it with its ancestors; return it.
 
-        A prefix has one name. A name that another prefix has moves to this one.
+        A prefix has one name. A name that another prefix of its namespace has moves
+        to this one.
 
         Args:
             key_or_name: The prefix.
-            name: Its name from now on.
+            name: Its name from now on, of up to 128 characters.
             manifest: The file that wants it so, if any.
+            namespace: See `resolve`.
+            quota: How much may be pinned in its namespace, any amount if None.
 
         Raises:
             KeyNotFoundError: There is no such prefix.
+            QuotaError: More would be pinned than may be; nothing was changed.
             UsageError: The name cannot be one.
         """
         return listing.pin(
-            self._index, self._blobs, key_or_name, name, manifest=manifest
+            self._index,
+            self._blobs,
+            key_or_name,
+            name,
+            manifest=manifest,
+            namespace=namespace,
+            quota=quota,
         )
 
-    def unpin(self, name: str) -> Prefix:
+    def unpin(self, name: str, *, namespace: str | None = None) -> Prefix:
         """Take a name away, so that its prefix may be evicted; return the prefix.
+
+        Args:
+            name: The name.
+            namespace: See `resolve`.
 
         Raises:
             KeyNotFoundError: No prefix has this name.
         """
-        return listing.unpin(self._index, self._blobs, name)
+        return listing.unpin(self._index, self._blobs, name, namespace=namespace)
 
-    def pins(self) -> list[ListedPrefix]:
-        """Return the prefixes that are pinned. Raises StoreError."""
-        return [
-            entry for entry in self._index.prefixes.listed() if entry.name is not None
-        ]
+    def pins(self, *, namespace: str | None = None) -> list[ListedPrefix]:
+        """Return the prefixes that are pinned.
+
+        Only those of a namespace, if one is given. Raises StoreError.
+        """
+        return self._index.prefixes.pins(namespace)
 
     def remove(self, key_or_name: str) -> PruneReport:
         """Remove a prefix, even a pinned one, and the segments only it needs.
