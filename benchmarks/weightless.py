@@ -126,9 +126,15 @@ class RankingIndex(Index):
         self.now = 0
         self.num_evictions = 0
 
-    def leaves(self) -> list[Leaf]:
+    def leaves(
+        self,
+        namespace: str | None = None,
+        *,
+        protect: str | None = None,
+        up_to: int | None = None,
+    ) -> list[Leaf]:
         """Return all segments as eviction is to see them."""
-        leaves = super().leaves()
+        leaves = super().leaves(namespace, protect=protect, up_to=up_to)
         if self._ordering is lru:
             return leaves
         self._ranks = {
@@ -138,7 +144,13 @@ class RankingIndex(Index):
         return [leaf._replace(used_at=self._ranks[leaf.key]) for leaf in leaves]
 
     def add_segment(
-        self, info: SegmentInfo, chain: Chain, *, parent_key: str | None, nbytes: int
+        self,
+        info: SegmentInfo,
+        chain: Chain,
+        *,
+        parent_key: str | None,
+        nbytes: int,
+        token_nbytes: int = 0,
     ) -> None:
         """Add a segment whose past is known, for which room has been made."""
         self.pasts[info.key].floor = self._floor
@@ -167,7 +179,9 @@ class BypassedError(StoreError):
 class ForeseeingRoom(Room):
     """Room that is made by who knows the future, and may give up what is new."""
 
-    def make(self, nbytes: int, *, protect: str | None) -> None:
+    def make(
+        self, nbytes: int, *, protect: str | None, up_to: int | None = None
+    ) -> None:
         """Make room once it is taken."""
         if not nbytes:
             super().make(0, protect=None)

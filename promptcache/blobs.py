@@ -10,7 +10,7 @@ trusted before anything is allocated by it, and `data_checksum` the data.
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -141,11 +141,18 @@ class BlobFolder:
 
     @contextlib.contextmanager
     def staged(
-        self, info: SegmentInfo, segment: EncodedSegment
+        self,
+        info: SegmentInfo,
+        segment: EncodedSegment,
+        *,
+        whole: BlobHeader | None = None,
     ) -> Iterator["StagedBlob"]:
-        """Write a blob to `tmp/`, to publish it or to drop it. Raises OSError."""
+        """Write a blob to `tmp/`, to publish it or to drop it. Raises OSError.
+
+        `whole` is the header of the blob that it is the head of, if it is one.
+        """
         tensors = sorted(segment.tensors, key=lambda t: -_itemsize(t))
-        header = encode_header(info, segment.layout, tensors)
+        header = encode_header(info, segment.layout, tensors, whole=whole)
         path = self.path(info.key)
         self._create_folder(path.parent)
         with self._staged(path, [header, *(t.data for t in tensors)]) as staged:
@@ -218,12 +225,34 @@ class BlobFolder:
             StoreFormatError: A newer promptcache wrote it.
         """
         header = self.read_header(key)
+        with self._checked(header) as (file, digests):
+            digests += [digest(_pieces(file, spec.nbytes)) for spec in header.tensors]
+        return header
+
+    def read_tensors(
+        self, header: BlobHeader, taken: Callable[[Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Return what a function takes of each tensor of a blob, which is checked.
+
+        Raises what `check` raises.
+        """
+        tensors = []
+        with self._checked(header) as (file, digests):
+            for spec in header.tensors:
+                data = file.read(spec.nbytes)
+                digests.append(digest([data]))
+                if len(data) == spec.nbytes:
+                    tensors.append(taken(Tensor(*spec, memoryview(data))))
+        return tensors
+
+    @contextlib.contextmanager
+    def _checked(self, header: BlobHeader) -> Iterator[tuple[BinaryIO, list[bytes]]]:
+        """Open the data of a blob, and compare the digests that are put into a list."""
+        digests: list[bytes] = []
         try:
-            with open_file(self.path(key)) as file:
+            with open_file(self.path(header.info.key)) as file:
                 file.seek(header.data_start)
-                digests = [
-                    digest(_pieces(file, spec.nbytes)) for spec in header.tensors
-                ]
+                yield file, digests
                 is_longer = bool(file.read(1))
         except FileNotFoundError:
             raise DamagedBlobError("blob is missing") from None
@@ -233,7 +262,6 @@ class BlobFolder:
             raise StoreError(f"blob cannot be read ({error.strerror})") from error
         if combined(digests) != header.data_checksum or is_longer:
             raise DamagedBlobError("checksum of the data does not match")
-        return header
 
     def nbytes(self, key: str) -> int:
         """Return the size of a blob, 0 if it is missing."""

@@ -30,11 +30,18 @@ MOST_SECONDS = 2.0**40
 DIGEST_NBYTES = 16
 
 
-def encode_header(info: SegmentInfo, layout: str, tensors: list[Tensor]) -> bytes:
-    """Return how a blob of these tensors begins."""
-    # Imported here because it takes 20 ms, which `ls` can do without.
-    from importlib.metadata import version
+def encode_header(
+    info: SegmentInfo,
+    layout: str,
+    tensors: list[Tensor],
+    *,
+    whole: BlobHeader | None = None,
+) -> bytes:
+    """Return how a blob of these tensors begins.
 
+    `whole` is the header of the blob that it is the head of: it is as long, so that
+    what is freed is the bytes of the tokens that go.
+    """
     specs = [TensorSpec(t.name, t.dtype, t.shape) for t in tensors]
     metadata = {
         "format_version": str(FORMAT_VERSION),
@@ -51,15 +58,23 @@ def encode_header(info: SegmentInfo, layout: str, tensors: list[Tensor]) -> byte
         "resumption": json.dumps(info.resumption._asdict()),
         "worth": str(int(info.worth)),
         "layout": layout,
-        "mlx_version": version("mlx"),
-        "mlx_lm_version": version("mlx-lm"),
+        **(_versions() if whole is None else whole.versions),
         "data_checksum": combined(digest([tensor.data]) for tensor in tensors),
     }
     metadata["checksum"] = _header_checksum(metadata, specs)
-    return _safetensors_header(metadata, specs)
+    return _safetensors_header(metadata, specs, whole.data_start if whole else 0)
 
 
-def _safetensors_header(metadata: dict[str, str], specs: list[TensorSpec]) -> bytes:
+def _versions() -> dict[str, str]:
+    # Imported here because it takes 20 ms, which `ls` can do without.
+    from importlib.metadata import version
+
+    return {"mlx_version": version("mlx"), "mlx_lm_version": version("mlx-lm")}
+
+
+def _safetensors_header(
+    metadata: dict[str, str], specs: list[TensorSpec], least_nbytes: int = 0
+) -> bytes:
     """Return the length and the JSON, as the safetensors format asks for them."""
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
@@ -72,7 +87,7 @@ def _safetensors_header(metadata: dict[str, str], specs: list[TensorSpec]) -> by
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, least_nbytes - 8 - len(text))
     return len(text).to_bytes(8, "little") + text
 
 
@@ -119,6 +134,7 @@ def _decoded(path: Path, key: str) -> BlobHeader:
         tensors=tuple(specs),
         data_checksum=metadata["data_checksum"],
         data_start=data_start,
+        versions={name: metadata[name] for name in ("mlx_version", "mlx_lm_version")},
     )
 
 

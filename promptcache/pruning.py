@@ -6,12 +6,19 @@ seen either here or there.
 """
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from promptcache import recovery, splitting
 from promptcache.blobs import BlobFolder
 from promptcache.chain import Chain
-from promptcache.errors import DamagedIndexError, StoreError, StoreFullError
+from promptcache.errors import (
+    DamagedBlobError,
+    DamagedIndexError,
+    StoreError,
+    StoreFullError,
+    warn,
+)
 from promptcache.eviction import plan_eviction
 from promptcache.index import ROOT_ID, Index
 from promptcache.locks import told
@@ -39,47 +46,58 @@ def plan_prune(
 ) -> PrunePlan:
     """Return what a prune by a policy would remove; nothing is changed."""
     garbage = find_garbage(index, blobs)
-    segments = index.leaves()
-    removals = _unwanted(segments, policy, now)
+    leaves = index.leaves()
+    reasons = _unwanted(leaves, policy, now)
     total = blobs.total_nbytes()
-    if policy.max_nbytes is None:
-        return PrunePlan(tuple(removals), tuple(garbage), total)
-    fixed = blobs.wal_nbytes()
-    over = total - fixed - policy.max_nbytes - _nbytes(removals) - _nbytes(garbage)
-    gone = {removal.key for removal in removals}
-    rest = [segment for segment in segments if segment.key not in gone]
-    reason = f"over the size limit of {format_size(policy.max_nbytes)}"
-    evicted = plan_eviction(rest, nbytes=over) if over > 0 else []
+    over = 0
+    if policy.max_nbytes is not None:
+        over = total - blobs.wal_nbytes() - policy.max_nbytes
+        over -= _nbytes(reasons) + _nbytes(garbage)
+    if policy.max_nbytes is not None and over > 0:
+        reason = f"over the size limit of {format_size(policy.max_nbytes)}"
+        evicted = plan_eviction(_without(leaves, reasons), nbytes=over)
+        reasons |= dict.fromkeys(evicted, reason)
+        over -= _nbytes(evicted)
     return PrunePlan(
-        (*removals, *_removals(evicted, reason)),
-        tuple(garbage),
-        total,
-        over_nbytes=max(over - _nbytes(evicted), 0),
+        tuple(_removals(reasons)), tuple(garbage), total, over_nbytes=max(over, 0)
     )
 
 
 def _unwanted(
-    segments: Collection[Leaf], policy: PrunePolicy, now: float
-) -> list[Removal]:
-    """Return what goes by model and by age, each segment once."""
-    removals: list[Removal] = []
+    leaves: Collection[Leaf], policy: PrunePolicy, now: float
+) -> dict[Leaf, str]:
+    """Return what goes by model and by age, with the reasons."""
+    reasons: dict[Leaf, str] = {}
     if policy.model is not None:
-        of_model = plan_eviction(segments, may_go=lambda s: s.model == policy.model)
-        removals += _removals(of_model, f"of model {policy.model}")
+        of_model = plan_eviction(leaves, may_go=lambda s: s.model == policy.model)
+        reasons = dict.fromkeys(of_model, f"of model {policy.model}")
     if policy.older_than is not None:
-        gone = {removal.key for removal in removals}
-        rest = [segment for segment in segments if segment.key not in gone]
+        rest = _without(leaves, reasons)
         oldest = now - policy.older_than
         unused = plan_eviction(rest, may_go=lambda s: s.used_at < oldest)
-        removals += [
-            Removal(s.key, f"not used for {format_age(now - s.used_at)}", s.nbytes)
-            for s in unused
-        ]
-    return removals
+        reasons |= {
+            leaf: f"not used for {format_age(now - leaf.used_at)}" for leaf in unused
+        }
+    return reasons
 
 
-def _removals(segments: Iterable[Leaf], reason: str) -> list[Removal]:
-    return [Removal(segment.key, reason, segment.nbytes) for segment in segments]
+def _without(leaves: Iterable[Leaf], gone: Collection[Leaf]) -> list[Leaf]:
+    return [leaf for leaf in leaves if leaf not in gone]
+
+
+def _removals(reasons: Mapping[Leaf, str]) -> list[Removal]:
+    """Return what becomes of each segment that stretches of go, the last ones first."""
+    removals: dict[str, Removal] = {}
+    for leaf, reason in reasons.items():
+        after = removals.pop(leaf.key, None)
+        nbytes = leaf.nbytes + (after.nbytes if after else 0)
+        removals[leaf.key] = Removal(leaf.key, reason, nbytes, leaf.cut_at)
+    return list(removals.values())
+
+
+def removals_of(leaves: Iterable[Leaf], reason: str) -> list[Removal]:
+    """Return what becomes of each segment that stretches of go for one reason."""
+    return _removals(dict.fromkeys(leaves, reason))
 
 
 def _nbytes(items: Iterable[Removal | Garbage | Leaf]) -> int:
@@ -101,11 +119,42 @@ def execute(index: Index, blobs: BlobFolder, plan: PrunePlan) -> PruneReport:
     """Do what a plan says, except for what got used, pinned or adopted meanwhile."""
     swept = [g for g in plan.garbage if _sweep(index, blobs, g)]
     removals: list[Removal] = []
-    for start in range(0, len(plan.removals), EVICTED_AT_ONCE):
-        evicted = _evict(index, plan.removals[start : start + EVICTED_AT_ONCE])
+    # What goes as a whole comes first: it makes room for the heads of the others.
+    whole = [removal for removal in plan.removals if removal.cut_at is None]
+    for start in range(0, len(whole), EVICTED_AT_ONCE):
+        evicted = _evict(index, whole[start : start + EVICTED_AT_ONCE])
         remove_blobs(index, blobs, [removal.key for removal in evicted])
         removals += evicted
+    for removal in plan.removals:
+        if removal.cut_at is not None:
+            removals += _cut(index, blobs, removal)
     return report(index, blobs, removals, swept)
+
+
+def _cut(index: Index, blobs: BlobFolder, removal: Removal) -> list[Removal]:
+    """Split a segment, remembering why, unless something came to hang on its end."""
+    cut: list[Removal] = []
+    try:
+        with (
+            splitting.staged_heads(index, blobs, [removal]) as heads,
+            index.database.writing(),
+        ):
+            for head in heads:
+                if head.can_replace(index):
+                    note_eviction(index, removal.key, removal.reason, removal.cut_at)
+                    head.replace(index, blobs)
+                    cut.append(removal._replace(nbytes=head.freed_nbytes))
+    except DamagedBlobError as error:
+        _give_up(index, blobs, removal.key, error)
+    remove_blobs(index, blobs, [removal.key for removal in cut])
+    return cut
+
+
+def _give_up(index: Index, blobs: BlobFolder, key: str, error: StoreError) -> None:
+    """Forget a segment that cannot be split, since nobody can use it either."""
+    names = recovery.give_up(index, blobs, key)
+    lost = f", and {', '.join(names)} is no longer pinned" if names else ""
+    warn(f"cached segment {key[:12]} cannot be used and is removed: {error}{lost}")
 
 
 def _evict(index: Index, removals: Sequence[Removal]) -> list[Removal]:
@@ -119,8 +168,10 @@ def _evict(index: Index, removals: Sequence[Removal]) -> list[Removal]:
     return evicted
 
 
-def note_eviction(index: Index, key: str, reason: str) -> None:
-    """Remember that a segment is being taken away.
+def note_eviction(
+    index: Index, key: str, reason: str, cut_at: int | None = None
+) -> None:
+    """Remember that a segment is being taken away, or what is after a position of it.
 
     Also for other prompts that begin like those which end there.
     """
@@ -132,7 +183,8 @@ def note_eviction(index: Index, key: str, reason: str) -> None:
     if heads := index.prefixes.heads(key):
         digest = index.fingerprints.of_segment(segment_id).digest
         chain = Chain(digest, index.token_ids(segment_id, max(heads)))
-        begins = (head for head in heads if last.start < head < last.end)
+        start = last.start if cut_at is None else cut_at
+        begins = (head for head in heads if start < head < last.end)
         keys |= {head: chain.key_at(head) for head in begins}
     index.history.note_eviction(key, keys, reason, now=time.time())
 
@@ -185,7 +237,13 @@ def report(
 
 
 def make_room(
-    index: Index, blobs: BlobFolder, *, nbytes: int, limit: int, protect: str | None
+    index: Index,
+    blobs: BlobFolder,
+    *,
+    nbytes: int,
+    limit: int,
+    protect: str | None,
+    up_to: int | None = None,
 ) -> int:
     """Sweep garbage, then evict, until so many bytes more fit; return how many went.
 
@@ -193,6 +251,7 @@ def make_room(
         nbytes: Room that is needed.
         limit: Size limit of all files in bytes.
         protect: Key of the segment that must stay, with its ancestors.
+        up_to: Up to which position it must, None for all of it.
 
     Raises:
         StoreFullError: It cannot be had; nothing was evicted then.
@@ -206,20 +265,20 @@ def make_room(
     over = blobs.total_nbytes() - fixed + nbytes - limit - _nbytes(garbage)
     if over <= 0 and not garbage:
         return 0
-    protected = index.segment_id(protect) if protect else None
-    segments = index.leaves()
-    evicted = plan_eviction(
-        segments,
-        nbytes=max(over, 0),
-        protected=[] if protected is None else [protected],
-    )
+    leaves = index.leaves(protect=protect, up_to=up_to)
+    evicted = plan_eviction(leaves, nbytes=max(over, 0))
     if _nbytes(evicted) < over:
-        raise StoreFullError(_full_message(segments, nbytes, limit))
-    removals = _removals(evicted, "makes room")
+        raise StoreFullError(_full_message(index.leaves(), nbytes, limit))
+    removals = removals_of(evicted, "makes room")
     execute(index, blobs, PrunePlan(tuple(removals), tuple(garbage), 0))
+    if evicted and index.leaves(protect=protect, up_to=up_to) == leaves:
+        # It would be tried for ever.
+        raise StoreFullError(_full_message(index.leaves(), nbytes, limit))
     # Once more, because a blob that is gone already gives less room than its row says.
-    more = make_room(index, blobs, nbytes=nbytes, limit=limit, protect=protect)
-    return len(evicted) + more
+    more = make_room(
+        index, blobs, nbytes=nbytes, limit=limit, protect=protect, up_to=up_to
+    )
+    return len(removals) + more
 
 
 def _stuck_nbytes(index: Index, blobs: BlobFolder, limit: int) -> int:
@@ -237,9 +296,9 @@ def _stuck_nbytes(index: Index, blobs: BlobFolder, limit: int) -> int:
     return nbytes
 
 
-def _full_message(segments: Collection[Leaf], nbytes: int, limit: int) -> str:
+def _full_message(leaves: Collection[Leaf], nbytes: int, limit: int) -> str:
     room = f"{format_size(nbytes)} do not fit into the limit of {format_size(limit)}"
-    pinned = pinned_nbytes(segments)
+    pinned = pinned_nbytes(leaves)
     if pinned:
         return f"{room} because {format_size(pinned)} are pinned, unpin some of it"
     return f"{room}, raise it with --max-size or PROMPTCACHE_MAX_SIZE"
@@ -251,40 +310,59 @@ def pinned_nbytes(segments: Collection[Leaf]) -> int:
 
 
 class Tree:
-    """The segments and the prefixes that end in them, to tell who needs whom."""
+    """The stretches of segments and the prefixes that end there: who needs whom."""
 
     def __init__(
-        self, segments: Iterable[Leaf], prefixes: Iterable[tuple[Prefix, int]]
+        self, leaves: Iterable[Leaf], prefixes: Iterable[tuple[Prefix, int]]
     ) -> None:
-        """Take all segments, and all prefixes with their segments' ids."""
-        self._by_id = {segment.id: segment for segment in segments}
+        """Take all stretches, and all prefixes with their segments' ids."""
+        self._by_id = {leaf.id: leaf for leaf in leaves}
+        self._by_place = {(s.segment_id, s.end): s.id for s in self._by_id.values()}
+        # Of a segment that cannot be split, its only one.
+        self._by_segment = {s.segment_id: s.id for s in self._by_id.values()}
         self._needed_by: dict[int, set[str | int]] = {}
-        # Checkpoints on the way, which go with the rows they hang on.
-        self._loose: dict[int, list[Leaf]] = {}
         for prefix, segment_id in prefixes:
-            self._needed_by.setdefault(segment_id, set()).add(prefix.key)
-        for segment in self._by_id.values():
-            if segment.is_checkpoint and segment.id not in self._needed_by:
-                self._loose.setdefault(segment.parent_id, []).append(segment)
-            else:
-                self._needed_by.setdefault(segment.parent_id, set()).add(segment.id)
+            self._need(prefix.key, self._leaf_id(prefix, segment_id))
+        # Such as checkpoints on the way, and what is left of rows beside it.
+        self._loose: dict[int, list[Leaf]] = {}
+        for leaf in self._by_id.values():
+            if leaf.id not in self._needed_by:
+                self._loose.setdefault(leaf.parent_id, []).append(leaf)
 
-    def freed(self, key: str, segment_id: int) -> list[Leaf]:
-        """Return the segments that only this prefix needs, the deepest first.
+    def _leaf_id(self, prefix: Prefix, segment_id: int) -> int:
+        place = (segment_id, prefix.num_tokens)
+        return self._by_place.get(place, self._by_segment.get(segment_id, -segment_id))
+
+    def _need(self, who: str | int, leaf_id: int) -> None:
+        """Note who needs a stretch, and so on up to the root."""
+        is_known = False
+        while leaf_id != ROOT_ID and not is_known:
+            is_known = leaf_id in self._needed_by
+            self._needed_by.setdefault(leaf_id, set()).add(who)
+            leaf = self._by_id.get(leaf_id)
+            who, leaf_id = leaf_id, leaf.parent_id if leaf else ROOT_ID
+
+    def freed(self, prefix: Prefix, segment_id: int) -> list[Leaf]:
+        """Return the stretches that only this prefix needs, the deepest first.
 
         Raises DamagedIndexError if an ancestor is not there.
         """
         freed: list[Leaf] = []
-        needed_by: set[str | int] = {key}
-        while segment_id != ROOT_ID:
-            if self._needed_by.get(segment_id, set()) - needed_by:
-                break
-            segment = self._by_id.get(segment_id)
-            if segment is None or segment in freed:
+        needed_by: set[str | int] = {prefix.key}
+        leaf_id = self._leaf_id(prefix, segment_id)
+        while leaf_id != ROOT_ID and self._needed_by[leaf_id] <= needed_by:
+            leaf = self._by_id.get(leaf_id)
+            if leaf is None or leaf in freed:
                 raise DamagedIndexError(
                     "the index lacks segments, run `promptcache verify`"
                 )
-            freed += [*self._loose.get(segment_id, []), segment]
-            needed_by = {segment_id}
-            segment_id = segment.parent_id
+            freed += [*self._without_need(leaf_id), leaf]
+            needed_by = {leaf_id}
+            leaf_id = leaf.parent_id
         return freed
+
+    def _without_need(self, leaf_id: int) -> Iterator[Leaf]:
+        """Yield what hangs on a stretch and nobody needs, the deepest first."""
+        for leaf in self._loose.get(leaf_id, []):
+            yield from self._without_need(leaf.id)
+            yield leaf

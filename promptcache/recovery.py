@@ -9,6 +9,7 @@ from pathlib import Path
 from promptcache.blobs import BlobFolder
 from promptcache.chain import Chain
 from promptcache.cover import Cover
+from promptcache.cutting import token_nbytes
 from promptcache.errors import DamagedBlobError, DamagedIndexError, StoreError
 from promptcache.files import locked_folder
 from promptcache.index import ROOT_ID, Database, Index
@@ -197,7 +198,13 @@ def _adopt(index: Index, blobs: BlobFolder, cover: Cover, header: BlobHeader) ->
         return False
     if _is_double(index, parent_id, info, chain):
         return False
-    index.add_segment(info, chain, parent_key=parent_key, nbytes=blobs.nbytes(info.key))
+    index.add_segment(
+        info,
+        chain,
+        parent_key=parent_key,
+        nbytes=blobs.nbytes(info.key),
+        token_nbytes=token_nbytes(info, header.tensors),
+    )
     cover.add(chain, info.key, info.start, info.end, info.resumption)
     return True
 

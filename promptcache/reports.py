@@ -134,11 +134,16 @@ class PrunePolicy:
 
 
 class Removal(NamedTuple):
-    """A segment to evict, and why."""
+    """A segment to evict, and why.
+
+    `cut_at` is where it ends from then on, because others hang on what is before;
+    None if all of it goes.
+    """
 
     key: str
     reason: str
     nbytes: int
+    cut_at: int | None = None
 
 
 class Garbage(NamedTuple):

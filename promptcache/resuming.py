@@ -98,6 +98,9 @@ def resume(
             except _TooEarlyError:
                 skip.add(loader.at.key)
             except StoreError as error:
+                # Split or removed since it was found: another look finds what is left.
+                if not store.holds(loader.at):
+                    continue
                 _give_up(store, loader.at, error)
                 # What does not fit into memory does not fit in part either.
                 is_damaged = isinstance(error, DamagedBlobError)
@@ -203,12 +206,13 @@ class _Loader:
 
 
 def check_blobs(store: PrefixStore, match: Match) -> bool:
-    """Return whether the blobs of a match are there, forgetting one that is not."""
+    """Return whether the blobs of a match are there, forgetting one that is damaged."""
     for part in match.slices:
         try:
             store.open_blob(part)
         except StoreError as error:
-            _give_up(store, part, error)
+            if store.holds(part):
+                _give_up(store, part, error)
             return False
     return True
 

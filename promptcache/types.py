@@ -235,6 +235,11 @@ class EncodedSegment(NamedTuple):
         """Return the bytes of its tensors."""
         return sum(tensor.data.nbytes for tensor in self.tensors)
 
+    @property
+    def specs(self) -> "list[TensorSpec]":
+        """Return what a blob's header will say of its tensors."""
+        return [TensorSpec(t.name, t.dtype, t.shape) for t in self.tensors]
+
 
 @dataclass(frozen=True, slots=True)
 class BlobHeader:
@@ -246,6 +251,7 @@ class BlobHeader:
         tensors: The tensors in the order of their bytes.
         data_checksum: Of the data; see `checksum.combined`.
         data_start: Where the data begins in the file.
+        versions: Of what computed it.
     """
 
     info: SegmentInfo
@@ -253,6 +259,7 @@ class BlobHeader:
     tensors: tuple[TensorSpec, ...]
     data_checksum: str
     data_start: int
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 class SegmentRow(NamedTuple):
@@ -297,7 +304,22 @@ class ListedPrefix(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """What eviction has to know of a segment; `parent_id` 0 is the root."""
+    """What eviction has to know of a stretch of a segment.
+
+    Attributes:
+        id: Of the stretch.
+        key: Of the segment.
+        parent_id: The stretch that it goes on from, 0 for the root.
+        nbytes: What its removal frees.
+        used_at: When it was used last.
+        pinned: Whether a prefix that ends with it has a name.
+        model: The model's name.
+        is_checkpoint: Whether it is a checkpoint.
+        start: Where it begins.
+        end: Where it ends.
+        segment_id: Of the segment.
+        cut_at: Where its segment ends once it is gone, None if nothing is left.
+    """
 
     id: int
     key: str
@@ -308,6 +330,44 @@ class Leaf(NamedTuple):
     model: str
     is_checkpoint: bool = False
     start: int = 0
+    end: int = 0
+    segment_id: int = 0
+    cut_at: int | None = None
+
+
+class HeldSegment(NamedTuple):
+    """A segment as the index knows it, without its tokens.
+
+    `token_nbytes` is what each of its tokens takes, 0 if it cannot be split.
+    """
+
+    id: int
+    key: str
+    parent_id: int
+    start: int
+    end: int
+    nbytes: int
+    token_nbytes: int
+    created_at: float
+    used_at: float
+    model: str
+    is_checkpoint: bool
+
+
+class HeldEnd(NamedTuple):
+    """Where a listed prefix ends, and whether it has a name."""
+
+    segment_id: int
+    position: int
+    pinned: bool
+
+
+class Use(NamedTuple):
+    """Up to where a segment was used at a time."""
+
+    segment_id: int
+    position: int
+    used_at: float
 
 
 class PromptRow(NamedTuple):

@@ -334,7 +334,12 @@ def test_prune_json_has_its_fields(keys: list[str], path: Path) -> None:
         "dry_run",
     ]
     assert report["removed"] == [
-        {"key": keys[2], "reason": "of model other", "nbytes": nbytes[keys[2]]}
+        {
+            "key": keys[2],
+            "reason": "of model other",
+            "nbytes": nbytes[keys[2]],
+            "cut_at": None,
+        }
     ]
     assert report["garbage"] == [{"path": "tmp/left.safetensors", "nbytes": 10}]
     assert report["freed_nbytes"] == nbytes[keys[2]] + 10

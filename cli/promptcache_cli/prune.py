@@ -3,6 +3,7 @@
 import click
 
 from promptcache import PrunePlan, PrunePolicy, PruneReport
+from promptcache.reports import Removal
 from promptcache.units import format_size
 from promptcache_cli import output
 from promptcache_cli.options import (
@@ -88,10 +89,16 @@ def prune(
 
 
 def _print_plan(plan: PrunePlan) -> None:
-    rows = [[r.key[:12], format_size(r.nbytes), r.reason] for r in plan.removals]
+    rows = [[r.key[:12], format_size(r.nbytes), _reason(r)] for r in plan.removals]
     rows += [[g.path, format_size(g.nbytes), "garbage"] for g in plan.garbage]
     if rows:
         output.table(["WHAT", "SIZE", "REASON"], rows)
+
+
+def _reason(removal: Removal) -> str:
+    if removal.cut_at is None:
+        return removal.reason
+    return f"{removal.reason}; others need its first {removal.cut_at} tokens"
 
 
 def _dry_report(plan: PrunePlan) -> PruneReport:

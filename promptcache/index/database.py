@@ -441,6 +441,8 @@ def _open(path: Path, options: str) -> sqlite3.Connection:
     )
     # What a forged schema calls does nothing but compute.
     connection.execute("PRAGMA trusted_schema=OFF")
+    # What is deleted is overwritten: token ids are text.
+    connection.execute("PRAGMA secure_delete=ON")
     return connection
 
 

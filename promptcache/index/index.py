@@ -24,8 +24,18 @@ from promptcache.index.fingerprints import Fingerprints
 from promptcache.index.history import History
 from promptcache.index.prefixes import Prefixes
 from promptcache.index.schema import NO_TOKEN
+from promptcache.index.uses import Uses
 from promptcache.locks import Patience
-from promptcache.types import CheckpointRow, Leaf, SegmentInfo, SegmentRow, Worth
+from promptcache.stretches import leaves_of
+from promptcache.types import (
+    CheckpointRow,
+    HeldEnd,
+    HeldSegment,
+    Leaf,
+    SegmentInfo,
+    SegmentRow,
+    Worth,
+)
 
 ROOT_ID = 0
 
@@ -42,6 +52,7 @@ class Index:
         database: The file and its transactions, which all of these share.
         fingerprints: What segments were computed under.
         prefixes: What was built or saved.
+        uses: Up to where segments were used when.
         history: What happened to it.
 
     Invariants:
@@ -72,6 +83,7 @@ class Index:
         self.database = Database(path, opener, patience)
         self.fingerprints = Fingerprints(self.database)
         self.prefixes = Prefixes(self.database)
+        self.uses = Uses(self.database)
         self.history = History(self.database, self.fingerprints)
         self.database.open(lambda: populate(self))
 
@@ -162,6 +174,11 @@ class Index:
         ).fetchone()
         return row and integer(row[0])
 
+    def has_segment(self, key: str, start: int, end: int) -> bool:
+        """Return whether there is a segment with a key and a range."""
+        sql = "SELECT 1 FROM segments WHERE key = ? AND start = ? AND end = ?"
+        return self.database.execute(sql, [key, start, end]).fetchone() is not None
+
     def nbytes_of(self, keys: Sequence[str]) -> int:
         """Return the size of the blobs of some segments."""
         marks = ", ".join("?" for _ in keys)
@@ -172,23 +189,40 @@ class Index:
         """Return the keys of all segments."""
         return {str(row[0]) for row in self.database.rows("SELECT key FROM segments")}
 
-    def leaves(self, namespace: str | None = None) -> list[Leaf]:
-        """Return the segments of a namespace, or all, as eviction sees them."""
+    def leaves(
+        self,
+        namespace: str | None = None,
+        *,
+        protect: str | None = None,
+        up_to: int | None = None,
+    ) -> list[Leaf]:
+        """Return the segments of a namespace, or all, as eviction sees them.
+
+        Args:
+            namespace: The namespace.
+            protect: Key of a segment that is to count as pinned.
+            up_to: Up to which position it is, None for all of it.
+        """
+        with self.database.reading():
+            segments, ends = self._held(namespace), self.prefixes.ends()
+            ends += [
+                HeldEnd(segment.id, segment.end if up_to is None else up_to, True)
+                for segment in segments
+                if segment.key == protect
+            ]
+            return leaves_of(segments, ends, self.uses.all())
+
+    def _held(self, namespace: str | None) -> list[HeldSegment]:
         condition, values = within(namespace, "f")
         sql = f"""
-            SELECT s.id, s.key, s.parent_id, s.nbytes, s.used_at, EXISTS (
-                SELECT 1 FROM prefixes p
-                WHERE p.segment_id = s.id AND p.name IS NOT NULL
-            ), f.model, s.first_token = ?, s.start
+            SELECT s.id, s.key, s.parent_id, s.start, s.end, s.nbytes, s.token_nbytes,
+                s.created_at, s.used_at, f.model, s.first_token = ?
             FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
             WHERE {condition}
         """
-        kinds = (int, str, int, int, int | float, int, str, int, int)
+        kinds = (int, str, *[int] * 5, int | float, int | float, str, int)
         rows = checked(self.database.rows(sql, [NO_TOKEN, *values]), *kinds)
-        return [
-            Leaf._make([*row[:5], bool(row[5]), row[6], bool(row[7]), row[8]])
-            for row in rows
-        ]
+        return [HeldSegment._make([*row[:-1], bool(row[-1])]) for row in rows]
 
     def subtree(self, key: str) -> dict[int, str]:
         """Return a segment and all that hangs on it: keys by ids."""
@@ -260,18 +294,27 @@ class Index:
             self.database.execute(sql, [*ends, NO_TOKEN, now, Worth.BUILT, Worth.STEP])
 
     def add_segment(
-        self, info: SegmentInfo, chain: Chain, *, parent_key: str | None, nbytes: int
+        self,
+        info: SegmentInfo,
+        chain: Chain,
+        *,
+        parent_key: str | None,
+        nbytes: int,
+        token_nbytes: int = 0,
     ) -> None:
-        """Add a segment of a chain whose blob and parent are in place."""
+        """Add a segment of a chain whose blob and parent are in place.
+
+        `token_nbytes` is what each of its tokens takes, 0 if it cannot be split.
+        """
         with self.database.writing():
             parent_id = self.segment_id(parent_key) if parent_key else ROOT_ID
             assert parent_id is not None
             cursor = self.database.execute(
                 """
                 INSERT INTO segments (key, parent_id, fingerprint_id, start, end,
-                    first_token, nbytes, created_at, used_at, divisible, extendable,
-                    needs_checkpoint, has_logits, worth, token_ids)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                    first_token, nbytes, token_nbytes, created_at, used_at, divisible,
+                    extendable, needs_checkpoint, has_logits, worth, token_ids)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                 """,
                 [
                     info.key,
@@ -281,6 +324,7 @@ class Index:
                     info.end,
                     NO_TOKEN if info.is_checkpoint else chain.token_id(info.start),
                     nbytes,
+                    token_nbytes,
                     info.created_at,
                     info.created_at,
                     *info.resumption,
@@ -289,13 +333,54 @@ class Index:
                 ],
             )
             segment_id = integer(cursor.lastrowid)
-            self.database.execute_many(
-                "INSERT INTO blocks (hash, segment_id) VALUES (?, ?)",
-                [(h, segment_id) for h in chain.block_hashes(info.start, info.end)],
-            )
+            self._add_blocks(segment_id, chain, info.start, info.end)
             if info.is_prefix:
                 key = chain.key_at(info.end)
                 self.prefixes.add(key, segment_id, info.end, now=info.created_at)
+
+    def _add_blocks(self, segment_id: int, chain: Chain, start: int, end: int) -> None:
+        self.database.execute_many(
+            "INSERT INTO blocks (hash, segment_id) VALUES (?, ?)",
+            [(hash_, segment_id) for hash_ in chain.block_hashes(start, end)],
+        )
+
+    def can_cut(self, key: str, head: SegmentInfo) -> bool:
+        """Return whether nothing hangs on a segment after the end of its head."""
+        sql = """
+            SELECT s.end FROM segments s WHERE s.key = ? AND s.start = ? AND s.end > ?3
+            AND NOT EXISTS (
+                SELECT 1 FROM segments c WHERE c.parent_id = s.id AND c.start > ?3
+            ) AND NOT EXISTS (
+                SELECT 1 FROM prefixes p WHERE p.segment_id = s.id
+                AND p.num_tokens > ?3 AND p.name IS NOT NULL
+            )
+        """
+        rows = self.database.rows(sql, [key, head.start, head.end])
+        return bool(rows) and self.segment_id(head.key) is None
+
+    def cut(self, key: str, head: SegmentInfo, chain: Chain, *, nbytes: int) -> None:
+        """Let a segment end where its head does, whose blob is in place.
+
+        The prefixes that end after that go. Nothing else may hang there.
+        """
+        with self.database.writing():
+            segment_id, end = self.segment_id(key), head.end
+            assert segment_id is not None and self.can_cut(key, head)
+            token_ids = chain.span(head.start, end)
+            self.database.execute(
+                "UPDATE segments SET key = ?, end = ?, nbytes = ?, token_ids = ?"
+                " WHERE id = ?",
+                [head.key, end, nbytes, token_ids, segment_id],
+            )
+            self.database.execute(
+                "DELETE FROM prefixes WHERE segment_id = ? AND num_tokens > ?",
+                [segment_id, end],
+            )
+            self.database.execute(
+                "DELETE FROM blocks WHERE segment_id = ?", [segment_id]
+            )
+            self._add_blocks(segment_id, chain, head.start, end)
+            self.uses.cut(segment_id, end)
 
     def remove_leaf(self, key: str) -> bool:
         """Remove a segment without children and the prefixes that end in it.
@@ -320,12 +405,10 @@ class Index:
 
     def _delete(self, segment_ids: Iterable[int]) -> None:
         for segment_id in segment_ids:
-            self.database.execute(
-                "DELETE FROM blocks WHERE segment_id = ?", [segment_id]
-            )
-            self.database.execute(
-                "DELETE FROM prefixes WHERE segment_id = ?", [segment_id]
-            )
+            for table in ("blocks", "uses", "prefixes"):
+                self.database.execute(
+                    f"DELETE FROM {table} WHERE segment_id = ?", [segment_id]
+                )
             self.database.execute("DELETE FROM segments WHERE id = ?", [segment_id])
 
     def num_children(self, segment_id: int) -> int:

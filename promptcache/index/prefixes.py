@@ -7,7 +7,7 @@ from promptcache.errors import DamagedIndexError
 from promptcache.index.database import DAMAGED, Database, checked, integer, within
 from promptcache.index.schema import NO_TOKEN
 from promptcache.reports import Prefix
-from promptcache.types import ListedPrefix, Origin, PromptRow
+from promptcache.types import HeldEnd, ListedPrefix, Origin, PromptRow
 
 
 class Prefixes:
@@ -78,6 +78,12 @@ class Prefixes:
         kinds = (str, str, int, int, str | None)
         rows = checked(self._database.rows(sql, [namespace]), *kinds)
         return [PromptRow._make([*row[:-1], _origin(row[-1])]) for row in rows]
+
+    def ends(self) -> list[HeldEnd]:
+        """Return where the listed prefixes end."""
+        sql = "SELECT segment_id, num_tokens, name IS NOT NULL FROM prefixes"
+        rows = checked(self._database.rows(sql), int, int, int)
+        return [HeldEnd._make([*row[:2], bool(row[2])]) for row in rows]
 
     def created_at(self, key: str) -> float | None:
         """Return when a prefix was listed, or None if it is not."""

@@ -31,6 +31,7 @@ CREATE TABLE segments (
     end INTEGER,
     first_token INTEGER,
     nbytes INTEGER,
+    token_nbytes INTEGER,
     created_at REAL,
     used_at REAL,
     divisible INTEGER,
@@ -52,6 +53,14 @@ CREATE TABLE blocks (
     PRIMARY KEY (hash, segment_id)
 ) WITHOUT ROWID;
 CREATE INDEX blocks_by_segment ON blocks (segment_id);
+
+-- Up to where a segment was used when: the later, the less far.
+CREATE TABLE uses (
+    segment_id INTEGER,
+    position INTEGER,
+    used_at REAL,
+    PRIMARY KEY (segment_id, position)
+) WITHOUT ROWID;
 
 CREATE TABLE prefixes (
     key TEXT PRIMARY KEY,

@@ -1,9 +1,11 @@
 """The listing: prefixes as people see them, found by key or name, pinned, removed."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
-from promptcache import pruning, recovery
+from promptcache import pruning, recovery, splitting
 from promptcache.blobs import BlobFolder
 from promptcache.chain import unpack
 from promptcache.errors import (
@@ -36,8 +38,8 @@ def prefixes(index: Index, namespace: str | None) -> list[Prefix]:
 
 
 def _with_nbytes(prefix: Prefix, segment_id: int, tree: pruning.Tree) -> Prefix:
-    freed = tree.freed(prefix.key, segment_id)
-    return replace(prefix, nbytes=sum(segment.nbytes for segment in freed))
+    freed = tree.freed(prefix, segment_id)
+    return replace(prefix, nbytes=sum(leaf.nbytes for leaf in freed))
 
 
 def _tree(index: Index, namespace: str | None) -> pruning.Tree:
@@ -181,20 +183,61 @@ def unpin(
 
 
 def remove(index: Index, blobs: BlobFolder, key_or_name: str) -> PruneReport:
-    """Remove a prefix, even a pinned one, and the segments only it needs.
+    """Remove a prefix, even a pinned one, and what only it needs of the segments.
 
     Raises KeyNotFoundError.
     """
-    with index.database.writing():
+    removals: list[Removal] | None = None
+    while removals is None:
+        prefix, plan = _plan_removal(index, key_or_name)
+        removals = _remove(index, blobs, prefix, plan)
+    pruning.remove_blobs(index, blobs, [removal.key for removal in removals])
+    nbytes = sum(removal.nbytes for removal in removals)
+    removal = Removal(prefix.key, "removed", nbytes)
+    return pruning.report(index, blobs, [removal], [])
+
+
+def _plan_removal(index: Index, key_or_name: str) -> tuple[Prefix, list[Removal]]:
+    with index.database.reading():
         prefix, segment_id = _resolve(index, key_or_name, None)
-        freed = _tree(index, prefix.namespace).freed(prefix.key, segment_id)
-        for segment in freed:
-            pruning.note_eviction(index, segment.key, "removed")
+        freed = _tree(index, prefix.namespace).freed(prefix, segment_id)
+        return prefix, pruning.removals_of(freed, "removed")
+
+
+def _remove(
+    index: Index, blobs: BlobFolder, prefix: Prefix, plan: list[Removal]
+) -> list[Removal] | None:
+    """Do what is planned; return what went, or None if the plan is of no use now."""
+    with (
+        _told(plan),
+        splitting.staged_heads(index, blobs, plan) as heads,
+        index.database.writing(),
+    ):
+        if _plan_removal(index, prefix.key)[1] != plan:
+            return None
+        for removal in plan:
+            pruning.note_eviction(index, removal.key, "removed", removal.cut_at)
         index.prefixes.remove(prefix.key)
-        for segment in freed:
-            index.remove_leaf(segment.key)
+        for removal in plan:
+            if removal.cut_at is None:
+                index.remove_leaf(removal.key)
+        replacing = [head for head in heads if head.can_replace(index)]
+        for head in replacing:
+            head.replace(index, blobs)
         if prefix.pinned:
             recovery.write_prefixes(index, blobs)
-    removals = [Removal(prefix.key, "removed", sum(s.nbytes for s in freed))]
-    pruning.remove_blobs(index, blobs, [s.key for s in freed])
-    return pruning.report(index, blobs, removals, [])
+    whole = [removal for removal in plan if removal.cut_at is None]
+    cut = [Removal(h.key, "removed", h.freed_nbytes, h.info.end) for h in replacing]
+    return [*whole, *cut]
+
+
+@contextlib.contextmanager
+def _told(plan: list[Removal]) -> Iterator[None]:
+    """Say what to do where a segment that is to be split is damaged."""
+    try:
+        yield
+    except DamagedBlobError as error:
+        keys = ", ".join(r.key[:12] for r in plan if r.cut_at is not None)
+        raise DamagedBlobError(
+            f"segment {keys}: {error}, run `promptcache verify --fix`"
+        ) from error

@@ -27,7 +27,7 @@ def record(index: Index, room: Room, receipt: Receipt) -> tuple[str | None, floa
             key = (touch(index, match) or match.key) if is_hit else None
             counts_for = (key or MEMORY_KEY) if is_hit else None
             index.history.add_receipt(receipt, counts_for, saved_seconds)
-        room.keep(0, protect=match.key)
+        room.keep(0, protect=match.key, up_to=match.cached_tokens)
     return key or match.key, saved_seconds
 
 
@@ -37,4 +37,5 @@ def touch(index: Index, match: Match) -> str | None:
     with index.database.writing():
         if match.ends_in_checkpoint:
             index.touch_passed([(s.key, s.stop) for s in match.slices], now=now)
+        index.uses.note(match.slices, now=now)
         return index.touch(keys, match.cached_tokens, now=now)

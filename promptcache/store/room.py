@@ -42,10 +42,13 @@ class Room:
         written_nbytes = self._index.history.written().today_nbytes
         self.allowance.check(self._blobs.root, nbytes, written_nbytes)
 
-    def make(self, nbytes: int, *, protect: str | None) -> None:
+    def make(
+        self, nbytes: int, *, protect: str | None, up_to: int | None = None
+    ) -> None:
         """Evict until so many bytes more fit.
 
-        `protect` is the key of the segment that must stay, with its ancestors.
+        `protect` is the key of the segment that must stay with its ancestors, all of
+        it or up to a position.
 
         Raises:
             StoreFullError: They cannot; nothing was evicted then.
@@ -56,9 +59,12 @@ class Room:
             nbytes=nbytes,
             limit=self.max_nbytes,
             protect=protect,
+            up_to=up_to,
         )
 
-    def keep(self, nbytes: int, *, protect: str | None) -> None:
+    def keep(
+        self, nbytes: int, *, protect: str | None, up_to: int | None = None
+    ) -> None:
         """Make room for what is noted, if that can be; it is written all the same."""
         with contextlib.suppress(StoreFullError):
-            self.make(nbytes, protect=protect)
+            self.make(nbytes, protect=protect, up_to=up_to)

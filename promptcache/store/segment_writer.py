@@ -13,6 +13,7 @@ from typing import Any
 from promptcache import pruning, recovery
 from promptcache.blobs import BlobFolder
 from promptcache.chain import Chain
+from promptcache.cutting import token_nbytes
 from promptcache.errors import StoreError, StoreFullError
 from promptcache.eviction import surplus_checkpoints
 from promptcache.index import Index
@@ -225,7 +226,7 @@ class SegmentWriter:
         with self._blobs.room():
             nbytes = segment.nbytes + ROWS_NBYTES
             self._room.check(nbytes)
-            self._room.make(nbytes, protect=parent_key)
+            self._room.make(nbytes, protect=parent_key, up_to=info.start)
             is_added = self._write(info, segment, chain)
             if is_added:
                 self._hold_limit(info.key)
@@ -244,7 +245,11 @@ class SegmentWriter:
                 return False
             staged.publish()
             self._index.add_segment(
-                info, chain, parent_key=rows.key, nbytes=staged.nbytes
+                info,
+                chain,
+                parent_key=rows.key,
+                nbytes=staged.nbytes,
+                token_nbytes=token_nbytes(info, segment.specs),
             )
             self._index.history.add_written(staged.nbytes, now=info.created_at)
         return True

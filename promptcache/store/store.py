@@ -158,6 +158,10 @@ class PrefixStore(StoreFolder):
             raise DamagedBlobError("blob holds another range of tokens")
         return self._blobs.path(part.key), header
 
+    def holds(self, part: SegmentSlice) -> bool:
+        """Return whether a matched segment is there as it was. Raises StoreError."""
+        return self._index.has_segment(part.key, part.start, part.end)
+
     def nbytes_of(self, match: Match) -> int:
         """Return the size of the blobs of a match. Raises StoreError."""
         return self._index.nbytes_of([part.key for part in match.slices])
