@@ -23,7 +23,7 @@ import numpy as np
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 from benchmarks import architectures, models_page
-from promptcache import CachedGenerator, capturing, codec, identity
+from promptcache import CachedGenerator, capturing, codec
 from promptcache.length_dependence import length_dependence
 from promptcache.loaded_model import LoadedModel
 from promptcache.prefill import prefill
@@ -192,7 +192,6 @@ class Subject:
             max_nbytes=1 << 40,
             # What is read from disk is what is tried.
             memory_limit=0,
-            identity=identity.identify(model),
         )
         self.cuts = LoadedModel(model).cuts(Settings(step_size=STEP_SIZE))
 

@@ -9,11 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse as PlainResponse
-from mlx_lm.generate import (
-    generate_step,
-    generation_stream,
-    wired_limit,
-)
+from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
 from promptcache import starting
 from promptcache.decoding import Step, decode, read_rest

@@ -13,7 +13,7 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from benchmarks import architectures
 from benchmarks.conformance import CountingModel
-from promptcache import CachedGenerator, PrefixStore, identity
+from promptcache import CachedGenerator, PrefixStore
 from promptcache.hot_tier import HotTier
 from promptcache.treatment import parts_of
 
@@ -217,7 +217,6 @@ def _generator(
         load_tokenizer(tokenizer_folder),
         store=folder / "store",
         memory_limit=PLENTY,
-        identity=identity.identify(model),
     ) as generator:
         generator.tokenizer.eos_token_ids = set()
         yield counting, generator

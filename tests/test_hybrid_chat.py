@@ -15,7 +15,7 @@ from test_rendering import REAL_TEMPLATES
 
 from benchmarks import architectures
 from benchmarks.conformance import CountingModel
-from promptcache import CachedGenerator, PrefixStore, UsageError, identity
+from promptcache import CachedGenerator, PrefixStore, UsageError
 from promptcache.blobs import BlobFolder
 from promptcache.rendering import RenderedPrompt
 from promptcache.types import BlobHeader
@@ -57,7 +57,6 @@ class Chat:
             self.model,
             load_tokenizer(folder),
             store=self.store,
-            identity=identity.identify(model),
         )
         self.generator.tokenizer.eos_token_ids = set()
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}]

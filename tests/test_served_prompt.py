@@ -4,6 +4,7 @@ import copy
 import threading
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from benchmarks import architectures
@@ -151,3 +152,24 @@ def test_answer_leaves_the_place_where_the_next_turn_parts(store: PrefixStore) -
     next_turn = [*token_ids[:39], 200, 201, 202]
     assert store.lookup(next_turn, hybrid.fingerprint()).cached_tokens == 39
     assert store.lookup(token_ids, hybrid.fingerprint()).cached_tokens == end
+
+
+def test_model_that_changes_under_a_request_takes_and_leaves_nothing(
+    store: PrefixStore,
+) -> None:
+    model = LoadedModel(architectures.build("llama"))
+    served, key = ServedCache(store, memory_limit=10**8), ("model", None, None)
+    prompt = ServedPrompt([1] * 40, reading([1] * 40, model=model))
+    read = model.make_cache(DEFAULT_SETTINGS)
+    prefill(model.model, read, [1] * 40, start=0, end=39)
+    served.insert_cache(key, prompt[:39], read, cache_type="user")
+    assert served.num_cached(prompt.reading) == 39
+
+    model.model.set_dtype(mx.bfloat16)
+
+    with pytest.warns(UserWarning, match="the model has changed meanwhile"):
+        assert served.fetch_nearest_cache(key, prompt) == (None, prompt)
+    with pytest.warns(UserWarning, match="the model has changed meanwhile"):
+        served.insert_cache(key, prompt[:39], model.make_cache(DEFAULT_SETTINGS))
+    assert served.num_cached(reading([1] * 40, model=model)) == 0
+    served.close()
