@@ -14,7 +14,7 @@ PIECE_NBYTES = 8 * 1024**2
 # How much is looked at before anything of it is given up: where arrays lie in another
 # memory, or not in order, this much is copied.
 BATCH_NBYTES = 256 * 1024**2
-# What takes longer than this many seconds is told.
+# What is not done after this many seconds is told.
 LONG_SECONDS = 1.0
 
 
@@ -49,11 +49,11 @@ class ArrayDigests:
         started, is_told = time.perf_counter(), False
         with ThreadPoolExecutor(thread_name_prefix="promptcache-hash") as pool:
             for batch in _batches(arrays):
-                yield from _digests(batch, pool)
                 if not is_told and time.perf_counter() - started > LONG_SECONDS:
                     is_told = True
-                    nbytes = sum(array.nbytes for array in arrays) / 1e9
-                    self._announce(f"hashing {nbytes:.1f} GB of weights")
+                    nbytes = sum(array.nbytes for array in arrays)
+                    self._announce(f"hashing {nbytes / 1e9:.1f} GB of weights")
+                yield from _digests(batch, pool)
 
 
 def _batches(arrays: Iterable[Any]) -> Iterator[list[Any]]:
