@@ -8,11 +8,12 @@ trusted before anything is allocated by it, and `data_checksum` the data.
 """
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from promptcache.checksum import combined, digest
 from promptcache.errors import DamagedBlobError, StoreError
@@ -36,6 +37,9 @@ from promptcache.locks import Patience
 from promptcache.reports import Garbage
 from promptcache.types import BlobHeader, EncodedSegment, SegmentInfo, Tensor, bits_of
 
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
 READ_NBYTES = 1 << 22
 # What comes from a damaged index must not lead anywhere else.
 KEY = re.compile(r"[0-9a-f]{32}")
@@ -45,6 +49,23 @@ CACHEDIR_TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# Prompt caches of promptcache, which can always be computed again.\n"
 )
+
+
+def _readable(
+    method: "Callable[Concatenate[BlobFolder, P], Result]",
+) -> "Callable[Concatenate[BlobFolder, P], Result]":
+    """Raise StoreError where the system cannot read the files, instead of OSError."""
+
+    @functools.wraps(method)
+    def read(self: "BlobFolder", /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        try:
+            return method(self, *args, **kwargs)
+        except OSError as error:
+            raise StoreError(
+                f"the store {self.root} cannot be read ({error.strerror})"
+            ) from error
+
+    return read
 
 
 class StagedBlob(NamedTuple):
@@ -67,6 +88,7 @@ class BlobFolder:
         A blob is complete and durable before it has its name.
         Folders have mode 0700 and files 0600, whatever the umask.
         Links below the store's folder are not followed.
+        What only looks at files raises StoreError, what writes them OSError.
     """
 
     def __init__(self, root: Path, patience: Patience | None = None) -> None:
@@ -100,6 +122,7 @@ class BlobFolder:
         for path in (*inside, self.root / "index.db"):
             check_private(path)
 
+    @_readable
     def path(self, key: str) -> Path:
         """Return where a blob is, or would be.
 
@@ -113,6 +136,7 @@ class BlobFolder:
             raise DamagedBlobError("the folder of the blob is a link")
         return folder / f"{key}.safetensors"
 
+    @_readable
     def exists(self, key: str) -> bool:
         """Return whether a blob has its name."""
         try:
@@ -263,13 +287,15 @@ class BlobFolder:
         if combined(digests) != header.data_checksum or is_longer:
             raise DamagedBlobError("checksum of the data does not match")
 
+    @_readable
     def nbytes(self, key: str) -> int:
         """Return the size of a blob, 0 if it is missing."""
         return size_of(self.path(key))
 
-    def stored(self) -> Iterator[tuple[str, int]]:
-        """Yield the key and size of every blob on disk."""
-        yield from self._inventory.blobs()
+    @_readable
+    def stored(self) -> list[tuple[str, int]]:
+        """Return the key and size of every blob on disk."""
+        return list(self._inventory.blobs())
 
     def remove(self, key: str) -> int:
         """Remove a blob and return its size; a blob already gone is no error."""
@@ -286,10 +312,12 @@ class BlobFolder:
         with contextlib.suppress(FileNotFoundError):
             path.rename(self._quarantine / path.name)
 
-    def quarantined(self) -> Iterator[str]:
-        """Yield the keys of the blobs that were set aside."""
-        yield from sorted(p.stem for p in self._quarantine.glob("*.safetensors"))
+    @_readable
+    def quarantined(self) -> list[str]:
+        """Return the keys of the blobs that were set aside."""
+        return sorted(p.stem for p in self._quarantine.glob("*.safetensors"))
 
+    @_readable
     def garbage(self) -> list[Garbage]:
         """Return the files in `tmp/` whose writer is gone, and `quarantine/`."""
         abandoned = [path for path in files_below(self._tmp) if not is_locked(path)]
@@ -323,10 +351,12 @@ class BlobFolder:
         """Return the file whose lock is held by whoever computes a prefix."""
         return self._tmp / f"{key}.lock"
 
+    @_readable
     def wal_nbytes(self) -> int:
         """Return the size of the index's WAL, which no eviction makes smaller."""
         return size_of(self.root / "index.db-wal")
 
+    @_readable
     def total_nbytes(self) -> int:
         """Return the size of all files of the store."""
         # In this order, a file that is published meanwhile is not counted twice.

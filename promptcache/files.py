@@ -135,14 +135,14 @@ def locked_folder(folder: Path, patience: Patience) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether another process is at work on a file."""
+    """Return whether another process is, or may be, at work on a file."""
     try:
         with open_file(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
+    except (IrregularFileError, FileNotFoundError):
         return False
+    except OSError:
+        return True
     return False
 
 
@@ -182,11 +182,17 @@ def files_below(folder: Path, *without: str) -> Iterator[Path]:
 
     `without` are names of folders in it to leave out.
     """
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_raise_unless_barred):
         if Path(parent) == folder:
             folders[:] = (name for name in folders if name not in without)
         links = (name for name in folders if Path(parent, name).is_symlink())
         yield from (Path(parent, name) for name in [*names, *links])
+
+
+def _raise_unless_barred(error: OSError) -> None:
+    """Leave out what went away, or is not this user's, but not what a disk fails at."""
+    if not isinstance(error, (FileNotFoundError, PermissionError)):
+        raise error
 
 
 def check_private(path: Path, *, may_be_link: bool = False) -> None:

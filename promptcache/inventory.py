@@ -76,7 +76,7 @@ class Inventory:
 
 def _below(folder: Path) -> Iterator[tuple[str, int]]:
     """Yield path and size of the files below a folder; links are not followed."""
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_raise_unless_gone):
         links = (name for name in folders if Path(parent, name).is_symlink())
         for name in [*names, *links]:
             path = Path(parent, name)
@@ -84,3 +84,9 @@ def _below(folder: Path) -> Iterator[tuple[str, int]]:
                 yield str(path.relative_to(folder)), path.lstat().st_size
             except FileNotFoundError:
                 continue
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """Let no folder that cannot be listed count as an empty one."""
+    if not isinstance(error, FileNotFoundError):
+        raise error

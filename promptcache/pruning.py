@@ -196,9 +196,9 @@ def _sweep(index: Index, blobs: BlobFolder, garbage: Garbage) -> bool:
         if path.parts[0] == "blobs":
             return bool(remove_blobs(index, blobs, [path.stem]))
         blobs.sweep(garbage)
+        return not (blobs.root / path).exists()
     except OSError as error:
         raise StoreError(f"{path} cannot be removed ({error.strerror})") from error
-    return not (blobs.root / path).exists()
 
 
 def remove_blobs(index: Index, blobs: BlobFolder, keys: Iterable[str]) -> int:

@@ -48,12 +48,14 @@ class _File(io.BufferedWriter):
         return len(view)
 
 
-def _connection(on_step: OnStep) -> type[sqlite3.Connection]:
+def _connection(
+    on_step: OnStep, skipped: tuple[str, ...] = READING
+) -> type[sqlite3.Connection]:
     """Return a class of connections that tell their statements."""
 
     def told(sql: str) -> None:
         text = " ".join(sql.split())
-        if not text.upper().startswith(READING):
+        if not text.upper().startswith(skipped):
             on_step(Step("sql", text))
 
     class Connection(sqlite3.Connection):
@@ -122,6 +124,80 @@ def traced(on_step: OnStep) -> Iterator[None]:
         yield
 
 
+# What looks at files without changing them, with a path first.
+LOOKS = ("stat", "lstat", "listdir", "scandir", "access", "readlink", "statvfs", "open")
+# The same with a descriptor.
+READS = ("fstat", "pread", "preadv")
+
+
+@contextlib.contextmanager
+def watched(folder: Path, on_step: OnStep) -> Iterator[None]:
+    """Call a function before each look at a folder or at what is below it."""
+    inside: set[int] = set()
+    real_open, real_connect = open, sqlite3.connect
+
+    def is_inside(path: Any) -> bool:
+        if isinstance(path, int):
+            return False
+        name = os.fsdecode(path)
+        return name == str(folder) or name.startswith(f"{folder}/")
+
+    def look(name: str) -> Callable[..., Any]:
+        real = getattr(os, name)
+
+        def call(path: Any = ".", *args: Any, **kwargs: Any) -> Any:
+            if not is_inside(path):
+                return real(path, *args, **kwargs)
+            try:
+                on_step(Step(name, str(path)))
+            except OSError:
+                if name == "access":
+                    return False
+                raise
+            result = real(path, *args, **kwargs)
+            if name == "open":
+                inside.add(result)
+            return result
+
+        return call
+
+    def read(name: str) -> Callable[..., Any]:
+        real = getattr(os, name)
+
+        def call(descriptor: int, *args: Any) -> Any:
+            if descriptor in inside:
+                on_step(Step(name, str(descriptor)))
+            return real(descriptor, *args)
+
+        return call
+
+    def open_(file: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_inside(file):
+            on_step(Step("open", str(file)))
+        return real_open(file, *args, **kwargs)
+
+    def connect(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+        return real_connect(*args, factory=_connection(on_step, ()), **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for name in LOOKS:
+            stack.enter_context(patch(f"os.{name}", look(name)))
+        for name in filter(lambda name: hasattr(os, name), READS):
+            stack.enter_context(patch(f"os.{name}", read(name)))
+        stack.enter_context(patch("builtins.open", open_))
+        stack.enter_context(patch("io.open", open_))
+        stack.enter_context(patch("sqlite3.connect", connect))
+        yield
+
+
+def looks_of(act: Callable[[], object], folder: Path) -> list[Step]:
+    """Return the looks that a function takes at a folder."""
+    found: list[Step] = []
+    with watched(folder, found.append):
+        act()
+    return found
+
+
 def steps_of(act: Callable[[], object]) -> list[Step]:
     """Return the steps that a function takes."""
     found: list[Step] = []
@@ -131,8 +207,13 @@ def steps_of(act: Callable[[], object]) -> list[Step]:
 
 
 @contextlib.contextmanager
-def failing(number: int, code: int, *, from_then_on: bool = False) -> Iterator[None]:
-    """Let a step of this process fail as a disk does, or all from then on."""
+def failing(
+    number: int, code: int, *, from_then_on: bool = False, below: Path | None = None
+) -> Iterator[None]:
+    """Let a step of this process fail as a disk does, or all from then on.
+
+    With a folder, let a look at it or at what is below it fail instead.
+    """
     count = 0
 
     def on_step(step: Step) -> None:
@@ -141,7 +222,7 @@ def failing(number: int, code: int, *, from_then_on: bool = False) -> Iterator[N
         if count == number or (from_then_on and count > number):
             raise _failure(step, code)
 
-    with traced(on_step):
+    with traced(on_step) if below is None else watched(below, on_step):
         yield
 
 
