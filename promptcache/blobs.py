@@ -45,6 +45,9 @@ READ_NBYTES = 1 << 22
 KEY = re.compile(r"[0-9a-f]{32}")
 # Where conversations are kept, which is left to `transcript`.
 CHATS = "chats"
+# What a store has at its root, besides these two.
+OWN_NAMES = {"blobs", "tmp", "quarantine", CHATS, "prefixes.json"}
+OWN_NAMES |= {"index.db", "index.db-wal", "index.db-shm"}
 CACHEDIR_TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# Prompt caches of promptcache, which can always be computed again.\n"
@@ -113,7 +116,13 @@ class BlobFolder:
         for folder in (self._blobs, self._tmp, self._quarantine):
             create_folder(folder)
         if not (self.root / "CACHEDIR.TAG").exists():
-            self.write_file("CACHEDIR.TAG", CACHEDIR_TAG.encode())
+            self._sign()
+
+    def _sign(self) -> None:
+        """Have backups skip the folder, and git if nothing else is in it."""
+        if OWN_NAMES.issuperset(os.listdir(self.root)):
+            self.write_file(".gitignore", b"*\n")
+        self.write_file("CACHEDIR.TAG", CACHEDIR_TAG.encode())
 
     def _check_private(self) -> None:
         """Raise StoreError where others could put or change files."""

@@ -169,6 +169,15 @@ def make_path_durable(path: Path) -> None:
         os.close(descriptor)
 
 
+def broken_link(path: Path) -> str | None:
+    """Return which link on a path leads to nothing, in words, or None."""
+    for link in (path, *path.parents):
+        if link.is_symlink() and not link.exists():
+            below = "" if link == path else f"{path} cannot be found: "
+            return f"{below}{link} is a link to {os.readlink(link)}, which is not there"
+    return None
+
+
 def size_of(path: Path) -> int:
     """Return the size of a file, or of a link itself; 0 if there is none."""
     try:

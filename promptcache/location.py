@@ -6,7 +6,7 @@ from pathlib import Path
 
 import platformdirs
 
-from promptcache.errors import StoreError
+from promptcache.errors import StoreError, UsageError
 from promptcache.units import parse_size
 
 DEFAULT_MAX_NBYTES = 10 * 10**9
@@ -37,6 +37,11 @@ def store_dir(path: str | Path | None = None) -> Path:
     """
     if path := path or os.environ.get("PROMPTCACHE_DIR"):
         return absolute(path)
+    return default_store_dir()
+
+
+def default_store_dir() -> Path:
+    """Return the folder of the store that is used where none is named."""
     return cache_dir() / "store"
 
 
@@ -56,9 +61,8 @@ def max_nbytes() -> int:
     Raises:
         UsageError: `PROMPTCACHE_MAX_SIZE` is not a size.
     """
-    if size := os.environ.get("PROMPTCACHE_MAX_SIZE"):
-        return parse_size(size)
-    return DEFAULT_MAX_NBYTES
+    size = _size_of("PROMPTCACHE_MAX_SIZE")
+    return DEFAULT_MAX_NBYTES if size is None else size
 
 
 def min_free_nbytes() -> int | None:
@@ -66,8 +70,7 @@ def min_free_nbytes() -> int | None:
 
     None if it is not set. Raises UsageError if it is not a size.
     """
-    size = os.environ.get("PROMPTCACHE_MIN_FREE")
-    return parse_size(size) if size else None
+    return _size_of("PROMPTCACHE_MIN_FREE")
 
 
 def max_daily_nbytes() -> int | None:
@@ -75,8 +78,7 @@ def max_daily_nbytes() -> int | None:
 
     None if it is not set. Raises UsageError if it is not a size.
     """
-    size = os.environ.get("PROMPTCACHE_DAILY_WRITES")
-    return parse_size(size) if size else None
+    return _size_of("PROMPTCACHE_DAILY_WRITES")
 
 
 def memory_limit() -> int | None:
@@ -84,8 +86,16 @@ def memory_limit() -> int | None:
 
     None if it is not set. Raises UsageError if it is not a size.
     """
-    size = os.environ.get("PROMPTCACHE_MEMORY_LIMIT")
-    return parse_size(size) if size else None
+    return _size_of("PROMPTCACHE_MEMORY_LIMIT")
+
+
+def _size_of(variable: str) -> int | None:
+    """Return the size in an environment variable, None if it is not set."""
+    size = os.environ.get(variable)
+    try:
+        return parse_size(size) if size else None
+    except UsageError as error:
+        raise UsageError(f"{variable}: {error}") from error
 
 
 def api_keys() -> tuple[str, ...]:

@@ -25,13 +25,13 @@ class SyncStep:
     Attributes:
         name: The prompt's name.
         action: Nothing, read and save it, name it, or take its name away.
-        key: The prefix it is about.
+        key: The prefix it is about, or None as long as there is none.
         reason: Why.
     """
 
     name: str
     action: Action
-    key: str
+    key: str | None
     reason: str
 
     @property
@@ -98,25 +98,30 @@ class Syncing:
     def _step(
         self, spec: PromptSpec, found: "_Found", wanted: Mapping[str, str]
     ) -> SyncStep:
+        is_listed = self._store.listed_at(found.key) is not None
+        key = found.key if is_listed else None
         if found.missing is not None:
-            return SyncStep(spec.name, "build", found.key, found.missing)
-        if not spec.pin:
-            return SyncStep(spec.name, "keep", found.key, "up to date")
-        return SyncStep(spec.name, *self._pinning(spec.name, found.key, wanted))
+            return SyncStep(spec.name, "build", key, found.missing)
+        if spec.pin:
+            action, reason = self._pinning(spec.name, found.key, wanted)
+            return SyncStep(spec.name, action, key, reason)
+        if not is_listed:
+            return SyncStep(spec.name, "build", key, "stored as a part of another")
+        return SyncStep(spec.name, "keep", key, "up to date")
 
     def _pinning(
         self, name: str, key: str, wanted: Mapping[str, str]
-    ) -> tuple[Action, str, str]:
+    ) -> tuple[Action, str]:
         """Return what to do with the pin of a prompt that is stored."""
         pin = next((pin for pin in self._pins() if pin.key == key), None)
         if pin is None:
-            return "pin", key, "stored, but not pinned"
+            return "pin", "stored, but not pinned"
         if pin.name == name:
-            return "keep", key, "up to date"
+            return "keep", "up to date"
         if self._is_own(pin) and wanted.get(str(pin.name)) != key:
-            return "pin", key, f"was named {pin.name}"
+            return "pin", f"was named {pin.name}"
         # A prefix has one name, and another one keeps it as well.
-        return "keep", key, f"pinned as {pin.name}"
+        return "keep", f"pinned as {pin.name}"
 
     def _pins(self) -> list[ListedPrefix]:
         """Return the pins of the default namespace, which manifests are about."""

@@ -21,7 +21,8 @@ def parse_size(text: str) -> int:
         UsageError: The text is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
-    if not found or found[2].upper() not in NBYTES_BY_UNIT:
+    # Twenty digits are more than there are bytes on any disk.
+    if not found or len(found[1]) > 20 or found[2].upper() not in NBYTES_BY_UNIT:
         raise UsageError(f"{text!r} is not a size, write for example 10GB or 512MiB")
     return int(float(found[1]) * NBYTES_BY_UNIT[found[2].upper()])
 

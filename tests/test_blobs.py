@@ -353,7 +353,7 @@ def test_folders_and_files_are_private_whatever_the_umask(tmp_path: Path) -> Non
     assert {p.stat().st_mode & 0o777 for p in folders} == {0o700}
     assert {p.stat().st_mode & 0o777 for p in set(paths) - folders} == {0o600}
     assert len(folders) == 5
-    assert len(set(paths) - folders) == 3
+    assert len(set(paths) - folders) == 4
 
 
 def test_backups_skip_the_store(folder: BlobFolder) -> None:
@@ -374,9 +374,10 @@ def test_all_files_count(folder: BlobFolder) -> None:
     (folder.root / "tmp" / "left").write_bytes(b"12345")
     (folder.root / "quarantine" / "bad").write_bytes(b"1234567")
 
-    tag = (folder.root / "CACHEDIR.TAG").stat().st_size
+    signs = ("CACHEDIR.TAG", ".gitignore")
 
-    assert folder.total_nbytes() == folder.nbytes(key) + tag + 12
+    nbytes = sum((folder.root / sign).stat().st_size for sign in signs)
+    assert folder.total_nbytes() == folder.nbytes(key) + nbytes + 12
 
 
 def test_removed_blob_is_gone_and_removing_it_again_no_error(

@@ -124,7 +124,7 @@ def test_wrong_usage_is_one_line_and_2(args: list[str]) -> None:
     ],
     ids=" ".join,
 )
-def test_unknown_key_is_one_line_and_1(args: list[str]) -> None:
+def test_unknown_key_is_one_line_and_1(args: list[str], store: PrefixStore) -> None:
     assert_fails(invoke(*args), 1, "promptcache ls")
 
 
@@ -146,17 +146,21 @@ def test_store_of_the_environment_that_is_a_file_is_one_line(
     assert_fails(invoke("ls"), 1, str(path))
 
 
-def test_size_of_the_environment_that_is_none_is_one_line(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("name", ["MAX_SIZE", "MIN_FREE", "DAILY_WRITES"])
+@pytest.mark.parametrize("size", ["10XB", "9" * 400 + "TB"])
+def test_size_of_the_environment_that_is_none_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, store: PrefixStore, name: str, size: str
 ) -> None:
-    monkeypatch.setenv("PROMPTCACHE_MAX_SIZE", "10XB")
+    monkeypatch.setenv(f"PROMPTCACHE_{name}", size)
 
-    assert_fails(invoke("ls"), 2, "10XB")
+    assert_fails(invoke("ls"), 2, f"PROMPTCACHE_{name}: ", size)
 
 
-def test_store_option_wins_over_the_environment(tmp_path: Path) -> None:
-    with PrefixStore(tmp_path / "other") as store:
-        key = segments.save(store, segments.tokens(10))
+def test_store_option_wins_over_the_environment(
+    tmp_path: Path, store: PrefixStore
+) -> None:
+    with PrefixStore(tmp_path / "other") as other:
+        key = segments.save(other, segments.tokens(10))
 
     assert ok("ls", "-q", "--store", tmp_path / "other").stdout == f"{key}\n"
     assert ok("ls", "-q").stdout == ""
@@ -185,6 +189,7 @@ def test_path_of_a_home_folder_is_the_one_that_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
+    PrefixStore("~/mine").close()
 
     ok("ls", "--store", "~/mine")
 
@@ -230,7 +235,9 @@ finally:
 
 
 @pytest.mark.parametrize("args", [["--help"], ["ls"], ["prune", "-n"], ["path"]])
-def test_housekeeping_imports_neither_mlx_nor_transformers(args: list[str]) -> None:
+def test_housekeeping_imports_neither_mlx_nor_transformers(
+    args: list[str], store: PrefixStore
+) -> None:
     done = subprocess.run(
         [sys.executable, "-c", IMPORTS, *args], capture_output=True, text=True
     )

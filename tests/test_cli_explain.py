@@ -11,7 +11,7 @@ import tiny
 from commands import STORE_TALK, assert_fails, invoke, ok, tree_hash
 from test_explanation import LOOK, ROLL, TEMPLATE, WALK, conversation, read_only
 
-from promptcache import CachedGenerator
+from promptcache import CachedGenerator, PrefixStore
 from promptcache.prompt_parts import PromptParts
 
 FIELDS = {
@@ -126,7 +126,7 @@ def test_full_hit_has_no_divergence() -> None:
     assert key == f"key       {value['key']}"
 
 
-def test_empty_store_has_no_key() -> None:
+def test_empty_store_has_no_key(store: PrefixStore) -> None:
     value = explained("Hello")
     result = ok("explain", "Hello")
 
@@ -139,7 +139,9 @@ def test_empty_store_has_no_key() -> None:
 @pytest.mark.parametrize(
     "name", ["system", "files", "messages", "tools", "raw", "config", "kv-bits"]
 )
-def test_explain_takes_the_prompt_as_generate_does(name: str, tmp_path: Path) -> None:
+def test_explain_takes_the_prompt_as_generate_does(
+    name: str, tmp_path: Path, store: PrefixStore
+) -> None:
     files = {
         "a.txt": "Press the button. " * 9,
         "b.txt": "Pull the lever. " * 9,

@@ -237,7 +237,9 @@ def test_generate_json_has_its_fields() -> None:
     ],
     ids=lambda v: " ".join(a[:9] for a in v) if isinstance(v, list) else str(v),
 )
-def test_flags_decide_what_is_saved(args: list[str], is_saved: bool) -> None:
+def test_flags_decide_what_is_saved(
+    args: list[str], is_saved: bool, store: PrefixStore
+) -> None:
     ok("generate", "Hello", "--max-tokens", "2", *args)
 
     assert bool(ok("ls", "-q").stdout) is is_saved

@@ -64,14 +64,14 @@ def flip(file: Path) -> None:
 # ls
 
 
-def test_empty_store_lists_nothing() -> None:
+def test_empty_store_lists_nothing(store: PrefixStore) -> None:
     result = ok("ls")
 
     assert result.stdout == ""
     assert re.fullmatch(r"0 prefixes, .* of 10\.0 GB used\n", result.stderr)
 
 
-def test_empty_store_is_an_empty_list() -> None:
+def test_empty_store_is_an_empty_list(store: PrefixStore) -> None:
     assert ok("ls", "--json").stdout == "[]\n"
 
 

@@ -268,7 +268,7 @@ def test_read_only_store_breaks_nothing(model_dir: Path, tmp_path: Path) -> None
 # The command
 
 
-def test_stats_of_a_new_store_are_nothing() -> None:
+def test_stats_of_a_new_store_are_nothing(store: PrefixStore) -> None:
     assert stats() == {**dict.fromkeys([*FIGURES, *WRITTEN], 0), "by_model": []}
     result = ok("stats")
     assert result.stdout == ""

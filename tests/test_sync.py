@@ -11,6 +11,8 @@ import tiny
 from commands import assert_fails, invoke, ok, tree_hash
 from test_explanation import LOOK, ROLL, TEMPLATE, WALK
 
+from promptcache import PrefixStore
+
 MANIFEST = """
 model = "./narrator"
 
@@ -55,7 +57,7 @@ def sync(*args: str | Path, code: int = 0) -> dict[str, tuple[str, str]]:
     assert value["dry_run"] == bool({"--check", "--dry-run", "-n"} & {*args})
     for step in value["steps"]:
         assert list(step) == STEP_FIELDS
-        assert re.fullmatch("[0-9a-f]{32}", step["key"])
+        assert step["key"] is None or re.fullmatch("[0-9a-f]{32}", step["key"])
         assert step["stale"] == (step["action"] != "keep")
     return {step["name"]: (step["action"], step["reason"]) for step in value["steps"]}
 
@@ -66,8 +68,8 @@ def actions(*args: str | Path, code: int = 0) -> dict[str, str]:
 
 def pins() -> dict[str, str]:
     """Return the key of each name."""
-    listed = json.loads(ok("ls", "--json").stdout)
-    return {prefix["name"]: prefix["key"] for prefix in listed if prefix["pinned"]}
+    with PrefixStore() as store:
+        return {str(pin.name): pin.key for pin in store.pins()}
 
 
 def state(tmp_path: Path) -> tuple[str, str]:
@@ -225,6 +227,30 @@ def test_prompt_that_is_not_to_be_pinned_is_built(project: Path) -> None:
     assert actions("--check") == KEPT
 
 
+@pytest.mark.parametrize("pin", ["true", "false"])
+def test_keys_that_are_shown_are_those_that_show_knows(project: Path, pin: str) -> None:
+    manifest = project / "promptcache.toml"
+    change(manifest, "[prompts.story]", f"[prompts.story]\npin = {pin}")
+    parts = ["-s", "@story.txt", "--tools", "tools.json"]
+
+    def keys(*args: str) -> dict[str, str | None]:
+        steps = json.loads(invoke("sync", *args, "--json").stdout)["steps"]
+        return {step["name"]: step["key"] for step in steps}
+
+    first = keys("--check")
+    # What the story says is stored now, as a part of this.
+    ok("build", "-m", "./narrator", *parts, "Why?")
+    stale, second = actions("--check", code=1), keys("--check")
+    done, kept = keys(), keys("--check")
+
+    assert first == second == {"story": None, "manual": None}
+    assert stale == {"story": "pin" if pin == "true" else "build", "manual": "build"}
+    assert done == kept
+    for key in kept.values():
+        assert key is not None
+        assert json.loads(ok("show", key, "--json").stdout)["key"] == key
+
+
 def test_prompt_is_unpinned_and_pinned_again_as_the_manifest_says(
     project: Path,
 ) -> None:
@@ -360,8 +386,7 @@ def test_plan_of_a_first_sync_changes_nothing(
 ) -> None:
     assert actions(option, code=code) == {"story": "build", "manual": "build"}
 
-    assert ok("ls", "--json").stdout == "[]\n"
-    assert not list((tmp_path / "store").rglob("*.safetensors"))
+    assert not (tmp_path / "store").exists()
 
 
 # Errors

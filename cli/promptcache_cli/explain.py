@@ -10,7 +10,7 @@ from promptcache_cli.options import (
     PROMPT,
     draft_option,
     json_option,
-    open_store,
+    open_existing,
     prompt_options,
     quiet_option,
     store_option,
@@ -53,7 +53,7 @@ def explain(
     from promptcache.generator import CachedGenerator
 
     talk = output.Talk(quiet=quiet)
-    with open_store(store_path) as store:
+    with open_existing(store_path) as store:
         generator = CachedGenerator.load(
             model,
             adapter_path=adapter_path,

@@ -5,7 +5,12 @@ import click
 from promptcache import Prefix, json_form
 from promptcache.units import format_size
 from promptcache_cli import output
-from promptcache_cli.options import json_option, open_store, quiet_option, store_option
+from promptcache_cli.options import (
+    json_option,
+    open_existing,
+    quiet_option,
+    store_option,
+)
 
 
 @click.command()
@@ -25,7 +30,7 @@ def ls(store_path: str | None, json_: bool, quiet: bool) -> None:
         promptcache ls
         promptcache ls --json | jq '.[] | select(.hits == 0) | .key'
     """
-    with open_store(store_path) as store:
+    with open_existing(store_path) as store:
         prefixes = store.prefixes()
         if json_:
             output.json_data([json_form.of_prefix(prefix) for prefix in prefixes])

@@ -1,14 +1,15 @@
 """Options that several commands share."""
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import click
 
-from promptcache import PrefixStore, PromptCacheError, UsageError
+from promptcache import PrefixStore, PromptCacheError, StoreError, UsageError, location
 from promptcache.locks import Patience
 from promptcache.printable import printable
 from promptcache.units import parse_age, parse_size
@@ -271,6 +272,43 @@ def open_store(
             f"rebuilt from {store.rebuilt} blobs"
         )
     return store
+
+
+@contextlib.contextmanager
+def open_existing(store_path: str | None) -> Iterator[PrefixStore]:
+    """Open a store that is there; the default one may be still to come.
+
+    Raises StoreError if there is none.
+    """
+    path = location.store_dir(store_path)
+    if is_to_come(path) and path == location.default_store_dir():
+        with empty_store() as store:
+            yield store
+        return
+    if is_to_come(path):
+        raise StoreError(f"there is no store {path}")
+    if not path.is_symlink() and not PrefixStore.is_in(path):
+        raise StoreError(f"there is no store in {path}")
+    with open_store(store_path) as store:
+        yield store
+
+
+def is_to_come(path: Path) -> bool:
+    """Return whether a store is still to be created; a link leads to one."""
+    return not path.exists() and not path.is_symlink()
+
+
+@contextlib.contextmanager
+def empty_store() -> Iterator[PrefixStore]:
+    """Stand in for a store that is still to be created."""
+    # Imported here because it takes 5 ms.
+    import tempfile
+
+    with (
+        tempfile.TemporaryDirectory(prefix="promptcache-") as folder,
+        PrefixStore(Path(folder) / "store") as store,
+    ):
+        yield store
 
 
 def _tell(line: str) -> None:

@@ -4,7 +4,12 @@ import click
 
 from promptcache import Prefix, json_form
 from promptcache_cli import output
-from promptcache_cli.options import json_option, open_store, quiet_option, store_option
+from promptcache_cli.options import (
+    json_option,
+    open_existing,
+    quiet_option,
+    store_option,
+)
 
 
 @click.command()
@@ -24,7 +29,7 @@ def pin(key: str, name: str, store_path: str | None, json_: bool, quiet: bool) -
     \b
         promptcache pin 3f9c narrator
     """
-    with open_store(store_path) as store:
+    with open_existing(store_path) as store:
         prefix = store.pin(key, name)
     _report(
         prefix,
@@ -47,7 +52,7 @@ def unpin(name: str, store_path: str | None, json_: bool, quiet: bool) -> None:
     \b
         promptcache unpin narrator
     """
-    with open_store(store_path) as store:
+    with open_existing(store_path) as store:
         prefix = store.unpin(name)
     _report(prefix, f"Unpinned {prefix.key[:12]}", json_=json_, quiet=quiet)
 

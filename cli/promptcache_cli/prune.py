@@ -2,7 +2,13 @@
 
 import click
 
-from promptcache import PrunePlan, PrunePolicy, PruneReport
+from promptcache import (
+    KeyNotFoundError,
+    PrefixStore,
+    PrunePlan,
+    PrunePolicy,
+    PruneReport,
+)
 from promptcache.reports import Removal
 from promptcache.units import format_size
 from promptcache_cli import output
@@ -12,7 +18,7 @@ from promptcache_cli.options import (
     confirm,
     dry_run_option,
     json_option,
-    open_store,
+    open_existing,
     quiet_option,
     store_option,
     yes_option,
@@ -57,12 +63,12 @@ def prune(
     from promptcache.loading import display_name
 
     talk = output.Talk(quiet=quiet)
-    with open_store(store_path) as store:
+    with open_existing(store_path) as store:
         limit = store.max_nbytes if max_size is None else max_size
         policy = PrunePolicy(
             max_nbytes=limit,
             older_than=older_than,
-            model=model and display_name(model),
+            model=model and _known(store, display_name(model)),
         )
         plan = store.plan_prune(policy)
         if not json_:
@@ -86,6 +92,15 @@ def prune(
             f"still {over} over {format_size(limit)}: "
             "the rest is pinned or not a prefix"
         )
+
+
+def _known(store: PrefixStore, model: str) -> str:
+    """Return a model's name. Raises KeyNotFoundError if nothing is stored of it."""
+    models = sorted({prefix.model for prefix in store.prefixes()})
+    if model not in models:
+        listed = ", ".join(models) or "none"
+        raise KeyNotFoundError(f"no prefix is of model {model!r}, there are: {listed}")
+    return model
 
 
 def _print_plan(plan: PrunePlan) -> None:

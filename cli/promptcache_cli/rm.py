@@ -9,7 +9,7 @@ from promptcache_cli.options import (
     confirm,
     dry_run_option,
     json_option,
-    open_store,
+    open_existing,
     quiet_option,
     store_option,
     yes_option,
@@ -41,7 +41,7 @@ def rm(
         promptcache rm 3f9c
         promptcache ls -q | xargs promptcache rm -y
     """
-    with open_store(store_path) as store:
+    with open_existing(store_path) as store:
         prefixes = list({p.key: p for p in map(store.resolve, keys)}.values())
         if not dry_run:
             names = ", ".join(p.full_name or p.key[:12] for p in prefixes)

@@ -5,7 +5,7 @@ import click
 from promptcache import ModelError, PrefixReport, json_form
 from promptcache.units import format_size
 from promptcache_cli import output
-from promptcache_cli.options import json_option, open_store, store_option
+from promptcache_cli.options import json_option, open_existing, store_option
 
 
 @click.command()
@@ -20,7 +20,7 @@ def show(key: str, store_path: str | None, json_: bool) -> None:
     \b
         promptcache show narrator
     """
-    with open_store(store_path) as store:
+    with open_existing(store_path) as store:
         report = store.report(key)
     text = _text(report)
     if json_:

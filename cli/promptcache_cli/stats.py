@@ -9,7 +9,7 @@ import click
 from promptcache.reports import Usage
 from promptcache.units import format_size
 from promptcache_cli import output
-from promptcache_cli.options import json_option, open_store, store_option
+from promptcache_cli.options import json_option, open_existing, store_option
 
 
 @click.command()
@@ -28,7 +28,7 @@ def stats(store_path: str | None, json_: bool) -> None:
         promptcache stats
         promptcache stats --json
     """
-    with open_store(store_path) as store:
+    with open_existing(store_path) as store:
         usage = store.usage()
         written = store.written()
     if json_:

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from promptcache import location
 from promptcache_cli import output
 from promptcache_cli.options import (
     dry_run_option,
+    empty_store,
+    is_to_come,
     json_option,
     max_size_option,
     open_store,
@@ -78,7 +81,13 @@ def sync(
                 **spec.settings,
             )
 
-    with open_store(store_path, max_size, say=talk.say) as store:
+    is_plan = check or dry_run
+    opened = (
+        empty_store()
+        if is_plan and is_to_come(location.store_dir(store_path))
+        else open_store(store_path, max_size, say=talk.say)
+    )
+    with opened as store:
 
         def load(model: str | None, adapter_path: str | None) -> "CachedGenerator":
             return CachedGenerator.load(
@@ -91,7 +100,6 @@ def sync(
 
         syncing = Syncing(found, store, load)
         steps = syncing.plan()
-        is_plan = check or dry_run
         if not is_plan:
             steps = syncing.execute(steps, build)
     _print(steps, is_plan=is_plan, json_=json_, talk=talk)
@@ -107,7 +115,7 @@ def _print(
         return
     output.table(
         ["NAME", "ACTION", "KEY", "REASON"],
-        [[step.name, step.action, step.key[:12], step.reason] for step in steps],
+        [[s.name, s.action, (s.key or "")[:12], s.reason] for s in steps],
     )
     counts = Counter[str](step.action for step in steps)
     words = {action: action for action in VERBS} if is_plan else VERBS

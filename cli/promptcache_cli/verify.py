@@ -4,7 +4,12 @@ import click
 
 from promptcache import VerifyReport
 from promptcache_cli import output
-from promptcache_cli.options import json_option, open_store, quiet_option, store_option
+from promptcache_cli.options import (
+    json_option,
+    open_existing,
+    quiet_option,
+    store_option,
+)
 
 
 @click.command()
@@ -29,7 +34,7 @@ def verify(
     """
     talk = output.Talk(quiet=quiet)
     with (
-        open_store(store_path) as store,
+        open_existing(store_path) as store,
         talk.progress("Checking", "blobs") as progress,
     ):
         report = store.verify(fix=fix, progress=progress)

@@ -14,7 +14,7 @@ from typing import Self
 from promptcache import pruning, recovery
 from promptcache.blobs import BlobFolder
 from promptcache.errors import DamagedIndexError, StoreError
-from promptcache.files import lock_file
+from promptcache.files import broken_link, lock_file
 from promptcache.index import Database, Index
 from promptcache.locks import TELL_SECONDS, Patience
 from promptcache.reports import PrunePlan, PrunePolicy, PruneReport, VerifyReport
@@ -53,6 +53,11 @@ class StoreFolder:
         self._blobs = BlobFolder(path, self.patience)
         self._index = self._new_index()
 
+    @staticmethod
+    def is_in(path: Path) -> bool:
+        """Return whether there is a store in a folder, perhaps a damaged one."""
+        return any((path / name).exists() for name in ("index.db", "blobs"))
+
     def _new_index(self) -> Index:
         return Index(
             self.path / "index.db",
@@ -76,6 +81,8 @@ class StoreFolder:
         try:
             self._blobs.create()
         except OSError as error:
+            if reason := broken_link(self.path):
+                raise StoreError(f"the store {reason}") from error
             if not os.path.exists(self.path / "index.db"):
                 raise StoreError(
                     f"the store {self.path} cannot be created ({error.strerror})"
