@@ -130,11 +130,10 @@ class RankingIndex(Index):
         self,
         namespace: str | None = None,
         *,
-        protect: str | None = None,
-        up_to: int | None = None,
+        protect: Mapping[str, int] | None = None,
     ) -> list[Leaf]:
         """Return all segments as eviction is to see them."""
-        leaves = super().leaves(namespace, protect=protect, up_to=up_to)
+        leaves = super().leaves(namespace, protect=protect)
         if self._ordering is lru:
             return leaves
         self._ranks = {
@@ -179,12 +178,10 @@ class BypassedError(StoreError):
 class ForeseeingRoom(Room):
     """Room that is made by who knows the future, and may give up what is new."""
 
-    def make(
-        self, nbytes: int, *, protect: str | None, up_to: int | None = None
-    ) -> None:
+    def make(self, nbytes: int, *, protect: Mapping[str, int] | None = None) -> None:
         """Make room once it is taken."""
         if not nbytes:
-            super().make(0, protect=None)
+            super().make(0)
 
 
 class TraceWriter(SegmentWriter):
@@ -205,7 +202,8 @@ class TraceWriter(SegmentWriter):
         info: SegmentInfo,
         segment: EncodedSegment,
         chain: Chain,
-        parent_key: str | None,
+        protect: Mapping[str, int],
+        more_nbytes: int = 0,
     ) -> bool:
         number = self._index.now
         blocks = self._trace.requests[number].blocks
@@ -213,7 +211,7 @@ class TraceWriter(SegmentWriter):
         self._index.pasts[info.key] = Past(
             info.start, info.end, asked_at, created_at=number, used_at=number
         )
-        is_added = super()._add(info, segment, chain, parent_key)
+        is_added = super()._add(info, segment, chain, protect, more_nbytes)
         if info.key not in self._index.pasts:
             raise BypassedError("nothing that is kept is worth less")
         return is_added

@@ -45,6 +45,11 @@ class Capture:
         """Return whether rows alone do not restore this cache."""
         return any(p.treatment is Treatment.CHECKPOINT for p in self.layout.values())
 
+    @property
+    def state_nbytes(self) -> int:
+        """Return the size of its states."""
+        return sum(int(array.nbytes) for array in self.states.values())
+
 
 def capture(
     cache: Sequence[Any], start: int, end: int, *, every_row: bool = False

@@ -3,14 +3,18 @@
 Only leaves go, the one unused for the longest time first, as in SGLang's radix
 cache: a parent becomes a leaf once its last child went. Of those that were used at the
 same moment the deepest goes first: what many go through is used as often as they are.
+Before all others go rows that no run can resume from, as their checkpoints have gone.
 """
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from promptcache.types import CheckpointRow, Leaf, Worth
 
+# Rows that were stored later may be about to get their checkpoint.
+UNFINISHED_SECONDS = 60.0
 # Of checkpoints closer to the last one than this, one is enough.
 CHECKPOINT_SPACING = 64
 CHECKPOINTS_BESIDE = 2
@@ -22,6 +26,7 @@ def plan_eviction(
     nbytes: int | None = None,
     protected: Iterable[int] = (),
     may_go: Callable[[Leaf], bool] = lambda _: True,
+    now: float = math.inf,
 ) -> list[Leaf]:
     """Return the segments to evict, each after all its children.
 
@@ -30,12 +35,21 @@ def plan_eviction(
         nbytes: Stop when the evicted ones have so many bytes; None: take all.
         protected: Ids of segments to keep besides the pinned ones.
         may_go: Whether a segment may be evicted at all.
+        now: Unix time.
     """
+
+    def rank(segment: Leaf) -> tuple[bool, float, int, int]:
+        # Of whole leaves only, on which no checkpoint hangs: a split costs more.
+        is_rows = segment.cut_at is None and not segment.is_checkpoint
+        is_old = segment.used_at < now - UNFINISHED_SECONDS
+        is_stranded = segment.needs_checkpoint and is_rows and is_old
+        return not is_stranded, segment.used_at, -segment.start, segment.id
+
     by_id = {segment.id: segment for segment in segments}
     keep = _with_ancestors(by_id, protected)
     keep |= _with_ancestors(by_id, (s.id for s in segments if s.pinned))
     num_children = Counter(segment.parent_id for segment in segments)
-    heap = [_rank_of(s) for s in segments if not num_children[s.id]]
+    heap = [rank(s) for s in segments if not num_children[s.id]]
     heapq.heapify(heap)
     evicted: list[Leaf] = []
     while heap and (nbytes is None or nbytes > 0):
@@ -46,12 +60,8 @@ def plan_eviction(
         nbytes = None if nbytes is None else nbytes - segment.nbytes
         num_children[segment.parent_id] -= 1
         if segment.parent_id in by_id and not num_children[segment.parent_id]:
-            heapq.heappush(heap, _rank_of(by_id[segment.parent_id]))
+            heapq.heappush(heap, rank(by_id[segment.parent_id]))
     return evicted
-
-
-def _rank_of(segment: Leaf) -> tuple[float, int, int]:
-    return segment.used_at, -segment.start, segment.id
 
 
 def surplus_checkpoints(

@@ -55,7 +55,7 @@ def plan_prune(
         over -= _nbytes(reasons) + _nbytes(garbage)
     if policy.max_nbytes is not None and over > 0:
         reason = f"over the size limit of {format_size(policy.max_nbytes)}"
-        evicted = plan_eviction(_without(leaves, reasons), nbytes=over)
+        evicted = plan_eviction(_without(leaves, reasons), nbytes=over, now=now)
         reasons |= dict.fromkeys(evicted, reason)
         over -= _nbytes(evicted)
     return PrunePlan(
@@ -242,16 +242,15 @@ def make_room(
     *,
     nbytes: int,
     limit: int,
-    protect: str | None,
-    up_to: int | None = None,
+    protect: Mapping[str, int] | None,
 ) -> int:
     """Sweep garbage, then evict, until so many bytes more fit; return how many went.
 
     Args:
         nbytes: Room that is needed.
         limit: Size limit of all files in bytes.
-        protect: Key of the segment that must stay, with its ancestors.
-        up_to: Up to which position it must, None for all of it.
+        protect: Keys of segments that must stay, with their ancestors, and up to
+            which position.
 
     Raises:
         StoreFullError: It cannot be had; nothing was evicted then.
@@ -265,19 +264,17 @@ def make_room(
     over = blobs.total_nbytes() - fixed + nbytes - limit - _nbytes(garbage)
     if over <= 0 and not garbage:
         return 0
-    leaves = index.leaves(protect=protect, up_to=up_to)
-    evicted = plan_eviction(leaves, nbytes=max(over, 0))
+    leaves = index.leaves(protect=protect)
+    evicted = plan_eviction(leaves, nbytes=max(over, 0), now=time.time())
     if _nbytes(evicted) < over:
         raise StoreFullError(_full_message(index.leaves(), nbytes, limit))
     removals = removals_of(evicted, "makes room")
     execute(index, blobs, PrunePlan(tuple(removals), tuple(garbage), 0))
-    if evicted and index.leaves(protect=protect, up_to=up_to) == leaves:
+    if evicted and index.leaves(protect=protect) == leaves:
         # It would be tried for ever.
         raise StoreFullError(_full_message(index.leaves(), nbytes, limit))
     # Once more, because a blob that is gone already gives less room than its row says.
-    more = make_room(
-        index, blobs, nbytes=nbytes, limit=limit, protect=protect, up_to=up_to
-    )
+    more = make_room(index, blobs, nbytes=nbytes, limit=limit, protect=protect)
     return len(removals) + more
 
 

@@ -238,22 +238,31 @@ class Saver:
             cut_at=cut_at,
             after=min(self._submitted_to, end),
         )
+        done = 0
         for start, stop in missing or [(end, end)]:
-            segment = self._encode(start, stop) if start < stop else None
+            # What rows are resumed at follows them, lest only one of both fits.
+            states = [c for c in checkpoints if done < c.end <= stop]
             is_listed_here = is_prefix and stop == end and not is_state_last
-            self._submit_rows(start, stop, segment, is_prefix=is_listed_here)
+            self._submit_rows(start, stop, is_listed_here, self._room_for(states))
             # Nothing longer hangs on what is good for its very prompt only.
             if not self._is_tail(stop):
                 self._submitted_to = stop
             yield
-        for capture in checkpoints:
-            is_last = is_prefix and capture.end == end
-            self._submit_state(capture.end, self._checkpoint(capture), is_last)
-            yield
+            for capture in states:
+                is_last = is_prefix and capture.end == end
+                self._submit_state(capture.end, self._checkpoint(capture), is_last)
+                yield
+            done = stop
         if is_prefix and self._origin is not None:
             key, origin = self._store.key_of(token_ids, self._fingerprint), self._origin
             self._submit(lambda: self._store.set_origin(key, origin), 0)
         self._saved_to = end
+
+    def _room_for(self, states: Sequence[capturing.Capture]) -> int:
+        """Return the size of the largest; each may take the room of the one before."""
+        logits_nbytes = self._logits.nbytes if self._logits is not None else 0
+        nbytes = (taken.state_nbytes + logits_nbytes for taken in states)
+        return max(nbytes, default=0)
 
     def _forget(self) -> None:
         """Give up the captures of what is stored, but for the last.
@@ -265,9 +274,10 @@ class Saver:
         del self._captures[: max(len(taken) - 1, 0)]
 
     def _submit_rows(
-        self, start: int, stop: int, segment: EncodedSegment | None, *, is_prefix: bool
+        self, start: int, stop: int, is_prefix: bool, state_nbytes: int
     ) -> None:
         """Have the rows `[start, stop)` stored, or only the end listed."""
+        segment = self._encode(start, stop) if start < stop else None
 
         def encode(first: int, last: int) -> EncodedSegment:
             if segment is None or (first, last) != (start, stop):
@@ -288,6 +298,8 @@ class Saver:
                 is_prefix=is_prefix,
                 is_tail=is_tail,
                 cut_at=cut_at,
+                state_nbytes=state_nbytes,
+                next_turn=self._next_turn,
             )
 
         self._submit(job, segment.nbytes if segment else 0)

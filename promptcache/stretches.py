@@ -61,6 +61,7 @@ def leaves_of(
                     end=end,
                     segment_id=segment.id,
                     cut_at=start if start > segment.start else None,
+                    needs_checkpoint=segment.needs_checkpoint,
                 )
             )
             parent_id = id_

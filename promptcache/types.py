@@ -319,6 +319,7 @@ class Leaf(NamedTuple):
         end: Where it ends.
         segment_id: Of the segment.
         cut_at: Where its segment ends once it is gone, None if nothing is left.
+        needs_checkpoint: Whether rows are of use only up to a checkpoint.
     """
 
     id: int
@@ -333,6 +334,7 @@ class Leaf(NamedTuple):
     end: int = 0
     segment_id: int = 0
     cut_at: int | None = None
+    needs_checkpoint: bool = False
 
 
 class HeldSegment(NamedTuple):
@@ -352,6 +354,7 @@ class HeldSegment(NamedTuple):
     used_at: float
     model: str
     is_checkpoint: bool
+    needs_checkpoint: bool
 
 
 class HeldEnd(NamedTuple):

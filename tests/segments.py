@@ -112,6 +112,8 @@ def save(
     resumption: ResumptionOf = AT_ANY_TOKEN,
     is_tail: bool = False,
     cut_at: Collection[int] = (),
+    state_nbytes: int = 0,
+    next_turn: int | None = None,
 ) -> str:
     """Save a prefix with fake values and return its key."""
     encode = encoder(token_ids, width=width, resumption=resumption)
@@ -122,6 +124,8 @@ def save(
         is_prefix=is_prefix,
         is_tail=is_tail,
         cut_at=cut_at,
+        state_nbytes=state_nbytes,
+        next_turn=next_turn,
     )
 
 

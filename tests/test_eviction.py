@@ -137,6 +137,20 @@ def test_deepest_of_those_used_at_once_goes_first() -> None:
     assert [segment.start for segment in plan_eviction(segments)] == [900, 600, 300]
 
 
+def test_rows_that_no_run_can_resume_from_go_first() -> None:
+    """Unless they are so new that their checkpoint may be on its way."""
+
+    def rows(id_: int, used_at: float) -> Leaf:
+        return leaf(id_, used_at=used_at)._replace(needs_checkpoint=True)
+
+    state = leaf(3, 2, used_at=600)._replace(needs_checkpoint=True, is_checkpoint=True)
+    segments = [leaf(1, used_at=1), rows(2, 600), state, rows(4, 500), rows(5, 950)]
+
+    evicted = plan_eviction(segments, now=1000)
+
+    assert [segment.id for segment in evicted] == [4, 1, 3, 2, 5]
+
+
 def test_parent_with_one_child_left_stays() -> None:
     segments = [leaf(1), leaf(2, 1), leaf(3, 1, pinned=True)]
 

@@ -193,22 +193,22 @@ class Index:
         self,
         namespace: str | None = None,
         *,
-        protect: str | None = None,
-        up_to: int | None = None,
+        protect: Mapping[str, int] | None = None,
     ) -> list[Leaf]:
         """Return the segments of a namespace, or all, as eviction sees them.
 
         Args:
             namespace: The namespace.
-            protect: Key of a segment that is to count as pinned.
-            up_to: Up to which position it is, None for all of it.
+            protect: Keys of segments that are to count as pinned, and up to which
+                position.
         """
         with self.database.reading():
             segments, ends = self._held(namespace), self.prefixes.ends()
+            positions = protect or {}
             ends += [
-                HeldEnd(segment.id, segment.end if up_to is None else up_to, True)
+                HeldEnd(segment.id, positions[segment.key], True)
                 for segment in segments
-                if segment.key == protect
+                if segment.key in positions
             ]
             return leaves_of(segments, ends, self.uses.all())
 
@@ -216,13 +216,14 @@ class Index:
         condition, values = within(namespace, "f")
         sql = f"""
             SELECT s.id, s.key, s.parent_id, s.start, s.end, s.nbytes, s.token_nbytes,
-                s.created_at, s.used_at, f.model, s.first_token = ?
+                s.created_at, s.used_at, f.model, s.first_token = ?,
+                s.needs_checkpoint
             FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
             WHERE {condition}
         """
-        kinds = (int, str, *[int] * 5, int | float, int | float, str, int)
+        kinds = (int, str, *[int] * 5, int | float, int | float, str, int, int)
         rows = checked(self.database.rows(sql, [NO_TOKEN, *values]), *kinds)
-        return [HeldSegment._make([*row[:-1], bool(row[-1])]) for row in rows]
+        return [HeldSegment._make([*row[:-2], *map(bool, row[-2:])]) for row in rows]
 
     def subtree(self, key: str) -> dict[int, str]:
         """Return a segment and all that hangs on it: keys by ids."""

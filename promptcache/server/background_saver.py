@@ -201,6 +201,8 @@ class BackgroundSaver:
             encode,
             is_prefix=ending.is_listed and state is None,
             cut_at=cut_at,
+            state_nbytes=state.nbytes if state is not None else 0,
+            next_turn=ending.next_turn,
         )
         if state is not None:
             is_turn = ending.num_tokens == ending.next_turn

@@ -27,7 +27,7 @@ def record(index: Index, room: Room, receipt: Receipt) -> tuple[str | None, floa
             key = (touch(index, match) or match.key) if is_hit else None
             counts_for = (key or MEMORY_KEY) if is_hit else None
             index.history.add_receipt(receipt, counts_for, saved_seconds)
-        room.keep(0, protect=match.key, up_to=match.cached_tokens)
+        room.keep(0, protect={part.key: part.stop for part in match.slices[-1:]})
     return key or match.key, saved_seconds
 
 

@@ -1,6 +1,7 @@
 """Room: what a store's files may take, and how more of it is made."""
 
 import contextlib
+from collections.abc import Mapping
 
 from promptcache import pruning
 from promptcache.allowance import Allowance
@@ -42,13 +43,11 @@ class Room:
         written_nbytes = self._index.history.written().today_nbytes
         self.allowance.check(self._blobs.root, nbytes, written_nbytes)
 
-    def make(
-        self, nbytes: int, *, protect: str | None, up_to: int | None = None
-    ) -> None:
+    def make(self, nbytes: int, *, protect: Mapping[str, int] | None = None) -> None:
         """Evict until so many bytes more fit.
 
-        `protect` is the key of the segment that must stay with its ancestors, all of
-        it or up to a position.
+        `protect` are the keys of segments that must stay with their ancestors, and up
+        to which position.
 
         Raises:
             StoreFullError: They cannot; nothing was evicted then.
@@ -59,12 +58,9 @@ class Room:
             nbytes=nbytes,
             limit=self.max_nbytes,
             protect=protect,
-            up_to=up_to,
         )
 
-    def keep(
-        self, nbytes: int, *, protect: str | None, up_to: int | None = None
-    ) -> None:
+    def keep(self, nbytes: int, *, protect: Mapping[str, int] | None = None) -> None:
         """Make room for what is noted, if that can be; it is written all the same."""
         with contextlib.suppress(StoreFullError):
-            self.make(nbytes, protect=protect, up_to=up_to)
+            self.make(nbytes, protect=protect)

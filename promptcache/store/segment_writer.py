@@ -5,7 +5,7 @@ the segments is left to whoever encodes them.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -17,7 +17,7 @@ from promptcache.cutting import token_nbytes
 from promptcache.errors import StoreError, StoreFullError
 from promptcache.eviction import surplus_checkpoints
 from promptcache.index import Index
-from promptcache.matching import checkpoints_on, longest_rows
+from promptcache.matching import checkpoints_on, longest_match, longest_rows
 from promptcache.store.room import Room
 from promptcache.types import (
     EncodedSegment,
@@ -77,14 +77,18 @@ class SegmentWriter:
         is_prefix: bool,
         is_tail: bool,
         cut_at: Collection[int],
+        state_nbytes: int,
+        next_turn: int | None,
     ) -> str:
         """Save what is not stored yet of a prefix; return its key."""
         chain = Chain(fingerprint.digest, token_ids)
+        state_nbytes += ROWS_NBYTES if state_nbytes else 0
 
         def attempt() -> bool:
             """Add what is missing; tell whether no ancestor went away meanwhile."""
             rows = longest_rows(self._index, chain, limit=len(chain), is_tail=is_tail)
             parent_key = rows.key
+            place = self._place(token_ids, chain, next_turn) if state_nbytes else {}
             for start, end in _cuts(rows.cached_tokens, len(chain), cut_at):
                 segment = encode(start, end)
                 info = _info(
@@ -95,7 +99,10 @@ class SegmentWriter:
                     is_prefix=is_prefix and end == len(chain),
                     resumption=segment.resumption,
                 )
-                if not self._add(info, segment, chain, parent_key):
+                rest = segment.nbytes * (len(chain) - end) // (end - start)
+                more = rest + state_nbytes if state_nbytes else 0
+                protect = {**place, **({parent_key: start} if parent_key else {})}
+                if not self._add(info, segment, chain, protect, more):
                     return False
                 parent_key = info.key
             assert parent_key is not None
@@ -137,17 +144,27 @@ class SegmentWriter:
             known = self._checkpoint_key(chain, is_tail=is_tail)
             if known is not None and (known == info.key or not has_logits):
                 return not is_prefix or self._list_prefix(chain, known)
-            if not self._add(info, segment, chain, rows.key):
+            place = self._place(token_ids, chain, next_turn)
+            protect = {**place, rows.key: position}
+            if not self._add(info, segment, chain, protect):
                 return False
             self._replace(info, chain)
             way = [(part.key, part.stop) for part in rows.slices]
             self._index.touch_passed(way, now=time.time())
             self._thin(info.key, next_turn)
-            self._hold_limit(info.key)
+            self._hold_limit(info.key, position, place)
             return not is_prefix or self._list_prefix(chain, info.key)
 
         self._try(attempt)
         return chain.key_at(position)
+
+    def _place(
+        self, token_ids: Sequence[int], chain: Chain, next_turn: int | None
+    ) -> dict[str, int]:
+        """Return the key of what the next turn would resume at now, and where."""
+        shared = Chain(chain.fingerprint, token_ids[:next_turn])
+        slices = longest_match(self._index, shared).slices
+        return {part.key: part.stop for part in slices[-1:]}
 
     def _try(self, attempt: Callable[[], bool]) -> None:
         """Save, once more where others changed what it hangs on meanwhile."""
@@ -174,7 +191,7 @@ class SegmentWriter:
                 # Its blob does not tell that a prefix ends there.
                 recovery.write_prefixes(self._index, self._blobs)
         if is_new:
-            self._hold_limit(segment_key)
+            self._hold_limit(segment_key, len(chain))
         return True
 
     def _checkpoint_key(self, chain: Chain, *, is_tail: bool) -> str | None:
@@ -217,19 +234,21 @@ class SegmentWriter:
         info: SegmentInfo,
         segment: EncodedSegment,
         chain: Chain,
-        parent_key: str | None,
+        protect: Mapping[str, int],
+        more_nbytes: int = 0,
     ) -> bool:
         """Write a blob, then publish it together with its row.
 
-        Return False if another process removed what it hangs on meanwhile.
+        Room is made for what follows, too. Return False if another process removed
+        what it hangs on meanwhile.
         """
         with self._blobs.room():
-            nbytes = segment.nbytes + ROWS_NBYTES
+            nbytes = segment.nbytes + ROWS_NBYTES + more_nbytes
             self._room.check(nbytes)
-            self._room.make(nbytes, protect=parent_key, up_to=info.start)
+            self._room.make(nbytes, protect=protect)
             is_added = self._write(info, segment, chain)
             if is_added:
-                self._hold_limit(info.key)
+                self._hold_limit(info.key, info.end, protect)
         return is_added
 
     def _write(self, info: SegmentInfo, segment: EncodedSegment, chain: Chain) -> bool:
@@ -254,12 +273,15 @@ class SegmentWriter:
             self._index.history.add_written(staged.nbytes, now=info.created_at)
         return True
 
-    def _hold_limit(self, key: str) -> None:
+    def _hold_limit(
+        self, key: str, end: int, protect: Mapping[str, int] | None = None
+    ) -> None:
         """Make up for rows that took more room than was made, or take them back."""
+        protect = {**(protect or {}), key: end}
         try:
-            self._room.make(0, protect=key)
+            self._room.make(0, protect=protect)
             # What is noted of it later is to fit, too.
-            self._room.keep(ROWS_NBYTES, protect=key)
+            self._room.keep(ROWS_NBYTES, protect=protect)
         except StoreFullError:
             self._index.remove_leaf(key)
             pruning.remove_blobs(self._index, self._blobs, [key])

@@ -282,6 +282,8 @@ class PrefixStore(StoreFolder):
         is_prefix: bool = True,
         is_tail: bool = False,
         cut_at: Collection[int] = (),
+        state_nbytes: int = 0,
+        next_turn: int | None = None,
     ) -> str:
         """Save what is not stored yet of a prefix; return its key.
 
@@ -295,6 +297,9 @@ class PrefixStore(StoreFolder):
                 very prompt only.
             cut_at: Where segments must end, in place of multiples of
                 `MAX_SEGMENT_TOKENS`.
+            state_nbytes: Size of the checkpoint that follows, without which the rows
+                are of no use: what fits only without it is not saved.
+            next_turn: See `save_checkpoint`.
 
         Raises:
             StoreFullError: It does not fit and nothing more may be evicted.
@@ -307,6 +312,8 @@ class PrefixStore(StoreFolder):
             is_prefix=is_prefix,
             is_tail=is_tail,
             cut_at=cut_at,
+            state_nbytes=state_nbytes,
+            next_turn=next_turn,
         )
 
     def save_checkpoint(
@@ -357,7 +364,7 @@ class PrefixStore(StoreFolder):
         with self._index.database.writing():
             self._index.prefixes.set_origin(key, origin)
             self._index.history.add_config(key, origin)
-        self._room.keep(0, protect=None)
+        self._room.keep(0)
 
     # Listing
 
