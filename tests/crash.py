@@ -121,6 +121,21 @@ def remove(folder: Path, done: Done) -> None:
         done("removed")
 
 
+SHARING = [*OLD[:30], *tokens(20, first=700)]
+
+
+def share(folder: Path) -> None:
+    with PrefixStore(folder) as store:
+        save(store, SHARING)
+        store.pin(save(store, OLD[:10], is_prefix=True), "head")
+
+
+def split(folder: Path, done: Done) -> None:
+    with PrefixStore(folder) as store:
+        assert store.remove(store.key_of(OLD, TINY)).freed_nbytes
+        done("split")
+
+
 def make_garbage(folder: Path) -> None:
     publish(BlobFolder(folder), [1, 2, 3])
     (folder / "tmp" / "left").write_bytes(b"x")
@@ -185,6 +200,7 @@ JOBS = {
     "evict": Job(evict, keeps=(PINNED,), adds=(("new", NEW),), garbage=4),
     "pin": Job(pin),
     "rm": Job(remove, keeps=(PINNED, KEPT, FORK, STATE)),
+    "split": Job(split, share, (PINNED, KEPT, FORK, STATE, SHARING)),
     "prune": Job(prune, make_garbage, (PINNED, OLD, FORK, STATE), garbage=4),
     "verify": Job(fix, damage_some, (PINNED, KEPT, FORK, STATE), garbage=3),
     "rebuild": Job(rebuild, lose_index),
@@ -250,6 +266,8 @@ def check(folder: Path, job: Job, told: Sequence[str]) -> None:
         with PrefixStore(folder) as store:
             store.verify(fix=True)
     must_have = [*job.keeps, *(adds[name] for name in told if name in adds)]
+    if job.prepare is share:
+        check_split(folder, job, told)
     with PrefixStore(folder) as store:
         check_invariants(folder)
         for prompt in must_have:
@@ -264,6 +282,25 @@ def check(folder: Path, job: Job, told: Sequence[str]) -> None:
         assert {path.stem for path in blob_paths(store)} == known
         assert not list((folder / "tmp").iterdir())
         assert store.verify().is_sound
+
+
+def check_split(folder: Path, job: Job, told: Sequence[str]) -> None:
+    """Assert that the index can be lost while both a segment and its head are there."""
+    lost = folder.with_name("lost")
+    shutil.copytree(folder, lost)
+    lose_index(lost)
+    for place in (folder, lost):
+        with PrefixStore(place) as store:
+            check_invariants(place)
+            for prompt in [*job.keeps, OLD[:30]]:
+                match = store.lookup(prompt, model_of(prompt))
+                assert match.cached_tokens == len(prompt), "a prefix is lost"
+                check_match(store, match, prompt)
+            assert {"head", "pinned"} <= {entry.name for entry in store.pins()}
+            num_old = store.lookup(OLD, TINY).cached_tokens
+            assert num_old == 30 or "split" not in told or place is lost
+            assert num_old in (30, len(OLD))
+    shutil.rmtree(lost)
 
 
 def check_names(store: PrefixStore, told: Sequence[str], *, has_pinned: bool) -> None:

@@ -118,6 +118,10 @@ def check_tree(rows: dict[int, Row]) -> None:
             assert not parent.is_checkpoint
             assert parent.start < row.start <= parent.end
             assert parent.digest == row.digest
+            if row.resumption.divisible and not row.is_checkpoint:
+                # What its parent has of the tokens there is something else.
+                place = slice(4 * (row.start - parent.start), None)
+                assert parent.token_ids[place][:4] != row.token_ids[:4]
         else:
             assert row.start == 0 < row.end
     edges = Counter(

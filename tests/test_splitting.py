@@ -180,7 +180,7 @@ def test_removed_prompt_is_in_no_free_page_of_the_index_of_a_process_that_lives(
     assert files_with(store.path, secret) == []
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(st.lists(prompts(), min_size=2, max_size=6), st.randoms(use_true_random=False))
 def test_what_is_removed_goes_and_what_is_shared_stays(
     stored: list[list[int]], random_: random.Random
@@ -462,7 +462,7 @@ def test_damaged_segment_that_is_to_be_split_makes_room_as_a_whole(
         check_invariants(store)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(st.lists(prompts(), min_size=2, max_size=8), st.integers(0, 7))
 def test_eviction_frees_what_it_plans_and_keeps_what_is_pinned(
     stored: list[list[int]], number: int
