@@ -23,9 +23,8 @@ FORK = [*SHARED, *ids(9, seed=14)]
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama": (tiny.LLAMA, {}),
     "llama, 8 bits": (tiny.LLAMA, {"kv_bits": 8}),
-    "llama, stored in 8 bits": (tiny.LLAMA, {"store_bits": 8}),
     "gemma3": (tiny.GEMMA3, {}),
-    "gemma3, stored in 4 bits": (tiny.GEMMA3, {"store_bits": 4}),
+    "gemma3, stored in 8 bits": (tiny.GEMMA3, {"store_bits": 8}),
     "qwen3_next": (tiny.QWEN3_NEXT, {}),
 }
 
