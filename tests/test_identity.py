@@ -82,6 +82,23 @@ def test_model_that_came_from_nowhere_leaves_the_name_of_its_folder(
     assert report.fingerprint.source == str(model_dir)
 
 
+def test_what_differs_is_told_of_two_models_of_one_name(
+    model_dir: Path, tmp_path: Path, store: PrefixStore
+) -> None:
+    config = {**tiny.LLAMA, "rope_theta": 5000.0}
+    other = tiny.save_model(tmp_path / "other", config, seed=3)
+    for folder in (model_dir, other):
+        model, tokenizer = mlx_lm.load(str(folder))[:2]
+        generator = CachedGenerator(model, tokenizer, store=store)
+        if folder == model_dir:
+            generator.build(PROMPT)
+
+    divergence = generator.explain(PROMPT).divergence
+
+    assert divergence is not None
+    assert divergence.culprit == "other weights and config"
+
+
 def test_own_source_counts_in_whatever_folder(model_dir: Path, tmp_path: Path) -> None:
     config = json.loads((model_dir / "config.json").read_text())
     source = "from mlx_lm.models import llama\n\n\nclass ModelArgs(llama.ModelArgs):\n"

@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 def copies(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Copies of a model that tests can take and change, and need not wait for."""
     folder = tmp_path_factory.mktemp("copies")
-    return [Path(shutil.copytree(model_dir, folder / f"{i}")) for i in range(5)]
+    return [Path(shutil.copytree(model_dir, folder / f"{i}")) for i in range(7)]
 
 
 def state(*folders: Path, seconds_later: float = 5.0) -> FileState:
@@ -241,12 +241,14 @@ def test_file_replaced_by_one_of_equal_size_mtime_and_inode_is_another_model(
     assert CachedGenerator.load(folder, store=store).match(prompt).cached_tokens == 0
 
 
+@pytest.mark.parametrize("is_read_before", [True, False], ids=["after", "before"])
 @pytest.mark.parametrize("is_known", [False, True], ids=["new", "known"])
 def test_folder_that_changes_while_it_is_loaded_is_what_was_loaded(
     copies: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     is_known: bool,
+    is_read_before: bool,
 ) -> None:
     folder, memo = copies.pop(), tmp_path / "known.json"
     path = folder / "model.safetensors"
@@ -260,15 +262,16 @@ def test_folder_that_changes_while_it_is_loaded_is_what_was_loaded(
     def load_and_change(*arguments: Any, **options: Any) -> Any:
         found = load(*arguments, **options)
         path.write_bytes(path.read_bytes()[:-4000] + bytes(4000))
-        return found
+        return found if is_read_before else load(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(mlx_lm, "load", load_and_change)
         during = loading.load(folder)[2]
+    new = loading.load(folder)[2]
 
-    assert during == old
+    assert during == (old if is_read_before else new)
+    assert new.parts != old.parts
     assert memo.exists() == is_known
-    assert loading.load(folder)[2].parts != old.parts
 
 
 def test_own_source_that_changes_while_it_is_loaded_is_refused(
