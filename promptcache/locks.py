@@ -193,7 +193,8 @@ def _process(pid: int) -> Holder:
     try:
         # What follows the name, which may hold anything.
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].strip()
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        command = b" ".join([os.path.basename(arguments[0]), *arguments[1:]])
     except OSError:
         ps = ["ps", "-o", "state=,command=", "-p", str(pid)]
         try:
@@ -202,6 +203,6 @@ def _process(pid: int) -> Holder:
             return Holder(pid)
         state, _, rest = output.decode(errors="replace").strip().partition(" ")
         command = rest.encode()
-    text = command.decode(errors="replace").strip()[:COMMAND_LENGTH]
+    text = command.decode(errors="replace")[:COMMAND_LENGTH].strip()
     visible = "".join(c if c.isprintable() else "?" for c in text)
     return Holder(pid, visible, state.upper().startswith("T"))

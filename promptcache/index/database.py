@@ -332,19 +332,27 @@ class Database:
         In between, other threads may use the connection, unless a transaction is
         going on. Raises StoreError after some time.
         """
+        try:
+            # Almost always enough; a wait takes longer to prepare.
+            return self._tried(act)
+        except _BusyError:
+            pass
         attempts = self._patience.attempts(
             self._writer, most=self._most, sleep=self._sleep
         )
         for _ in attempts:
-            self._ends_at = time.monotonic() + STATEMENT_SECONDS
-            try:
-                return act()
-            except _BusyError:
-                continue
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
-                    raise
+            with contextlib.suppress(_BusyError):
+                return self._tried(act)
         raise StoreError(f"the index is locked by {told(self._writer())}")
+
+    def _tried(self, act: Callable[[], Result]) -> Result:
+        self._ends_at = time.monotonic() + STATEMENT_SECONDS
+        try:
+            return act()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            raise _BusyError from error
 
     def _writer(self) -> Holder | None:
         return holder_of(Path(f"{self.path}-shm"), *WRITE_LOCK)
