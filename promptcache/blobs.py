@@ -8,9 +8,11 @@ trusted before anything is allocated by it, and `data_checksum` the data.
 """
 
 import contextlib
+import errno
 import functools
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -32,7 +34,7 @@ from promptcache.files import (
     size_of,
 )
 from promptcache.header import encode_header, read_header
-from promptcache.inventory import Inventory
+from promptcache.inventory import SHELF_NAME, Inventory
 from promptcache.locks import Patience
 from promptcache.reports import Garbage
 from promptcache.types import BlobHeader, EncodedSegment, SegmentInfo, Tensor, bits_of
@@ -41,6 +43,13 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 
 READ_NBYTES = 1 << 22
+# The list of a quarter of a million prefixes.
+MOST_FILE_NBYTES = 1 << 26
+# What has a name at the root of a store, besides its folders.
+ROOT_FILES = (
+    *("CACHEDIR.TAG", "prefixes.json", "index.db"),
+    *("index.db-wal", "index.db-shm", "index.db-journal"),
+)
 # What comes from a damaged index must not lead anywhere else.
 KEY = re.compile(r"[0-9a-f]{32}")
 # Where conversations are kept, which is left to `transcript`.
@@ -124,6 +133,29 @@ class BlobFolder:
             self.write_file(".gitignore", b"*\n")
         self.write_file("CACHEDIR.TAG", CACHEDIR_TAG.encode())
 
+    def clear_the_way(self) -> None:
+        """Set aside what has the name of a folder or a file of the store and is none.
+
+        Raises OSError.
+        """
+        if not self.root.is_dir():
+            return
+        if os.path.lexists(self._quarantine) and not _is_folder(self._quarantine):
+            aside = self.root / f"{self._quarantine.name}.aside"
+            self._quarantine.rename(aside)
+            create_folder(self._quarantine)
+            aside.rename(self._quarantine / self._quarantine.name)
+        create_folder(self._quarantine)
+        inside = _inside(self._blobs) if _is_folder(self._blobs) else []
+        shelves = (path for path in inside if SHELF_NAME.fullmatch(path.name))
+        for folder in (self._tmp, self._blobs, self.root / CHATS, *shelves):
+            if os.path.lexists(folder) and not _is_folder(folder):
+                self.set_aside(folder)
+        for path in (self.root / name for name in ROOT_FILES):
+            is_file = path.is_file() and not path.is_symlink()
+            if os.path.lexists(path) and not is_file:
+                self.set_aside(path)
+
     def _check_private(self) -> None:
         """Raise StoreError where others could put or change files."""
         inside = (self._blobs, self._tmp, self._quarantine, self.root / CHATS)
@@ -156,6 +188,8 @@ class BlobFolder:
     def read_file(self, name: str) -> bytes:
         """Return a small file at the root of the store. Raises OSError."""
         with open_file(self.root / name) as file:
+            if os.fstat(file.fileno()).st_size > MOST_FILE_NBYTES:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
             return file.read()
 
     def write_file(self, name: str, data: bytes) -> None:
@@ -309,17 +343,19 @@ class BlobFolder:
     def remove(self, key: str) -> int:
         """Remove a blob and return its size; a blob already gone is no error."""
         try:
-            path = self.path(key)
-            nbytes = path.lstat().st_size
-            path.unlink()
+            return _remove(self.path(key))
         except (FileNotFoundError, DamagedBlobError):
             return 0
-        return nbytes
 
     def set_aside(self, path: Path) -> None:
-        """Move a damaged file into `quarantine/`; one already gone is no error."""
+        """Move what is damaged into `quarantine/`; what is gone already is no error."""
+        target = self._quarantine / path.name
         with contextlib.suppress(FileNotFoundError):
-            path.rename(self._quarantine / path.name)
+            if _is_folder(path) or _is_folder(target):
+                # A folder cannot be replaced.
+                _remove(target)
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(target)
 
     @_readable
     def quarantined(self) -> list[str]:
@@ -328,21 +364,21 @@ class BlobFolder:
 
     @_readable
     def garbage(self) -> list[Garbage]:
-        """Return the files in `tmp/` whose writer is gone, and `quarantine/`."""
-        abandoned = [path for path in files_below(self._tmp) if not is_locked(path)]
+        """Return what is in `tmp/` and whose writer is gone, and in `quarantine/`."""
+        abandoned = [path for path in _inside(self._tmp) if not is_locked(path)]
         return [
-            Garbage(str(path.relative_to(self.root)), size_of(path))
-            for path in [*abandoned, *files_below(self._quarantine)]
+            Garbage(str(path.relative_to(self.root)), _nbytes(path))
+            for path in [*abandoned, *_inside(self._quarantine)]
         ]
 
     def sweep(self, garbage: Garbage) -> int:
-        """Remove a file that `garbage` named and return its size, 0 if it stays."""
+        """Remove what `garbage` named and return its size, 0 if it stays."""
         path = self.root / garbage.path
         if self._tmp not in path.parents:
             # Nobody writes it. An index may be in use, so only SQLite opens it.
-            nbytes = size_of(path)
-            path.unlink(missing_ok=True)
-            return nbytes
+            with contextlib.suppress(FileNotFoundError):
+                return _remove(path)
+            return 0
         try:
             with open_file(path) as file:
                 # Held while the file goes, so that a writer sees that it went.
@@ -350,9 +386,7 @@ class BlobFolder:
                 path.unlink()
                 return os.fstat(file.fileno()).st_size
         except IrregularFileError:
-            nbytes = size_of(path)
-            path.unlink()
-            return nbytes
+            return _remove(path)
         except (BlockingIOError, FileNotFoundError):
             return 0
 
@@ -371,6 +405,35 @@ class BlobFolder:
         # In this order, a file that is published meanwhile is not counted twice.
         nbytes = self._inventory.nbytes()
         return nbytes + sum(size_of(path) for path in files_below(self.root, "blobs"))
+
+
+def _inside(folder: Path) -> list[Path]:
+    """Return what is in a folder, if there is one."""
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _nbytes(path: Path) -> int:
+    """Return the size of a file, or of all files in a folder."""
+    if _is_folder(path):
+        return sum(size_of(inside) for inside in files_below(path))
+    return size_of(path)
+
+
+def _remove(path: Path) -> int:
+    """Remove a file or a whole folder, and return its size. Raises OSError."""
+    nbytes = _nbytes(path)
+    if _is_folder(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    return nbytes
 
 
 def _pieces(file: BinaryIO, nbytes: int) -> Iterator[bytes]:

@@ -22,11 +22,11 @@ from promptcache.types import (
     TensorSpec,
     Worth,
 )
+from promptcache.units import MOST_SECONDS
 
 FORMAT_VERSION = 4
 # More is no number of tokens, nor one that SQLite can keep.
 MOST_TOKENS = 2**40
-MOST_SECONDS = 2.0**40
 DIGEST_NBYTES = 16
 
 

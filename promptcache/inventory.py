@@ -75,10 +75,17 @@ class Inventory:
 
 
 def _below(folder: Path) -> Iterator[tuple[str, int]]:
-    """Yield path and size of the files below a folder; links are not followed."""
+    """Yield path and size of the files below a folder; links are not followed.
+
+    So is a folder that has the name of a blob, beside what is in it.
+    """
     for parent, folders, names in os.walk(folder, onerror=_raise_unless_gone):
-        links = (name for name in folders if Path(parent, name).is_symlink())
-        for name in [*names, *links]:
+        others = (
+            name
+            for name in folders
+            if BLOB_NAME.fullmatch(name) or Path(parent, name).is_symlink()
+        )
+        for name in [*names, *others]:
             path = Path(parent, name)
             try:
                 yield str(path.relative_to(folder)), path.lstat().st_size

@@ -12,14 +12,14 @@ from promptcache.cover import Cover
 from promptcache.cutting import token_nbytes
 from promptcache.errors import DamagedBlobError, DamagedIndexError, StoreError
 from promptcache.files import locked_folder
+from promptcache.header import MOST_TOKENS
 from promptcache.index import ROOT_ID, Database, Index
+from promptcache.index.database import BESIDE
 from promptcache.names import full_name
 from promptcache.reports import Damage, VerifyReport
 from promptcache.types import BlobHeader, ListedPrefix, SegmentInfo
 
 PREFIXES_FILE = "prefixes.json"
-# What SQLite keeps beside a database.
-BESIDE = ("-wal", "-shm", "-journal")
 
 
 def verify(
@@ -56,6 +56,43 @@ def verify(
         rebuilt=rebuilt,
         fixed=fix,
     )
+
+
+def is_sound(index: Index, blobs: BlobFolder) -> bool:
+    """Return whether an index can be read, and says what the blobs say."""
+    try:
+        with index.database.reading():
+            return (
+                index.is_sound()
+                and all(_agrees(index, blobs, key) for key in index.segment_keys())
+                and all(_is_listed(index, entry) for entry in index.prefixes.listed())
+            )
+    except StoreError:
+        return False
+
+
+def _agrees(index: Index, blobs: BlobFolder, key: str) -> bool:
+    """Return whether the row of a segment is what its blob would have it be."""
+    segment_id = index.segment_id(key)
+    if segment_id is None:
+        return False
+    try:
+        info = blobs.read_header(key).info
+    except StoreError:
+        # Whatever it says, it is the blob that is wrong.
+        return True
+    chain = Chain(info.fingerprint.digest, index.token_ids(segment_id, info.end))
+    is_whole = len(chain) == info.end
+    return (
+        is_whole
+        and chain.tagged_key_at(info.end, info.tag) == key
+        and index.agrees(segment_id, info, chain, nbytes=blobs.nbytes(key))
+    )
+
+
+def _is_listed(index: Index, entry: ListedPrefix) -> bool:
+    segment_id = index.segment_id(entry.segment_key)
+    return segment_id is not None and _has_key(index, segment_id, entry)
 
 
 def _damage(blobs: BlobFolder, key: str) -> str | None:
@@ -237,14 +274,25 @@ def _listed(blobs: BlobFolder) -> list[ListedPrefix]:
     """Return the prefixes that the list beside the index has."""
     try:
         entries = json.loads(blobs.read_file(PREFIXES_FILE))
-        found = [ListedPrefix(**entry) for entry in entries]
-    except (OSError, ValueError, TypeError):
+    except (OSError, RecursionError, ValueError):
         return []
-    return [
-        entry
-        for entry in found
-        if isinstance(entry.key, str) and type(entry.num_tokens) is int
-    ]
+    if not isinstance(entries, list):
+        return []
+    return [entry for entry in map(_entry, entries) if entry is not None]
+
+
+def _entry(fields: object) -> ListedPrefix | None:
+    """Return what the list says of a prefix, or None if it was never written so."""
+    try:
+        entry = ListedPrefix(**fields)  # type: ignore[arg-type]
+        named = [text for text in (entry.name, entry.manifest) if text is not None]
+        for text in (entry.key, entry.segment_key, *named):
+            # What is no text, or none that a database takes.
+            text.encode()
+    except (AttributeError, TypeError, ValueError):
+        return None
+    is_position = type(entry.num_tokens) is int and 0 < entry.num_tokens < MOST_TOKENS
+    return entry if is_position and (entry.name or "").isprintable() else None
 
 
 def _restore_prefixes(

@@ -2,7 +2,7 @@
 
 import click
 
-from promptcache import VerifyReport
+from promptcache import PrefixStore, VerifyReport, location
 from promptcache_cli import output
 from promptcache_cli.options import (
     json_option,
@@ -33,6 +33,8 @@ def verify(
         promptcache verify --fix
     """
     talk = output.Talk(quiet=quiet)
+    if fix:
+        PrefixStore.clear_the_way(location.store_dir(store_path))
     with (
         open_existing(store_path) as store,
         talk.progress("Checking", "blobs") as progress,

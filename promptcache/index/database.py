@@ -20,6 +20,7 @@ from promptcache.errors import DamagedIndexError, StoreError, StoreFormatError
 from promptcache.files import PRIVATE_FILE, size_of
 from promptcache.index.schema import SCHEMA_VERSION, create_tables, has_tables
 from promptcache.locks import Holder, Patience, holder_of, told
+from promptcache.units import MOST_SECONDS
 
 Result = TypeVar("Result")
 
@@ -40,7 +41,10 @@ VALUE_ERRORS = (ArithmeticError, RecursionError, TypeError, ValueError)
 Identity = tuple[int, int]
 Opener = Callable[["Database"], None]
 
-DAMAGED = "the index holds what was never written, run `promptcache verify`"
+MEND = "run `promptcache verify`"
+DAMAGED = f"the index holds what was never written, {MEND}"
+# What SQLite keeps beside a database.
+BESIDE = ("-wal", "-shm", "-journal")
 
 
 class Database:
@@ -98,9 +102,7 @@ class Database:
         """Make an empty file where there is none. Raises StoreError."""
         try:
             _open(self.path, "mode=rwc").close()
-            # SQLite follows the umask. Its other files get the mode of this one.
-            self.path.chmod(PRIVATE_FILE)
-        except (OSError, sqlite3.OperationalError) as error:
+        except sqlite3.OperationalError as error:
             raise StoreError(f"the index {self.path} cannot be created") from error
 
     def attempt(self) -> None:
@@ -133,7 +135,7 @@ class Database:
 
     def _opened(self) -> sqlite3.Connection:
         """Return a connection that has opened the WAL, which goes by its name, too."""
-        self._check_file()
+        self._check_files()
         connection = _open(self.path, self._options())
         connection.set_progress_handler(self._is_endless, STEPS_BETWEEN_LOOKS)
         try:
@@ -146,17 +148,19 @@ class Database:
             raise
         return connection
 
-    def _check_file(self) -> None:
-        """Make the file private. Raises DamagedIndexError where there is no file."""
-        with contextlib.suppress(OSError):
-            mode = self.path.lstat().st_mode
-            if not stat.S_ISREG(mode):
-                raise DamagedIndexError(
-                    "the index is no file, run `promptcache verify`"
-                )
-            if stat.S_IMODE(mode) != PRIVATE_FILE:
-                # The process that created it was killed.
-                self.path.chmod(PRIVATE_FILE)
+    def _check_files(self) -> None:
+        """Make the file private.
+
+        Raises DamagedIndexError for what is no file: SQLite would wait for a pipe.
+        """
+        for path in (Path(f"{self.path}{suffix}") for suffix in ("", *BESIDE)):
+            with contextlib.suppress(OSError):
+                mode = path.lstat().st_mode
+                if not stat.S_ISREG(mode):
+                    raise DamagedIndexError(f"{path} is no file, {MEND}")
+                if path == self.path and stat.S_IMODE(mode) != PRIVATE_FILE:
+                    # SQLite follows the umask; its other files get this one's mode.
+                    path.chmod(PRIVATE_FILE)
 
     def _options(self) -> str:
         """Return how to open the file, and note whether it can only be read."""
@@ -204,6 +208,7 @@ class Database:
         """Let nobody write to the file or fold its WAL in, if SQLite can open it."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(sqlite3.Error, StoreError), self._lock:
+                self._check_files()
                 connection = _open(self.path, "mode=rw")
                 stack.callback(connection.close)
                 self._patiently(lambda: connection.execute("BEGIN IMMEDIATE"))
@@ -475,10 +480,14 @@ def checked(
 ) -> list[tuple[Any, ...]]:
     """Return rows whose values are of the kinds that were put there.
 
-    SQLite keeps any kind of value in any column. Raises DamagedIndexError.
+    SQLite keeps any kind of value in any column. `int | float` is a time, or a span of
+    time. Raises DamagedIndexError.
     """
+    times = [i for i, kind in enumerate(kinds) if kind == int | float]
     for row in rows:
         if not all(map(isinstance, row, kinds)):
+            raise DamagedIndexError(DAMAGED)
+        if not all(0 <= row[i] < MOST_SECONDS for i in times):
             raise DamagedIndexError(DAMAGED)
     return rows
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from promptcache.chain import TOKEN_NBYTES, Chain
-from promptcache.errors import DamagedIndexError
+from promptcache.errors import DamagedIndexError, StoreError
 from promptcache.index.database import (
     DAMAGED,
     Database,
@@ -236,6 +236,43 @@ class Index:
             SELECT id, key FROM segments JOIN tree USING (id)
         """
         return {integer(row[0]): str(row[1]) for row in self.database.rows(sql, [key])}
+
+    def is_sound(self) -> bool:
+        """Return whether SQLite finds its file sound, and so do those who read it."""
+        read = (self.leaves, self.prefixes.all, self.prefixes.prompts)
+        read_history = (self.history.usage, self.history.written)
+        try:
+            for act in (*read, *read_history):
+                act()
+            for fingerprint in self.fingerprints.all():
+                list(self.history.evictions(fingerprint.digest))
+        except StoreError:
+            return False
+        return self.database.is_sound()
+
+    def agrees(
+        self, segment_id: int, info: SegmentInfo, chain: Chain, *, nbytes: int
+    ) -> bool:
+        """Return whether a row is the one that `add_segment` would add."""
+        sql = """
+            SELECT digest, start, end, first_token, nbytes, divisible, extendable,
+                needs_checkpoint, has_logits, worth, token_ids
+            FROM segments JOIN fingerprints f ON f.id = fingerprint_id
+            WHERE segments.id = ?
+        """
+        first_token = NO_TOKEN if info.is_checkpoint else chain.token_id(info.start)
+        span = chain.span(info.start, info.end)
+        wanted = (
+            *(info.fingerprint.digest, info.start, info.end, first_token, nbytes),
+            *(*info.resumption, info.worth, span),
+        )
+        blocks = self.database.rows(
+            "SELECT hash FROM blocks WHERE segment_id = ?", [segment_id]
+        )
+        hashes = [(h,) for h in chain.block_hashes(info.start, info.end)]
+        return self.database.rows(sql, [segment_id]) == [wanted] and set(blocks) == set(
+            hashes
+        )
 
     # Adding, using and removing segments
 

@@ -189,6 +189,19 @@ class StoreFolder:
         """
         return pruning.execute(self._index, self._blobs, plan)
 
+    @staticmethod
+    def clear_the_way(path: Path) -> None:
+        """Set aside what keeps a store from being opened, such as a link or a folder.
+
+        Raises StoreError.
+        """
+        try:
+            BlobFolder(path).clear_the_way()
+        except OSError as error:
+            raise StoreError(
+                f"the store {path} cannot be mended ({error.strerror})"
+            ) from error
+
     def verify(
         self,
         *,
@@ -207,13 +220,15 @@ class StoreFolder:
         Raises:
             StoreError: The index cannot be read or written.
         """
+        if fix:
+            self.clear_the_way(self.path)
         self._replace_unsound_index(self._index.database)
         report = recovery.verify(self._index, self._blobs, fix=fix, progress=progress)
         rebuilt, self.rebuilt = self.rebuilt, 0
         return replace(report, rebuilt=report.rebuilt + rebuilt)
 
     def _replace_unsound_index(self, database: Database) -> None:
-        if not database.is_sound():
+        if not recovery.is_sound(self._index, self._blobs):
             with self._locked("index"):
                 # Another process may have replaced it while this one waited.
                 if not database.is_replaced():
