@@ -47,7 +47,7 @@ READ_NBYTES = 1 << 22
 MOST_FILE_NBYTES = 1 << 26
 # What has a name at the root of a store, besides its folders.
 ROOT_FILES = (
-    *("CACHEDIR.TAG", "prefixes.json", "index.db"),
+    *("CACHEDIR.TAG", "prefixes.json", "secret", "index.db"),
     *("index.db-wal", "index.db-shm", "index.db-journal"),
 )
 # What comes from a damaged index must not lead anywhere else.

@@ -92,7 +92,9 @@ def _agrees(index: Index, blobs: BlobFolder, key: str) -> bool:
 
 def _is_listed(index: Index, entry: ListedPrefix) -> bool:
     segment_id = index.segment_id(entry.segment_key)
-    return segment_id is not None and _has_key(index, segment_id, entry)
+    if segment_id is None or not _has_key(index, segment_id, entry):
+        return False
+    return entry.namespace == index.fingerprints.of_segment(segment_id).namespace
 
 
 def _damage(blobs: BlobFolder, key: str) -> str | None:
@@ -286,7 +288,7 @@ def _entry(fields: object) -> ListedPrefix | None:
     try:
         entry = ListedPrefix(**fields)  # type: ignore[arg-type]
         named = [text for text in (entry.name, entry.manifest) if text is not None]
-        for text in (entry.key, entry.segment_key, *named):
+        for text in (entry.key, entry.segment_key, entry.namespace, *named):
             # What is no text, or none that a database takes.
             text.encode()
     except (AttributeError, TypeError, ValueError):

@@ -99,7 +99,7 @@ def put_file(path: Path, outside: Path) -> None:
 KINDS = (put_folder, put_link, put_link_to_file, put_dangling_link, put_pipe)
 FILES = (
     *("index.db", "index.db-wal", "index.db-shm", "index.db-journal"),
-    *("prefixes.json", "CACHEDIR.TAG", "blob"),
+    *("prefixes.json", "CACHEDIR.TAG", "secret", "blob"),
 )
 
 

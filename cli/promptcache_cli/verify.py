@@ -25,7 +25,8 @@ def verify(
 
     Prints the damage found, and exits with 1 if there is any that --fix did not
     take out. Damaged blobs are moved to the store's quarantine/ folder, which
-    prune sweeps; what they held is computed again when it is needed.
+    prune sweeps; what they held is computed again when it is needed. So is, with
+    --fix, whatever else has the name of a file or a folder of the store.
 
     Example:
 

@@ -397,7 +397,8 @@ class Database:
         try:
             with self._lock, translated():
                 self._check_schema()
-            return self.rows("PRAGMA quick_check") == [("ok",)]
+            is_whole = self.rows("PRAGMA quick_check") == [("ok",)]
+            return is_whole and not self.rows("PRAGMA foreign_key_check")
         except StoreError:
             return False
 

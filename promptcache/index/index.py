@@ -239,31 +239,36 @@ class Index:
 
     def is_sound(self) -> bool:
         """Return whether SQLite finds its file sound, and so do those who read it."""
-        read = (self.leaves, self.prefixes.all, self.prefixes.prompts)
+        read = (self.leaves, self.prefixes.all)
         read_history = (self.history.usage, self.history.written)
+        sql = "SELECT namespace FROM fingerprints UNION SELECT namespace FROM prefixes"
         try:
             for act in (*read, *read_history):
                 act()
-            for fingerprint in self.fingerprints.all():
-                list(self.history.evictions(fingerprint.digest))
+            for [namespace] in checked(self.database.rows(sql), str):
+                self.prefixes.prompts(namespace)
+                for fingerprint in self.fingerprints.of_namespace(namespace):
+                    list(self.history.evictions(fingerprint.digest))
         except StoreError:
             return False
-        return self.database.is_sound()
+        sql = "SELECT 1 FROM blocks WHERE segment_id NOT IN (SELECT id FROM segments)"
+        return self.database.is_sound() and not self.database.rows(sql)
 
     def agrees(
         self, segment_id: int, info: SegmentInfo, chain: Chain, *, nbytes: int
     ) -> bool:
         """Return whether a row is the one that `add_segment` would add."""
         sql = """
-            SELECT digest, start, end, first_token, nbytes, divisible, extendable,
-                needs_checkpoint, has_logits, worth, token_ids
+            SELECT digest, namespace, start, end, first_token, nbytes, divisible,
+                extendable, needs_checkpoint, has_logits, worth, token_ids
             FROM segments JOIN fingerprints f ON f.id = fingerprint_id
             WHERE segments.id = ?
         """
         first_token = NO_TOKEN if info.is_checkpoint else chain.token_id(info.start)
         span = chain.span(info.start, info.end)
         wanted = (
-            *(info.fingerprint.digest, info.start, info.end, first_token, nbytes),
+            *(info.fingerprint.digest, info.fingerprint.namespace),
+            *(info.start, info.end, first_token, nbytes),
             *(*info.resumption, info.worth, span),
         )
         blocks = self.database.rows(
