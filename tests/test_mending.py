@@ -282,3 +282,29 @@ def test_odd_list_of_names_is_mended(filled: Path, text: str) -> None:
         (folder / "prefixes.json").write_text(f"[{{{json.dumps(text)}: {text}}}]")
 
         check_mended(folder, outside)
+
+
+CONTRADICTIONS = (
+    "UPDATE segments SET worth = 2 - worth",
+    "UPDATE segments SET nbytes = nbytes + 1",
+    "UPDATE segments SET first_token = first_token + 1",
+    "UPDATE segments SET divisible = 1 - divisible",
+    "DELETE FROM blocks",
+    "UPDATE blocks SET segment_id = 99",
+    "UPDATE prefixes SET num_tokens = num_tokens - 1",
+    "UPDATE prefixes SET segment_id = 99",
+    "UPDATE fingerprints SET namespace = 'another'",
+)
+
+
+@pytest.mark.parametrize("sql", CONTRADICTIONS)
+def test_index_that_contradicts_the_blobs_is_rebuilt(filled: Path, sql: str) -> None:
+    with copied(filled) as (folder, _):
+        with closing(sqlite3.connect(folder / "index.db")) as connection:
+            connection.execute(sql)
+            connection.commit()
+
+        with PrefixStore(folder) as store:
+            assert store.verify().rebuilt == 5
+            assert [pin.name for pin in store.pins()] == ["name"]
+        check_invariants(folder)
