@@ -55,7 +55,7 @@ KEY = re.compile(r"[0-9a-f]{32}")
 # Where conversations are kept, which is left to `transcript`.
 CHATS = "chats"
 # What a store has at its root, besides these two.
-OWN_NAMES = {"blobs", "tmp", "quarantine", CHATS, "prefixes.json"}
+OWN_NAMES = {"blobs", "tmp", "quarantine", CHATS, "prefixes.json", "secret"}
 OWN_NAMES |= {"index.db", "index.db-wal", "index.db-shm"}
 CACHEDIR_TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
