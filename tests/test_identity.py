@@ -235,9 +235,13 @@ def stretch(model: Any, folder: Path) -> None:
 
 
 def replace_rope(model: Any, folder: Path) -> None:
+    scale_rope(model, 8.0)
+
+
+def scale_rope(model: Any, factor: float) -> None:
     from mlx_lm.models.rope_utils import initialize_rope
 
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0}
     scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     for layer in model.model.layers:
         rope = initialize_rope(32, 10000.0, False, scaling, 32768)
@@ -322,6 +326,16 @@ def test_equal_weights_are_the_same_model_again(model: Any) -> None:
     assert not identified.is_current()
     assert identified.identity == before
     assert identified.is_current()
+
+
+def test_ropes_that_differ_in_a_private_array_are_other_models(model: Any) -> None:
+    identified = IdentifiedModel(model)
+    scale_rope(model, 8.0)
+    before = identified.identity
+
+    scale_rope(model, 4.0)
+
+    assert identified.identity != before
 
 
 def test_only_what_was_replaced_is_hashed_again(
