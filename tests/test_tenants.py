@@ -30,7 +30,8 @@ from promptcache import (
 )
 from promptcache.errors import PromptCacheError
 from promptcache.fingerprint import make_fingerprint
-from promptcache.index.history import MOST_CONFIGS, MOST_EVICTIONS
+from promptcache.index import history
+from promptcache.index.history import MOST_CONFIGS
 from promptcache.names import MOST_NAME_LENGTH
 from promptcache.reports import Prefix, PrunePolicy
 from promptcache.server.api_keys import ApiKeys
@@ -222,18 +223,21 @@ def test_answers_take_no_longer_with_others(store: PrefixStore) -> None:
     assert steps() == beside_two
 
 
-def test_what_others_lose_makes_nobody_forget_an_eviction(store: PrefixStore) -> None:
+def test_what_others_lose_makes_nobody_forget_an_eviction(
+    store: PrefixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "MOST_EVICTIONS", 20)
     store.remove(save(store, tokens(100), of(BERT)))
     theirs = save(store, tokens(100), of(ANNA))
-    history = store._index.history
+    noted = store._index.history
 
-    with store._index.database.writing():
-        for end in range(MOST_EVICTIONS + 3):
-            history.note_eviction(theirs, {end: theirs}, "makes room", now=1.0)
+    for end in range(23):
+        noted.note_eviction(theirs, {end: theirs}, "makes room", now=1.0)
 
     around = store.neighbourhood(tokens(100), of(BERT))
     assert around.eviction is not None and around.eviction.reason == "removed"
-    assert len([*history.evictions(of(ANNA).digest)]) == MOST_EVICTIONS
+    ends = [eviction.end for _, eviction in noted.evictions(of(ANNA).digest)]
+    assert ends == [*range(22, 2, -1)]
 
 
 def test_arguments_of_templates_are_those_of_the_namespace(store: PrefixStore) -> None:

@@ -22,9 +22,8 @@ from promptcache.types import Eviction, Fingerprint, Origin, Receipt
 # A prompt is tried with so many other arguments of its template.
 MOST_CONFIGS = 4
 # So many evictions are remembered of each fingerprint, to say later why a prompt
-# missed: of each, so that what others lose makes nobody forget. Counting them takes
-# 0.1 ms.
-MOST_EVICTIONS = 2000
+# missed: of each, so that what others lose makes nobody forget.
+MOST_EVICTIONS = 10_000
 # What a measured speed still counts for after the next one.
 SPEED_DECAY = 0.5
 
@@ -157,20 +156,25 @@ class History:
 
         `keys` are those of the prefixes that it is needed for, by their ends.
         """
-        sql = """
-            INSERT INTO evictions (key, fingerprint_id, end, reason, removed_at)
-            SELECT ?, fingerprint_id, ?, ?, ? FROM segments WHERE key = ?
+        add = """
+            INSERT INTO evictions
+                (fingerprint_id, number, key, end, reason, removed_at)
+            SELECT fingerprint_id, 1 + coalesce(
+                (SELECT max(number) FROM evictions e
+                WHERE e.fingerprint_id = s.fingerprint_id), 0), ?, ?, ?, ?
+            FROM segments s WHERE key = ?
+        """
+        forget = """
+            WITH own(id) AS (SELECT fingerprint_id FROM segments WHERE key = ?)
+            DELETE FROM evictions WHERE fingerprint_id = (SELECT id FROM own)
+            AND number <= (
+                SELECT max(number) FROM evictions
+                WHERE fingerprint_id = (SELECT id FROM own)
+            ) - ?
         """
         with self._database.writing():
             for end, key in keys.items():
-                self._database.execute(sql, [key, end, reason, now, segment_key])
-            forget = """
-                DELETE FROM evictions WHERE id IN (
-                    SELECT id FROM evictions WHERE fingerprint_id =
-                        (SELECT fingerprint_id FROM segments WHERE key = ?)
-                    ORDER BY id DESC LIMIT -1 OFFSET ?
-                )
-            """
+                self._database.execute(add, [key, end, reason, now, segment_key])
             self._database.execute(forget, [segment_key, MOST_EVICTIONS])
 
     def evictions(self, fingerprint: str) -> Iterator[tuple[str, Eviction]]:
@@ -178,7 +182,7 @@ class History:
         sql = """
             SELECT e.key, e.end, e.reason, e.removed_at FROM evictions e
             JOIN fingerprints f ON f.id = e.fingerprint_id
-            WHERE f.digest = ? ORDER BY e.end DESC, e.id DESC
+            WHERE f.digest = ? ORDER BY e.end DESC, e.number DESC
         """
         rows = self._database.rows(sql, [fingerprint])
         for key, end, *rest in checked(rows, str, int, str, int | float):

@@ -23,19 +23,18 @@ class Prefixes:
         The last used come first. The end of rows that no prefix needs, left by an
         interrupted build, counts as one. `nbytes` is not known here and 0.
         """
-        listed, values = within(namespace, "p")
-        stored, _ = within(namespace, "f")
+        condition, values = within(namespace, "f")
         sql = f"""
             SELECT p.key, p.name, f.model, p.num_tokens, p.created_at, p.used_at,
-                p.hits, p.namespace, p.segment_id
+                p.hits, f.namespace, p.segment_id
             FROM prefixes p JOIN segments s ON s.id = p.segment_id
             JOIN fingerprints f ON f.id = s.fingerprint_id
-            WHERE {listed}
+            WHERE {condition}
             UNION ALL
             SELECT s.key, NULL, f.model, s.end, s.created_at, s.used_at, 0,
                 f.namespace, s.id
             FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
-            WHERE {stored} AND s.first_token != ?
+            WHERE {condition} AND s.first_token != ?
             AND NOT EXISTS (
                 SELECT 1 FROM segments c WHERE c.parent_id = s.id
                 AND (c.first_token != ? OR c.id IN (SELECT segment_id FROM prefixes))
@@ -73,7 +72,7 @@ class Prefixes:
             SELECT p.key, f.digest, p.segment_id, p.num_tokens, p.origin
             FROM prefixes p JOIN segments s ON s.id = p.segment_id
             JOIN fingerprints f ON f.id = s.fingerprint_id
-            WHERE p.namespace = ? ORDER BY p.used_at DESC, p.key
+            WHERE f.namespace = ? ORDER BY p.used_at DESC, p.key
         """
         kinds = (str, str, int, int, str | None)
         rows = checked(self._database.rows(sql, [namespace]), *kinds)

@@ -74,7 +74,9 @@ CREATE TABLE prefixes (
     manifest TEXT,
     namespace TEXT NOT NULL
 );
-CREATE UNIQUE INDEX prefixes_by_name ON prefixes (namespace, name);
+-- Most have none, and each page more that removing writes needs room on a full disk.
+CREATE UNIQUE INDEX prefixes_by_name ON prefixes (namespace, name)
+    WHERE name IS NOT NULL;
 CREATE INDEX prefixes_by_segment ON prefixes (segment_id);
 
 -- What happened, which blobs cannot tell again.
@@ -109,14 +111,14 @@ CREATE TABLE usage (
     PRIMARY KEY (fingerprint_id, key)
 );
 CREATE TABLE evictions (
-    id INTEGER PRIMARY KEY,
-    key TEXT,
     fingerprint_id INTEGER,
+    number INTEGER,
+    key TEXT,
     end INTEGER,
     reason TEXT,
-    removed_at REAL
-);
-CREATE INDEX evictions_by_fingerprint ON evictions (fingerprint_id);
+    removed_at REAL,
+    PRIMARY KEY (fingerprint_id, number)
+) WITHOUT ROWID;
 """
 
 
