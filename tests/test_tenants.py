@@ -211,8 +211,8 @@ def test_answers_take_no_longer_with_others(store: PrefixStore) -> None:
             key = save(store, [number, *prompt], other)
             store.set_origin(key, origin)
             store.pin(key, f"name {number}")
-            match = store.lookup(prompt, other)
-            store.record(Receipt(other, match, 0, 100, 0.1, 0.2))
+            match = store.lookup([number, *prompt], other)
+            store.record(Receipt(other, match, 100, 1, 0.1, 0.2))
             store.remove(save(store, [*prompt, number], other))
 
     add_others(0)

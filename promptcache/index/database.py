@@ -476,6 +476,19 @@ def within(namespace: str | None, table: str) -> tuple[str, list[str]]:
     return f"{table}.namespace = ?", [namespace]
 
 
+def segment_within(namespace: str | None) -> tuple[str, list[str]]:
+    """Return the condition that a `segment_id` is in a namespace, and its values."""
+    if namespace is None:
+        return "1", []
+    condition = """
+        segment_id IN (
+            SELECT s.id FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
+            WHERE f.namespace = ?
+        )
+    """
+    return condition, [namespace]
+
+
 def checked(
     rows: list[tuple[Any, ...]], *kinds: type | UnionType
 ) -> list[tuple[Any, ...]]:

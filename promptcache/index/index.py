@@ -98,7 +98,7 @@ class Index:
         """Return the ids of the segments that cover the boundary of this hash."""
         sql = """
             SELECT segment_id FROM blocks JOIN segments s ON s.id = segment_id
-            JOIN fingerprints f ON f.id = s.fingerprint_id
+            JOIN fingerprints f ON f.id = +s.fingerprint_id -- not all of a model's
             WHERE hash = ? AND f.digest = ?
         """
         return [
@@ -203,14 +203,14 @@ class Index:
                 position.
         """
         with self.database.reading():
-            segments, ends = self._held(namespace), self.prefixes.ends()
+            segments, ends = self._held(namespace), self.prefixes.ends(namespace)
             positions = protect or {}
             ends += [
                 HeldEnd(segment.id, positions[segment.key], True)
                 for segment in segments
                 if segment.key in positions
             ]
-            return leaves_of(segments, ends, self.uses.all())
+            return leaves_of(segments, ends, self.uses.all(namespace))
 
     def _held(self, namespace: str | None) -> list[HeldSegment]:
         condition, values = within(namespace, "f")

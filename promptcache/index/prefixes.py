@@ -4,7 +4,14 @@ import json
 from dataclasses import asdict
 
 from promptcache.errors import DamagedIndexError
-from promptcache.index.database import DAMAGED, Database, checked, integer, within
+from promptcache.index.database import (
+    DAMAGED,
+    Database,
+    checked,
+    integer,
+    segment_within,
+    within,
+)
 from promptcache.index.schema import NO_TOKEN
 from promptcache.reports import Prefix
 from promptcache.types import HeldEnd, ListedPrefix, Origin, PromptRow
@@ -78,10 +85,14 @@ class Prefixes:
         rows = checked(self._database.rows(sql, [namespace]), *kinds)
         return [PromptRow._make([*row[:-1], _origin(row[-1])]) for row in rows]
 
-    def ends(self) -> list[HeldEnd]:
-        """Return where the listed prefixes end."""
-        sql = "SELECT segment_id, num_tokens, name IS NOT NULL FROM prefixes"
-        rows = checked(self._database.rows(sql), int, int, int)
+    def ends(self, namespace: str | None = None) -> list[HeldEnd]:
+        """Return where the listed prefixes of a namespace, or of all, end."""
+        condition, values = segment_within(namespace)
+        sql = f"""
+            SELECT segment_id, num_tokens, name IS NOT NULL FROM prefixes
+            WHERE {condition}
+        """
+        rows = checked(self._database.rows(sql, values), int, int, int)
         return [HeldEnd._make([*row[:2], bool(row[2])]) for row in rows]
 
     def created_at(self, key: str) -> float | None:

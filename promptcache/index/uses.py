@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from promptcache.index.database import Database, checked
+from promptcache.index.database import Database, checked, segment_within
 from promptcache.types import SegmentSlice, Use
 
 
@@ -13,10 +13,12 @@ class Uses:
         """Take the database that they are in."""
         self._database = database
 
-    def all(self) -> list[Use]:
-        """Return all uses that are known."""
-        rows = self._database.rows("SELECT segment_id, position, used_at FROM uses")
-        return [Use._make(row) for row in checked(rows, int, int, int | float)]
+    def all(self, namespace: str | None = None) -> list[Use]:
+        """Return the uses that are known of a namespace, or of all."""
+        condition, values = segment_within(namespace)
+        sql = f"SELECT segment_id, position, used_at FROM uses WHERE {condition}"
+        rows = checked(self._database.rows(sql, values), int, int, int | float)
+        return [Use._make(row) for row in rows]
 
     def note(self, slices: Iterable[SegmentSlice], *, now: float) -> None:
         """Note up to where each segment of a match was used."""
