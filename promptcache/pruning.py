@@ -142,7 +142,7 @@ def _cut(index: Index, blobs: BlobFolder, removal: Removal) -> list[Removal]:
             for head in heads:
                 if head.can_replace(index):
                     note_eviction(index, removal.key, removal.reason, removal.cut_at)
-                    head.replace(index, blobs)
+                    head.replace(index)
                     cut.append(removal._replace(nbytes=head.freed_nbytes))
     except DamagedBlobError as error:
         _give_up(index, blobs, removal.key, error)

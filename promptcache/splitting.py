@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from promptcache import recovery
 from promptcache.blobs import BlobFolder, StagedBlob
 from promptcache.chain import Chain
 from promptcache.cutting import first_tokens
@@ -47,16 +46,15 @@ class Head(NamedTuple):
         """Return whether nothing hangs on what would go."""
         return index.can_cut(self.key, self.info)
 
-    def replace(self, index: Index, blobs: BlobFolder) -> None:
+    def replace(self, index: Index) -> None:
         """Put it in the place of the segment, whose blob is garbage then.
 
-        In the transaction that is open. Raises OSError.
+        In the transaction that is open. The list of prefixes beside the index may lag
+        behind: it is by their own keys that they are found. Raises OSError.
         """
         self.staged.publish()
         index.cut(self.key, self.info, self.chain, nbytes=self.staged.nbytes)
         index.history.add_written(self.staged.nbytes, now=time.time())
-        # The blob does not tell which prefixes end inside of it.
-        recovery.write_prefixes(index, blobs)
 
 
 @contextlib.contextmanager

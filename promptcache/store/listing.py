@@ -223,7 +223,7 @@ def _remove(
                 index.remove_leaf(removal.key)
         replacing = [head for head in heads if head.can_replace(index)]
         for head in replacing:
-            head.replace(index, blobs)
+            head.replace(index)
         if prefix.pinned:
             recovery.write_prefixes(index, blobs)
     whole = [removal for removal in plan if removal.cut_at is None]
