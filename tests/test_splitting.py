@@ -167,12 +167,12 @@ def test_removed_prompt_is_in_no_free_page_of_the_index_of_a_process_that_lives(
     store: PrefixStore,
 ) -> None:
     """The rows of many others stay, so that its pages are not given back as such."""
-    secret = random_ids(700, 1)
+    secret = random_ids(60, 1)
     for i in range(8):
-        save(store, [i, *random_ids(700, 10 + i)])
+        save(store, [i, *random_ids(60, 10 + i)])
     key = save(store, secret)
     for i in range(8):
-        save(store, [i, *random_ids(700, 50 + i)])
+        save(store, [i, *random_ids(60, 50 + i)])
 
     store.remove(key)
 
