@@ -31,7 +31,7 @@ def ignored_warnings() -> Iterator[None]:
 
 # Of equal looks the last one: others find trouble where a saver catches anything.
 @pytest.mark.parametrize(
-    ("code", "every"), [(errno.EIO, 1), (errno.EACCES, 4), (errno.EMFILE, 4)]
+    ("code", "every"), [(errno.EIO, 2), (errno.EACCES, 7), (errno.EMFILE, 7)]
 )
 def test_failure_of_any_look_at_the_store_never_breaks_a_generation(
     model_dir: Path, tmp_path: Path, code: int, every: int

@@ -1,6 +1,7 @@
 """A process that is stopped does not stop the others."""
 
 import contextlib
+import os
 import signal
 import sqlite3
 import threading
@@ -17,7 +18,7 @@ from segments import TINY, blob_paths, cached_tokens, save, tokens
 
 from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning, locks
 from promptcache.errors import StoreError, StoreFullError
-from promptcache.locks import Patience, holder_of
+from promptcache.locks import Patience
 from promptcache.reports import PrunePolicy
 
 OLD, NEW = tokens(70), [9, *tokens(40)]
@@ -153,6 +154,7 @@ def test_command_says_whom_it_waits_for_and_ends_when_interrupted(
     assert command.returncode == 130, errors
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="tells what is open")
 def test_interrupted_generation_does_not_wait_for_its_save(
     model_dir: Path, tmp_path: Path
 ) -> None:
@@ -160,15 +162,22 @@ def test_interrupted_generation_does_not_wait_for_its_save(
     options = ["-m", model_dir, "--raw", "--save", "--max-tokens", "1"]
     with suspended("hold_room", tmp_path):
         command = commands.start("generate", "word", *options, "--store", tmp_path)
-        assert command.stdout
-        wait_until(lambda: holder_of(tmp_path / "tmp"))
-        # The line ends when the prompt is saved, on a thread that waits.
-        time.sleep(1.5)
-        command.send_signal(signal.SIGINT)
-        with taking_less_than(2.5):
-            command.communicate(timeout=20)
+        # The writer's thread waits for the lock of the folder that it has opened.
+        wait_until(lambda: str(tmp_path / "tmp") in opened_by(command.pid))
+        with taking_less_than(3):
+            command.send_signal(signal.SIGINT)
+            _, errors = command.communicate(timeout=20)
 
-    assert command.returncode in (130, 0)
+    assert command.returncode == 130, errors
+
+
+def opened_by(pid: int) -> set[str]:
+    """Return what a process has open."""
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(link))
+    return found
 
 
 def test_wal_that_a_stopped_reader_keeps_evicts_nothing(tmp_path: Path) -> None:
@@ -178,7 +187,7 @@ def test_wal_that_a_stopped_reader_keeps_evicts_nothing(tmp_path: Path) -> None:
         store._index.database.shrink()
         store.max_nbytes = store.total_nbytes()
         with suspended("hold_read", tmp_path) as process, taking_less_than(10):
-            for i in range(20, 24):
+            for i in range(20, 22):
                 save(store, [i, *tokens(40)], width=100)
             kept = len(blob_paths(store))
             wal_nbytes = (tmp_path / "index.db-wal").stat().st_size
@@ -186,9 +195,9 @@ def test_wal_that_a_stopped_reader_keeps_evicts_nothing(tmp_path: Path) -> None:
             assert store._index.database.reader().pid == process.pid  # type: ignore[union-attr]
 
         # As many as came, and one or two for rows.
-        assert store.num_evicted <= 6
-        assert kept >= 17
-        assert wal_nbytes > 60_000
+        assert store.num_evicted <= 4
+        assert kept >= 18
+        assert wal_nbytes > 30_000
         assert plan.removals == ()
         save(store, [99, *tokens(40)])
         assert store.total_nbytes() <= store.max_nbytes
