@@ -9,7 +9,6 @@ import errno
 import fcntl
 import math
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -196,6 +195,9 @@ def _process(pid: int) -> Holder:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         command = b" ".join([os.path.basename(arguments[0]), *arguments[1:]])
     except OSError:
+        # Imported here because most commands can do without.
+        import subprocess
+
         ps = ["ps", "-o", "state=,command=", "-p", str(pid)]
         try:
             output = subprocess.run(ps, capture_output=True).stdout
