@@ -60,6 +60,7 @@ MOST_MESSAGES = 16
 # Two user messages that share no first token, to find where a template stops
 # depending on what the user says.
 PROBES = ("Hello", "42 reasons why")
+BLANK_PROBE = "\n\nHello"
 
 
 def render_prompt(
@@ -203,11 +204,15 @@ def _start_of_answer(tokenizer: Any, chat: ChatPrompt, token_ids: list[int]) -> 
     A template may render an answer in another way as history, without its thinking.
     """
     packed = pack(token_ids)
+
+    def shared(probe: str) -> int:
+        text = _answered(tokenizer, chat, probe)
+        return common_length(packed, pack(encode_rendered(tokenizer, text)))
+
     with contextlib.suppress(UsageError):
-        return min(
-            common_length(packed, pack(encode_rendered(tokenizer, text)))
-            for text in (_answered(tokenizer, chat, probe) for probe in PROBES)
-        )
+        place = min(map(shared, PROBES))
+        # After thinking, an answer's own blanks may merge with the template's.
+        return place if place == len(token_ids) else min(place, shared(BLANK_PROBE))
     return 0
 
 

@@ -198,6 +198,8 @@ def test_next_turn_reuses_up_to_where_the_answer_begins(
     chat = Chat(tmp_path / "chat", template.read_text())
     chance = random.Random(template.stem)
     texts = ["x" * chance.randrange(1, 30) for _ in range(3)]
+    # As models leave it after their thinking.
+    texts[1] = chance.choice(("", "\n\n")) + texts[1]
     said = [
         {"role": role, "content": text}
         for role, text in zip(("user", "assistant", "user"), texts, strict=True)
@@ -213,4 +215,5 @@ def test_next_turn_reuses_up_to_where_the_answer_begins(
     # So long that it is about as far from here to the answer as to the head.
     answered(chat.generator, prompt, chance.randrange(64, 80))
 
-    assert chat.generator.match(other).cached_tokens >= shared
+    # But for a token that other answers' first one merges with.
+    assert chat.generator.match(other).cached_tokens >= shared - 1
