@@ -34,8 +34,9 @@ def verify(
         promptcache verify --fix
     """
     talk = output.Talk(quiet=quiet)
-    if fix:
-        PrefixStore.clear_the_way(location.store_dir(store_path))
+    path = location.store_dir(store_path)
+    if fix and PrefixStore.is_in(path):
+        PrefixStore.clear_the_way(path)
     with (
         open_existing(store_path) as store,
         talk.progress("Checking", "blobs") as progress,

@@ -56,7 +56,7 @@ class StoreFolder:
     @staticmethod
     def is_in(path: Path) -> bool:
         """Return whether there is a store in a folder, perhaps a damaged one."""
-        return any((path / name).exists() for name in ("index.db", "blobs"))
+        return any(os.path.lexists(path / name) for name in ("index.db", "blobs"))
 
     def _new_index(self) -> Index:
         return Index(
