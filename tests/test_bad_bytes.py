@@ -367,6 +367,17 @@ def test_another_database_with_our_version_is_damage(filled: Path) -> None:
             assert store.rebuilt == 5
 
 
+def test_schema_that_is_no_text_is_damage(filled: Path) -> None:
+    with copied(filled) as (folder, _):
+        path = folder / "index.db"
+        data = path.read_bytes()
+        assert b"saved_seconds REAL" in data
+        path.write_bytes(data.replace(b"saved_seconds REAL", b"saved_second\xff REAL"))
+
+        with PrefixStore(folder) as store:
+            assert store.rebuilt == 5
+
+
 def test_statement_without_an_end_is_ended(
     filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

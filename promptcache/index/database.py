@@ -355,7 +355,7 @@ class Database:
         try:
             return act()
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+            if _code_of(error) & 0xFF != sqlite3.SQLITE_BUSY:
                 raise
             raise _BusyError from error
 
@@ -414,10 +414,13 @@ def translated() -> Iterator[None]:
         yield
     except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:
         # The latter after `close`.
-        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_INTERRUPT:
+        if _code_of(error) == sqlite3.SQLITE_INTERRUPT:
             raise DamagedIndexError(
                 "the index takes too long, run `promptcache verify`"
             ) from error
+        if isinstance(error, sqlite3.OperationalError) and not _code_of(error):
+            # Not from SQLite: a text that is not UTF-8.
+            raise DamagedIndexError(f"the index is damaged, {MEND}") from error
         raise StoreError(f"the index cannot be used ({error})") from error
     except (sqlite3.DatabaseError, *VALUE_ERRORS) as error:
         raise DamagedIndexError(
@@ -425,6 +428,11 @@ def translated() -> Iterator[None]:
         ) from error
     except sqlite3.Error as error:
         raise StoreError(f"the index cannot be used ({error})") from error
+
+
+def _code_of(error: sqlite3.Error) -> int:
+    """Return SQLite's code of an error, 0 of one that comes from Python."""
+    return int(getattr(error, "sqlite_errorcode", 0))
 
 
 def _open_plainly(database: Database) -> None:
