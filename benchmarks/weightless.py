@@ -150,6 +150,7 @@ class RankingIndex(Index):
         parent_key: str | None,
         nbytes: int,
         token_nbytes: int = 0,
+        created_at: float | None = None,
     ) -> None:
         """Add a segment whose past is known, for which room has been made."""
         self.pasts[info.key].floor = self._floor

@@ -36,7 +36,7 @@ from promptcache.files import (
 from promptcache.header import encode_header, read_header
 from promptcache.inventory import SHELF_NAME, Inventory
 from promptcache.locks import Patience
-from promptcache.reports import Garbage
+from promptcache.reports import ForeignFile, Garbage
 from promptcache.types import BlobHeader, EncodedSegment, SegmentInfo, Tensor, bits_of
 
 P = ParamSpec("P")
@@ -54,9 +54,10 @@ ROOT_FILES = (
 KEY = re.compile(r"[0-9a-f]{32}")
 # Where conversations are kept, which is left to `transcript`.
 CHATS = "chats"
-# What a store has at its root, besides these two.
-OWN_NAMES = {"blobs", "tmp", "quarantine", CHATS, "prefixes.json", "secret"}
-OWN_NAMES |= {"index.db", "index.db-wal", "index.db-shm"}
+# What a store has at its root, besides what says so to backups and to git.
+OWN_FOLDERS = ("blobs", "tmp", "quarantine", CHATS)
+OWN_FILES = {"index.db", "index.db-wal", "index.db-shm", "prefixes.json", "secret"}
+SIGNS = {"CACHEDIR.TAG", ".gitignore"}
 CACHEDIR_TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# Prompt caches of promptcache, which can always be computed again.\n"
@@ -129,7 +130,7 @@ class BlobFolder:
 
     def _sign(self) -> None:
         """Have backups skip the folder, and git if nothing else is in it."""
-        if OWN_NAMES.issuperset(os.listdir(self.root)):
+        if OWN_FILES.union(OWN_FOLDERS).issuperset(os.listdir(self.root)):
             self.write_file(".gitignore", b"*\n")
         self.write_file("CACHEDIR.TAG", CACHEDIR_TAG.encode())
 
@@ -370,6 +371,23 @@ class BlobFolder:
             Garbage(str(path.relative_to(self.root)), _nbytes(path))
             for path in [*abandoned, *_inside(self._quarantine)]
         ]
+
+    def foreign(self) -> list[ForeignFile]:
+        """Return the files that no promptcache puts there, the largest first.
+
+        Such as the copies that a synchronised folder keeps of what two machines
+        changed.
+        """
+        files = [
+            ForeignFile(str(path.relative_to(self.root)), size_of(path))
+            for path in files_below(self.root, *OWN_FOLDERS)
+            if path.parent != self.root or path.name not in OWN_FILES | SIGNS
+        ]
+        files += [
+            ForeignFile(f"blobs/{name}", nbytes)
+            for name, nbytes in self._inventory.foreign()
+        ]
+        return sorted(files, key=lambda file: (-file.nbytes, file.path))
 
     def sweep(self, garbage: Garbage) -> int:
         """Remove what `garbage` named and return its size, 0 if it stays."""

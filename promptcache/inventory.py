@@ -46,6 +46,14 @@ class Inventory:
         """Return the size of all files, whatever their names."""
         return sum(sum(files.values()) for _, files in self._listed())
 
+    def foreign(self) -> Iterator[tuple[str, int]]:
+        """Yield path below the folder and size of every file that is not a blob."""
+        for shelf, files in self._listed():
+            for name, nbytes in files.items():
+                found = BLOB_NAME.fullmatch(name)
+                if not found or found[1] != shelf:
+                    yield str(Path(shelf, name)), nbytes
+
     def _listed(self) -> Iterator[tuple[str, dict[str, int]]]:
         try:
             names = sorted(os.listdir(self._folder))
@@ -62,7 +70,7 @@ class Inventory:
             elif SHELF_NAME.fullmatch(name):
                 yield name, self._shelf(name, status.st_mtime_ns)
             else:
-                yield "", dict(_below(self._folder / name))
+                yield name, dict(_below(self._folder / name))
 
     def _shelf(self, name: str, changed_at: int) -> dict[str, int]:
         known = self._shelves.get(name)

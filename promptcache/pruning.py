@@ -23,12 +23,14 @@ from promptcache.eviction import plan_eviction
 from promptcache.index import ROOT_ID, Index
 from promptcache.locks import told
 from promptcache.reports import (
+    ForeignFile,
     Garbage,
     Prefix,
     PrunePlan,
     PrunePolicy,
     PruneReport,
     Removal,
+    describe_foreign,
 )
 from promptcache.types import Leaf
 from promptcache.units import format_age, format_size
@@ -39,6 +41,9 @@ EVICTED_AT_ONCE = 100
 # What a WAL may take beyond the limit while it cannot be emptied: what SQLite lets it
 # have at any time, 1,000 pages, or a part of a large store.
 WAL_NBYTES, WAL_SHARE = 4 * 1024**2, 10
+# For so small a part of the limit prefixes go that are in the way of foreign files,
+# such as what a file manager leaves in every folder.
+FOREIGN_SHARE = 20
 
 
 def plan_prune(
@@ -49,17 +54,22 @@ def plan_prune(
     leaves = index.leaves()
     reasons = _unwanted(leaves, policy, now)
     total = blobs.total_nbytes()
-    over = 0
+    over, foreign = 0, tuple(blobs.foreign())
     if policy.max_nbytes is not None:
         over = total - blobs.wal_nbytes() - policy.max_nbytes
         over -= _nbytes(reasons) + _nbytes(garbage)
-    if policy.max_nbytes is not None and over > 0:
+        needed = over - _beyond_reach(foreign, over, policy.max_nbytes)
         reason = f"over the size limit of {format_size(policy.max_nbytes)}"
-        evicted = plan_eviction(_without(leaves, reasons), nbytes=over, now=now)
+        rest = _without(leaves, reasons) if needed > 0 else []
+        evicted = plan_eviction(rest, nbytes=needed, now=now)
         reasons |= dict.fromkeys(evicted, reason)
         over -= _nbytes(evicted)
     return PrunePlan(
-        tuple(_removals(reasons)), tuple(garbage), total, over_nbytes=max(over, 0)
+        tuple(_removals(reasons)),
+        tuple(garbage),
+        total,
+        over_nbytes=max(over, 0),
+        foreign=foreign,
     )
 
 
@@ -100,7 +110,7 @@ def removals_of(leaves: Iterable[Leaf], reason: str) -> list[Removal]:
     return _removals(dict.fromkeys(leaves, reason))
 
 
-def _nbytes(items: Iterable[Removal | Garbage | Leaf]) -> int:
+def _nbytes(items: Iterable[Removal | Garbage | Leaf | ForeignFile]) -> int:
     return sum(item.nbytes for item in items)
 
 
@@ -258,14 +268,16 @@ def make_room(
     if blobs.total_nbytes() + nbytes <= limit:
         return 0
     index.database.refresh()
+    index.clock.settle()
     index.database.shrink()
     garbage = find_garbage(index, blobs)
+    _check_foreign(blobs, blobs.total_nbytes() - _nbytes(garbage), limit)
     fixed = _stuck_nbytes(index, blobs, limit)
     over = blobs.total_nbytes() - fixed + nbytes - limit - _nbytes(garbage)
     if over <= 0 and not garbage:
         return 0
     leaves = index.leaves(protect=protect)
-    evicted = plan_eviction(leaves, nbytes=max(over, 0), now=time.time())
+    evicted = plan_eviction(leaves, nbytes=max(over, 0), now=index.clock.time())
     if _nbytes(evicted) < over:
         raise StoreFullError(_full_message(index.leaves(), nbytes, limit))
     removals = removals_of(evicted, "makes room")
@@ -291,6 +303,25 @@ def _stuck_nbytes(index: Index, blobs: BlobFolder, limit: int) -> int:
             f"{told(index.database.reader())}, end it"
         )
     return nbytes
+
+
+def _check_foreign(blobs: BlobFolder, total: int, limit: int) -> None:
+    """Raise StoreFullError where foreign files take the store beyond its limit.
+
+    Then nothing more is saved; what is there stays.
+    """
+    foreign = blobs.foreign()
+    if _beyond_reach(foreign, total - limit, limit):
+        raise StoreFullError(
+            f"the store is over its limit of {format_size(limit)}: "
+            f"{describe_foreign(foreign)}"
+        )
+
+
+def _beyond_reach(foreign: Sequence[ForeignFile], over: int, limit: int) -> int:
+    """Return how many of the bytes over a limit no prefix is to go for."""
+    nbytes = min(_nbytes(foreign), over)
+    return nbytes if nbytes > limit // FOREIGN_SHARE else 0
 
 
 def _full_message(leaves: Collection[Leaf], nbytes: int, limit: int) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
@@ -55,6 +54,7 @@ def verify(
         missing=tuple(missing),
         rebuilt=rebuilt,
         fixed=fix,
+        foreign=tuple(blobs.foreign()),
     )
 
 
@@ -243,6 +243,7 @@ def _adopt(index: Index, blobs: BlobFolder, cover: Cover, header: BlobHeader) ->
         parent_key=parent_key,
         nbytes=blobs.nbytes(info.key),
         token_nbytes=token_nbytes(info, header.tensors),
+        created_at=info.created_at,
     )
     cover.add(chain, info.key, info.start, info.end, info.resumption)
     return True
@@ -309,7 +310,8 @@ def _restore_prefixes(
         segment_id = next((i for i in ids if i and _has_key(index, i, entry)), None)
         if entry in known or segment_id is None:
             continue
-        index.prefixes.add(entry.key, segment_id, entry.num_tokens, now=time.time())
+        now = index.clock.now()
+        index.prefixes.add(entry.key, segment_id, entry.num_tokens, now=now)
         namespace = index.fingerprints.of_segment(segment_id).namespace
         names = {pin.name for pin in index.prefixes.pins(namespace)}
         if entry.name is not None and entry.name not in names:

@@ -1,10 +1,12 @@
 """Reports: what a store tells people, and what it plans, as plain values."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from promptcache.names import full_name
 from promptcache.types import Fingerprint
+from promptcache.units import format_size
 
 
 class PinQuota(NamedTuple):
@@ -153,6 +155,23 @@ class Garbage(NamedTuple):
     nbytes: int
 
 
+class ForeignFile(NamedTuple):
+    """A file that no promptcache put there; `path` is relative to the store."""
+
+    path: str
+    nbytes: int
+
+
+def describe_foreign(files: Sequence[ForeignFile]) -> str:
+    """Return how much files take that are not promptcache's, and what to do."""
+    size = format_size(sum(file.nbytes for file in files))
+    more = f" and {len(files) - 1} more" if files[1:] else ""
+    return (
+        f"{size} of the store are files that are not promptcache's, "
+        f"{files[0].path}{more}, move them somewhere else"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class PrunePlan:
     """What a prune would do; executing it is a second step.
@@ -160,6 +179,7 @@ class PrunePlan:
     Attributes:
         removals: Segments to evict, leaves first.
         garbage: Files to sweep.
+        foreign: Files that stay, since no promptcache put them there.
         total_nbytes: Size of all files of the store before.
         over_nbytes: By how much the limit would still be exceeded.
     """
@@ -168,6 +188,7 @@ class PrunePlan:
     garbage: tuple[Garbage, ...]
     total_nbytes: int
     over_nbytes: int = 0
+    foreign: tuple[ForeignFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +219,7 @@ class VerifyReport:
         orphans: Sound blobs that the index did not know.
         missing: Keys of segments of the index whose blob is gone.
         rebuilt: Segments that were added to the index from their blobs.
+        foreign: Files that no promptcache put there.
         fixed: Whether what was damaged or missing has been taken out.
     """
 
@@ -208,6 +230,7 @@ class VerifyReport:
     missing: tuple[str, ...]
     rebuilt: int
     fixed: bool
+    foreign: tuple[ForeignFile, ...] = ()
 
     @property
     def is_sound(self) -> bool:

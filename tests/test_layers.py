@@ -63,7 +63,7 @@ LAYERS = [
     ["destination", "differences", "hot_tier"],
     ["uploading", "reading", "index.schema"],
     ["index.database"],
-    ["index.fingerprints", "index.prefixes", "index.uses"],
+    ["index.fingerprints", "index.prefixes", "index.uses", "index.clock"],
     ["index.history"],
     ["index.index"],
     [
@@ -248,6 +248,7 @@ def test_modules_that_may_import_mlx_do() -> None:
     ("module", "owners"),
     [
         ("sqlite3", {"index.database", "index.schema"}),
+        ("sqlite_utils", {"index.schema"}),
         ("platformdirs", {"location"}),
         ("fcntl", {"files", "locks"}),
         ("subprocess", {"default_model", "locks"}),
@@ -274,7 +275,7 @@ def test_deed_has_its_doers(words: list[str], owners: set[str]) -> None:
     assert doers <= owners
 
 
-HEAVY = ("mlx", "mlx_lm", "transformers", "numpy", "huggingface_hub")
+HEAVY = ("mlx", "mlx_lm", "transformers", "sqlite_utils", "numpy", "huggingface_hub")
 
 
 def modules_after(code: str) -> set[str]:

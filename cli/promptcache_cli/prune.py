@@ -9,7 +9,7 @@ from promptcache import (
     PrunePolicy,
     PruneReport,
 )
-from promptcache.reports import Removal
+from promptcache.reports import Removal, describe_foreign
 from promptcache.units import format_size
 from promptcache_cli import output
 from promptcache_cli.options import (
@@ -51,8 +51,8 @@ def prune(
     """Sweep garbage, then evict what is unwanted
 
     Garbage is files that nothing refers to: what a killed process left, and
-    damaged blobs set aside. Pinned prefixes always stay. Prints what is removed
-    and why.
+    damaged blobs set aside. Pinned prefixes always stay, and so do files that are
+    not promptcache's, which are named. Prints what is removed and why.
 
     Example:
 
@@ -81,11 +81,13 @@ def prune(
                 confirm(f"Remove {num_files} files?", yes=yes)
             report = store.execute(plan)
         if json_:
-            output.json_data(_as_json(report, dry_run=dry_run))
+            output.json_data(_as_json(plan, report, dry_run=dry_run))
     verb = "Would free" if dry_run else "Freed"
     freed = format_size(report.freed_nbytes)
     kept = format_size(report.kept_nbytes)
     talk.say(f"{verb} {freed}, {kept} kept" if num_files else f"Nothing to do, {kept}")
+    if plan.foreign:
+        output.warn(describe_foreign(plan.foreign))
     if plan.over_nbytes:
         over = format_size(plan.over_nbytes)
         output.warn(
@@ -122,10 +124,13 @@ def _dry_report(plan: PrunePlan) -> PruneReport:
     return PruneReport(plan.removals, plan.garbage, freed, plan.total_nbytes - freed)
 
 
-def _as_json(report: PruneReport, *, dry_run: bool) -> dict[str, object]:
+def _as_json(
+    plan: PrunePlan, report: PruneReport, *, dry_run: bool
+) -> dict[str, object]:
     return {
         "removed": [removal._asdict() for removal in report.removals],
         "garbage": [garbage._asdict() for garbage in report.garbage],
+        "foreign": [file._asdict() for file in plan.foreign],
         "freed_nbytes": report.freed_nbytes,
         "kept_nbytes": report.kept_nbytes,
         "dry_run": dry_run,

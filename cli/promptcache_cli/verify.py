@@ -3,6 +3,7 @@
 import click
 
 from promptcache import PrefixStore, VerifyReport, location
+from promptcache.reports import describe_foreign
 from promptcache_cli import output
 from promptcache_cli.options import (
     json_option,
@@ -47,6 +48,8 @@ def verify(
     else:
         _print_damage(report)
     talk.say(_summary(report))
+    if report.foreign:
+        output.warn(describe_foreign(report.foreign))
     if not report.is_sound:
         ctx.exit(1)
 
@@ -59,6 +62,7 @@ def _as_json(report: VerifyReport) -> dict[str, object]:
         "orphans": report.orphans,
         "missing": len(report.missing),
         "rebuilt": report.rebuilt,
+        "foreign": [file._asdict() for file in report.foreign],
         "fixed": report.fixed,
     }
 

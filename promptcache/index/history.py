@@ -66,22 +66,24 @@ class History:
             )
 
     def speed(
-        self, fingerprint: str, deed: Deed, *, since: float = 0.0
+        self, fingerprint: str, deed: Deed, *, now: float, since: float = 0.0
     ) -> float | None:
         """Return how many tokens a second it takes, or None if that is not known.
 
         Args:
             fingerprint: What the tokens' KV values depend on.
             deed: What is done to them.
-            since: Measured before, it counts as not known.
+            now: Unix time; measured later, by a clock that was ahead, it counts as
+                not known.
+            since: Measured before, it does neither.
         """
         sql = """
             SELECT num_tokens / seconds FROM speeds
             JOIN fingerprints f ON f.id = fingerprint_id
-            WHERE digest = ? AND deed = ? AND measured_at >= ?
+            WHERE digest = ? AND deed = ? AND measured_at BETWEEN ? AND ?
         """
         rows = checked(
-            self._database.rows(sql, [fingerprint, deed, since]), int | float
+            self._database.rows(sql, [fingerprint, deed, since, now]), int | float
         )
         for [speed] in rows:
             if not 0 < speed < math.inf:

@@ -11,6 +11,7 @@ from typing import Any
 
 from promptcache.chain import TOKEN_NBYTES, Chain
 from promptcache.errors import DamagedIndexError, StoreError
+from promptcache.index.clock import Clock
 from promptcache.index.database import (
     DAMAGED,
     Database,
@@ -53,6 +54,7 @@ class Index:
         fingerprints: What segments were computed under.
         prefixes: What was built or saved.
         uses: Up to where segments were used when.
+        clock: What time it is.
         history: What happened to it.
 
     Invariants:
@@ -84,6 +86,7 @@ class Index:
         self.fingerprints = Fingerprints(self.database)
         self.prefixes = Prefixes(self.database)
         self.uses = Uses(self.database)
+        self.clock = Clock(self.database)
         self.history = History(self.database, self.fingerprints)
         self.database.open(lambda: populate(self))
 
@@ -344,12 +347,21 @@ class Index:
         parent_key: str | None,
         nbytes: int,
         token_nbytes: int = 0,
+        created_at: float | None = None,
     ) -> None:
         """Add a segment of a chain whose blob and parent are in place.
 
-        `token_nbytes` is what each of its tokens takes, 0 if it cannot be split.
+        Args:
+            info: The segment.
+            chain: Its tokens, and those before.
+            parent_key: The segment that it goes on from, None for a root.
+            nbytes: The size of its blob.
+            token_nbytes: What each of its tokens takes, 0 if it cannot be split.
+            created_at: Unix time, if it is not new.
         """
         with self.database.writing():
+            now = self.clock.now()
+            created_at = now if created_at is None else min(created_at, now)
             parent_id = self.segment_id(parent_key) if parent_key else ROOT_ID
             assert parent_id is not None
             cursor = self.database.execute(
@@ -368,8 +380,8 @@ class Index:
                     NO_TOKEN if info.is_checkpoint else chain.token_id(info.start),
                     nbytes,
                     token_nbytes,
-                    info.created_at,
-                    info.created_at,
+                    created_at,
+                    created_at,
                     *info.resumption,
                     info.worth,
                     chain.span(info.start, info.end),
@@ -379,7 +391,7 @@ class Index:
             self._add_blocks(segment_id, chain, info.start, info.end)
             if info.is_prefix:
                 key = chain.key_at(info.end)
-                self.prefixes.add(key, segment_id, info.end, now=info.created_at)
+                self.prefixes.add(key, segment_id, info.end, now=created_at)
 
     def _add_blocks(self, segment_id: int, chain: Chain, start: int, end: int) -> None:
         self.database.execute_many(

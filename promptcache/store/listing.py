@@ -1,7 +1,6 @@
 """The listing: prefixes as people see them, found by key or name, pinned, removed."""
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -139,7 +138,8 @@ def pin(
             # Without it, rows that are left of an interrupted build are of no use.
             if checkpoint.position == prefix.num_tokens:
                 segment_id = index.segment_id(checkpoint.key) or segment_id
-        index.prefixes.add(prefix.key, segment_id, prefix.num_tokens, now=time.time())
+        now = index.clock.now()
+        index.prefixes.add(prefix.key, segment_id, prefix.num_tokens, now=now)
         index.prefixes.set_name(prefix.key, name, manifest=manifest)
         if quota is not None:
             # One that is exceeded takes the name back, with the transaction.

@@ -1,7 +1,5 @@
 """Receipts: what requests reused, and which prefix that counts for."""
 
-import time
-
 from promptcache.chain import BLOCK_SIZE
 from promptcache.index import Index
 from promptcache.store.room import Room
@@ -33,8 +31,9 @@ def record(index: Index, room: Room, receipt: Receipt) -> tuple[str | None, floa
 
 def touch(index: Index, match: Match) -> str | None:
     """Note that a match was reused; return the key of the prefix it counts for."""
-    keys, now = [part.key for part in match.slices], time.time()
+    keys = [part.key for part in match.slices]
     with index.database.writing():
+        now = index.clock.now()
         if match.ends_in_checkpoint:
             index.touch_passed([(s.key, s.stop) for s in match.slices], now=now)
         index.uses.note(match.slices, now=now)

@@ -4,7 +4,6 @@ It writes a blob, then the row, and takes back what turns out not to fit. What i
 the segments is left to whoever encodes them.
 """
 
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -93,6 +92,7 @@ class SegmentWriter:
                 segment = encode(start, end)
                 info = _info(
                     chain,
+                    created_at=self._index.clock.time(),
                     fingerprint=fingerprint,
                     start=start,
                     end=end,
@@ -134,6 +134,7 @@ class SegmentWriter:
                 raise StoreError("what it hangs on has been evicted meanwhile")
             info = _info(
                 chain,
+                created_at=self._index.clock.time(),
                 fingerprint=fingerprint,
                 start=position,
                 end=position,
@@ -150,7 +151,8 @@ class SegmentWriter:
                 return False
             self._replace(info, chain)
             way = [(part.key, part.stop) for part in rows.slices]
-            self._index.touch_passed(way, now=time.time())
+            with self._index.database.writing():
+                self._index.touch_passed(way, now=self._index.clock.now())
             self._thin(info.key, next_turn)
             self._hold_limit(info.key, position, place)
             return not is_prefix or self._list_prefix(chain, info.key)
@@ -184,8 +186,9 @@ class SegmentWriter:
             segment_id = self._index.segment_id(segment_key)
             if segment_id is None:
                 return False
+            now = self._index.clock.now()
             is_new = self._index.prefixes.add(
-                chain.key_at(len(chain)), segment_id, len(chain), now=time.time()
+                chain.key_at(len(chain)), segment_id, len(chain), now=now
             )
             if is_new:
                 # Its blob does not tell that a prefix ends there.
@@ -291,7 +294,7 @@ class SegmentWriter:
 
 def _info(chain: Chain, **fields: Any) -> SegmentInfo:
     """Return what a new segment is, with the key that its chain and kind give it."""
-    info = SegmentInfo(key="", start_hash="", created_at=time.time(), **fields)
+    info = SegmentInfo(key="", start_hash="", **fields)
     return replace(
         info,
         key=chain.tagged_key_at(info.end, info.tag),

@@ -45,15 +45,16 @@ def _add(
 
 def prefill_speed(index: Index, fingerprint: Fingerprint) -> float | None:
     """Return how many tokens a second a model reads here, or None if unknown."""
-    return index.history.speed(fingerprint.digest, "prefill")
+    return index.history.speed(fingerprint.digest, "prefill", now=time.time())
 
 
 def estimate(
     index: Index, fingerprint: Fingerprint, num_tokens: int
 ) -> LoadEstimate | None:
     """Return what it takes to load so many cached tokens, and to read them again."""
-    since = time.time() - LOAD_BELIEVED_SECONDS
-    load = index.history.speed(fingerprint.digest, "load", since=since)
+    now = time.time()
+    since = now - LOAD_BELIEVED_SECONDS
+    load = index.history.speed(fingerprint.digest, "load", now=now, since=since)
     prefill = prefill_speed(index, fingerprint)
     if load is None or prefill is None:
         return None
