@@ -372,6 +372,7 @@ class BlobFolder:
             for path in [*abandoned, *_inside(self._quarantine)]
         ]
 
+    @_readable
     def foreign(self) -> list[ForeignFile]:
         """Return the files that no promptcache puts there, the largest first.
 
