@@ -45,19 +45,17 @@ Result = TypeVar("Result")
 READ_NBYTES = 1 << 22
 # The list of a quarter of a million prefixes.
 MOST_FILE_NBYTES = 1 << 26
-# What has a name at the root of a store, besides its folders.
-ROOT_FILES = (
-    *("CACHEDIR.TAG", "prefixes.json", "secret", "index.db"),
-    *("index.db-wal", "index.db-shm", "index.db-journal"),
-)
 # What comes from a damaged index must not lead anywhere else.
 KEY = re.compile(r"[0-9a-f]{32}")
 # Where conversations are kept, which is left to `transcript`.
 CHATS = "chats"
-# What a store has at its root, besides what says so to backups and to git.
+# What a store has at its root, besides what git is told.
 OWN_FOLDERS = ("blobs", "tmp", "quarantine", CHATS)
-OWN_FILES = {"index.db", "index.db-wal", "index.db-shm", "prefixes.json", "secret"}
-SIGNS = {"CACHEDIR.TAG", ".gitignore"}
+OWN_FILES = (
+    *("CACHEDIR.TAG", "prefixes.json", "secret", "index.db"),
+    *("index.db-wal", "index.db-shm", "index.db-journal"),
+)
+GITIGNORE = ".gitignore"
 CACHEDIR_TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# Prompt caches of promptcache, which can always be computed again.\n"
@@ -130,8 +128,8 @@ class BlobFolder:
 
     def _sign(self) -> None:
         """Have backups skip the folder, and git if nothing else is in it."""
-        if OWN_FILES.union(OWN_FOLDERS).issuperset(os.listdir(self.root)):
-            self.write_file(".gitignore", b"*\n")
+        if set(os.listdir(self.root)) <= {*OWN_FOLDERS, *OWN_FILES}:
+            self.write_file(GITIGNORE, b"*\n")
         self.write_file("CACHEDIR.TAG", CACHEDIR_TAG.encode())
 
     def clear_the_way(self) -> None:
@@ -152,7 +150,7 @@ class BlobFolder:
         for folder in (self._tmp, self._blobs, self.root / CHATS, *shelves):
             if os.path.lexists(folder) and not _is_folder(folder):
                 self.set_aside(folder)
-        for path in (self.root / name for name in ROOT_FILES):
+        for path in (self.root / name for name in OWN_FILES):
             is_file = path.is_file() and not path.is_symlink()
             if os.path.lexists(path) and not is_file:
                 self.set_aside(path)
@@ -379,10 +377,11 @@ class BlobFolder:
         Such as the copies that a synchronised folder keeps of what two machines
         changed.
         """
+        own = [self.root / name for name in (*OWN_FILES, GITIGNORE)]
         files = [
             ForeignFile(str(path.relative_to(self.root)), size_of(path))
             for path in files_below(self.root, *OWN_FOLDERS)
-            if path.parent != self.root or path.name not in OWN_FILES | SIGNS
+            if path not in own
         ]
         files += [
             ForeignFile(f"blobs/{name}", nbytes)
