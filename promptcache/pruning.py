@@ -49,7 +49,9 @@ FOREIGN_SHARE = 20
 def plan_prune(
     index: Index, blobs: BlobFolder, policy: PrunePolicy, *, now: float
 ) -> PrunePlan:
-    """Return what a prune by a policy would remove; nothing is changed."""
+    """Return what a prune by a policy would remove; nothing that is stored changes."""
+    # What the WAL holds makes the database larger once it is folded in.
+    index.database.shrink()
     garbage = find_garbage(index, blobs)
     leaves = index.leaves()
     reasons = _unwanted(leaves, policy, now)

@@ -264,7 +264,7 @@ def test_any_bytes_of_the_index_may_change(filled: Path, data: st.DataObject) ->
 
 TABLES = (
     *("segments", "segments", "prefixes", "blocks", "fingerprints"),
-    *("usage", "speeds", "writes", "evictions", "configs"),
+    *("usage", "speeds", "writes", "evictions", "configs", "uses", "clock"),
 )
 VALUES = (
     st.none()
@@ -294,7 +294,8 @@ def forge(connection: sqlite3.Connection, data: st.DataObject) -> None:
     column = data.draw(st.sampled_from(columns))
     num_rows = connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
     row = data.draw(st.integers(0, max(num_rows - 1, 0)))
-    key = {"blocks": "hash", "writes": "day"}.get(table, "rowid")
+    keys = {"blocks": "hash", "writes": "day", "evictions": "key", "uses": "position"}
+    key = keys.get(table, "rowid")
     sql = f"""
         UPDATE OR IGNORE {table} SET {column} = ? WHERE {key} =
             (SELECT {key} FROM {table} LIMIT 1 OFFSET {row})

@@ -630,7 +630,6 @@ def test_capture_keeps_its_state_when_the_cache_reads_on(blobs: BlobFolder) -> N
         ([RotatingKVCache(8), ChunkedKVCache(8)], False),
         ([KVCache(), RotatingKVCache(8, keep=4)], True),
     ],
-    ids=str,
 )
 def test_rows_tell_whether_they_are_enough(
     cache: list[Any], needs_checkpoint: bool

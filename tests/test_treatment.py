@@ -145,7 +145,7 @@ def test_part_that_counts_tokens_in_its_own_way_is_a_checkpoint(
         RotatingKVCache(8, keep=4),
         ChunkedKVCache(8),
     ],
-    ids=lambda part: type(part).__name__,
+    ids=lambda value: type(value).__name__,
 )
 def test_part_that_the_model_did_not_use_is_empty(part: Any) -> None:
     assert treatment_of(part, 5) is Treatment.EMPTY
@@ -173,7 +173,6 @@ def test_table_has_every_class_that_a_model_of_mlx_lm_can_return() -> None:
         ([OwnKVCache()], True),
         ([], False),
     ],
-    ids=str,
 )
 def test_fresh_cache_tells_whether_rows_are_not_enough(
     cache: list[Any], expected: bool
@@ -327,7 +326,7 @@ ForeignKVCache.__module__ = "somebody.elses"
 @pytest.mark.parametrize(
     "part",
     [UnknownCache(), ForeignKVCache(), BatchKVCache([0])],
-    ids=lambda part: type(part).__name__,
+    ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("is_nested", [False, True])
 def test_unknown_class_is_refused_by_name(part: Any, is_nested: bool) -> None:
@@ -337,7 +336,9 @@ def test_unknown_class_is_refused_by_name(part: Any, is_nested: bool) -> None:
         check_supported([KVCache(), layer], Model())
 
 
-@pytest.mark.parametrize("part", [OwnCache(), OwnKVCache()], ids=str)
+@pytest.mark.parametrize(
+    "part", [OwnCache(), OwnKVCache()], ids=lambda value: type(value).__name__
+)
 def test_class_of_the_model_itself_is_accepted(part: Any) -> None:
     check_supported([KVCache(), part], Model())
 
