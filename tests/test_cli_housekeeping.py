@@ -329,6 +329,7 @@ def test_prune_json_has_its_fields(keys: list[str], path: Path) -> None:
     assert list(report) == [
         "removed",
         "garbage",
+        "foreign",
         "freed_nbytes",
         "kept_nbytes",
         "dry_run",

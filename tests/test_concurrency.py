@@ -118,9 +118,9 @@ def test_build_that_is_evicted_at_once_says_so(
 ) -> None:
     resolve = store.resolve
 
-    def evicted_first(key: str) -> object:
+    def evicted_first(key: str, namespace: str | None) -> object:
         store.execute(store.plan_prune(PrunePolicy(older_than=-1.0)))
-        return resolve(key)
+        return resolve(key, namespace=namespace)
 
     monkeypatch.setattr(store, "resolve", evicted_first)
 

@@ -407,7 +407,8 @@ def prune(ask: Ask) -> None:
 def outgrow(ask: Ask) -> None:
     """Save something else where there is room for one of both only."""
     ask.store.max_nbytes = ask.store.total_nbytes()
-    replace(ask, prompt="Something else. " * 40, tools=()).save()
+    for i in range(6):
+        replace(ask, prompt=f"{i}. Something else. " * 40, tools=()).save()
 
 
 @pytest.mark.parametrize(

@@ -424,7 +424,7 @@ def test_commands_take_it() -> None:
     assert chat.stderr == ""
 
 
-@pytest.mark.usefixtures("model")
+@pytest.mark.usefixtures("model", "store")
 @pytest.mark.parametrize(
     ("options", "told"),
     [

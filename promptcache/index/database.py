@@ -407,27 +407,40 @@ class _BusyError(Exception):
     """Another process is at work."""
 
 
-@contextlib.contextmanager
-def translated() -> Iterator[None]:
+class _Translation:
+    """Raises an error of promptcache for what SQLite and its values raise.
+
+    A class, because every statement goes through it.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if isinstance(error, (sqlite3.Error, *VALUE_ERRORS)):
+            raise _translation_of(error) from error
+
+
+_TRANSLATION = _Translation()
+
+
+def translated() -> AbstractContextManager[None]:
     """Raise StoreError or DamagedIndexError for what SQLite and its values raise."""
-    try:
-        yield
-    except (sqlite3.OperationalError, sqlite3.ProgrammingError) as error:
+    return _TRANSLATION
+
+
+def _translation_of(error: Exception) -> StoreError:
+    if isinstance(error, sqlite3.OperationalError | sqlite3.ProgrammingError):
         # The latter after `close`.
         if _code_of(error) == sqlite3.SQLITE_INTERRUPT:
-            raise DamagedIndexError(
-                "the index takes too long, run `promptcache verify`"
-            ) from error
+            return DamagedIndexError(f"the index takes too long, {MEND}")
         if isinstance(error, sqlite3.OperationalError) and not _code_of(error):
             # Not from SQLite: a text that is not UTF-8.
-            raise DamagedIndexError(f"the index is damaged, {MEND}") from error
-        raise StoreError(f"the index cannot be used ({error})") from error
-    except (sqlite3.DatabaseError, *VALUE_ERRORS) as error:
-        raise DamagedIndexError(
-            f"the index is damaged ({error}), run `promptcache verify`"
-        ) from error
-    except sqlite3.Error as error:
-        raise StoreError(f"the index cannot be used ({error})") from error
+            return DamagedIndexError(f"the index is damaged, {MEND}")
+        return StoreError(f"the index cannot be used ({error})")
+    if isinstance(error, (sqlite3.DatabaseError, *VALUE_ERRORS)):
+        return DamagedIndexError(f"the index is damaged ({error}), {MEND}")
+    return StoreError(f"the index cannot be used ({error})")
 
 
 def _code_of(error: sqlite3.Error) -> int:

@@ -4,6 +4,7 @@ It writes a blob, then the row, and takes back what turns out not to fit. What i
 the segments is left to whoever encodes them.
 """
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -249,7 +250,14 @@ class SegmentWriter:
             nbytes = segment.nbytes + ROWS_NBYTES + more_nbytes
             self._room.check(nbytes)
             self._room.make(nbytes, protect=protect)
-            is_added = self._write(info, segment, chain)
+            try:
+                is_added = self._write(info, segment, chain)
+            except StoreError:
+                # The blob may be in place, on a disk that had no room for its row.
+                with contextlib.suppress(StoreError):
+                    pruning.remove_blobs(self._index, self._blobs, [info.key])
+                    self._index.database.shrink()
+                raise
             if is_added:
                 self._hold_limit(info.key, info.end, protect)
         return is_added
