@@ -49,16 +49,16 @@ FOREIGN_SHARE = 20
 def plan_prune(
     index: Index, blobs: BlobFolder, policy: PrunePolicy, *, now: float
 ) -> PrunePlan:
-    """Return what a prune by a policy would remove; nothing that is stored changes."""
-    # What the WAL holds makes the database larger once it is folded in.
-    index.database.shrink()
+    """Return what a prune by a policy would remove; nothing is changed."""
     garbage = find_garbage(index, blobs)
     leaves = index.leaves()
     reasons = _unwanted(leaves, policy, now)
     total = blobs.total_nbytes()
     over, foreign = 0, tuple(blobs.foreign())
     if policy.max_nbytes is not None:
-        over = total - blobs.wal_nbytes() - policy.max_nbytes
+        # What the WAL holds makes the database larger once it is folded in.
+        over = total - blobs.wal_nbytes() + index.database.growth_nbytes()
+        over -= policy.max_nbytes
         over -= _nbytes(reasons) + _nbytes(garbage)
         needed = over - _beyond_reach(foreign, over, policy.max_nbytes)
         reason = f"over the size limit of {format_size(policy.max_nbytes)}"

@@ -259,6 +259,11 @@ class Database:
                 if connection is not None:
                     connection.close()
 
+    def growth_nbytes(self) -> int:
+        """Return by how much the file grows once the WAL is folded in."""
+        pages, page = (self.rows(f"PRAGMA page_{of}")[0][0] for of in ("count", "size"))
+        return max(integer(pages) * integer(page) - size_of(self.path), 0)
+
     def shrink(self) -> None:
         """Give the room of deleted rows and of the WAL back to the disk.
 
