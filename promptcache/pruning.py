@@ -273,9 +273,9 @@ def make_room(
     index.clock.settle()
     index.database.shrink()
     garbage = find_garbage(index, blobs)
-    _check_foreign(blobs, blobs.total_nbytes() - _nbytes(garbage), limit)
-    fixed = _stuck_nbytes(index, blobs, limit)
-    over = blobs.total_nbytes() - fixed + nbytes - limit - _nbytes(garbage)
+    total = blobs.total_nbytes() - _nbytes(garbage)
+    _check_foreign(blobs, total - limit, limit)
+    over = total - _stuck_nbytes(index, blobs, limit) + nbytes - limit
     if over <= 0 and not garbage:
         return 0
     leaves = index.leaves(protect=protect)
@@ -307,13 +307,16 @@ def _stuck_nbytes(index: Index, blobs: BlobFolder, limit: int) -> int:
     return nbytes
 
 
-def _check_foreign(blobs: BlobFolder, total: int, limit: int) -> None:
+def _check_foreign(blobs: BlobFolder, over: int, limit: int) -> None:
     """Raise StoreFullError where foreign files take the store beyond its limit.
 
     Then nothing more is saved; what is there stays.
     """
+    if over <= limit // FOREIGN_SHARE:
+        # As in every full store: there is no need to look for them.
+        return
     foreign = blobs.foreign()
-    if _beyond_reach(foreign, total - limit, limit):
+    if _beyond_reach(foreign, over, limit):
         raise StoreFullError(
             f"the store is over its limit of {format_size(limit)}: "
             f"{describe_foreign(foreign)}"
