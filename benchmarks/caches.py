@@ -8,9 +8,10 @@ import mlx.core as mx
 import xxhash
 from mlx_lm.models.cache import KVCache
 
-from promptcache import capturing, codec
+from promptcache.kvcache import snapshot
+from promptcache.kvcache.encode import encode_rows
+from promptcache.segments.fingerprint import Fingerprint
 from promptcache.store import PrefixStore
-from promptcache.types import Fingerprint
 
 # SmolLM2-135M's, in float32.
 NUM_LAYERS, KV_HEADS, HEAD_DIM = 30, 3, 64
@@ -69,10 +70,10 @@ def save_cache(
     cut_at: Collection[int] = (),
 ) -> None:
     """Save what a cache holds of these tokens, in segments that end at `cut_at`."""
-    taken = capturing.capture(cache, 0, len(token_ids))
+    taken = snapshot.capture(cache, 0, len(token_ids))
 
     def encode(start: int, end: int) -> Any:
-        return codec.encode_rows(cache, [taken], token_ids, start, end)
+        return encode_rows(cache, [taken], token_ids, start, end)
 
     store.save(token_ids, fingerprint, encode, cut_at=cut_at)
 

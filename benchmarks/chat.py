@@ -30,9 +30,10 @@ from benchmarks.harness import (
 )
 from benchmarks.random_llama import NARROW, SMOLLM2_VOCABULARY, make_random_llama
 from promptcache import CachedGenerator
-from promptcache.prefill import Cuts, KVSettings
-from promptcache.resuming import resume
+from promptcache.kvcache.kv_quantization import KVSettings
+from promptcache.models.prefill_plan import Cuts
 from promptcache.store import PrefixStore
+from promptcache.tiers.disk_tier import resume
 
 TURN_TOKENS, ANSWER_TOKENS = 80, 16
 # Every so many turns the answer is compared with plain mlx-lm's, and a line printed.

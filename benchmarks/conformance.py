@@ -23,12 +23,13 @@ import numpy as np
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 from benchmarks import architectures, models_page
-from promptcache import CachedGenerator, capturing, codec
-from promptcache.length_dependence import length_dependence
-from promptcache.loaded_model import LoadedModel
-from promptcache.prefill import prefill
-from promptcache.rendering import RenderedPrompt
-from promptcache.settings import Settings
+from promptcache import CachedGenerator
+from promptcache.engine.prefill import prefill
+from promptcache.kvcache import encode, snapshot
+from promptcache.models.length_dependence import length_dependence
+from promptcache.models.loaded import LoadedModel
+from promptcache.models.settings import Settings
+from promptcache.prompts.render import RenderedPrompt
 
 # Windows are 32 tokens wide, so that all of these overflow them.
 LENGTHS = (100, 300, 700)
@@ -322,7 +323,7 @@ class Subject:
         """Return what is kept of a prefix of this model."""
         ids = token_ids(LENGTHS[0], 1)
         cache = make_prompt_cache(self.model)
-        captures: list[capturing.Capture] = []
+        captures: list[snapshot.Capture] = []
         prefill(
             self.model,
             cache,
@@ -331,11 +332,11 @@ class Subject:
             end=len(ids),
             cuts=self.cuts,
             on_piece=lambda start, end: captures.append(
-                capturing.capture(cache, start, end)
+                snapshot.capture(cache, start, end)
             ),
         )
-        rows = codec.encode_rows(cache, captures, ids, 0, len(ids))
-        state = codec.encode_checkpoint(captures[-1])
+        rows = encode.encode_rows(cache, captures, ids, 0, len(ids))
+        state = encode.encode_checkpoint(captures[-1])
         layout = captures[-1].layout.values()
         classes = Counter(f"{part.class_name} {part.treatment}" for part in layout)
         return Kept(

@@ -28,9 +28,9 @@ from benchmarks.harness import (
     report,
 )
 from promptcache import CachedGenerator
-from promptcache.identity import ModelIdentity
-from promptcache.prefill import prefill
-from promptcache.rendering import RenderedPrompt
+from promptcache.engine.prefill import prefill
+from promptcache.models.identity.identity import ModelIdentity
+from promptcache.prompts.render import RenderedPrompt
 
 SUFFIX_TOKENS = 32
 MLX_LM = "mlx-lm's file"

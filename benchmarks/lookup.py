@@ -22,10 +22,11 @@ from benchmarks.harness import (
     print_table,
     write_json,
 )
-from promptcache.chain import BLOCK_SIZE, Chain
-from promptcache.index import Index
-from promptcache.matching import longest_match
-from promptcache.types import Fingerprint, SegmentInfo
+from promptcache.segments.chain import BLOCK_SIZE, Chain
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.segments.types import SegmentInfo
+from promptcache.store.index import Index
+from promptcache.store.lookup import longest_match
 
 FINGERPRINT = Fingerprint("0" * 32, "model")
 VOCABULARY = 50_000

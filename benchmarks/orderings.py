@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from promptcache.types import Leaf
+from promptcache.store.index.rows import Leaf
 
 # At this position a token of Qwen3-8B costs twice as much as the first: its attention
 # then takes as many operations (4 × 36 layers × 32 heads × 128 each) as its 8.2 billion

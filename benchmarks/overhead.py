@@ -29,8 +29,9 @@ from benchmarks.harness import (
     report,
 )
 from benchmarks.ttft import random_words
-from promptcache import CachedGenerator, loading
-from promptcache.default_model import ensure_default_model
+from promptcache import CachedGenerator
+from promptcache.models import load
+from promptcache.models.default.download import ensure_default_model
 
 MAX_TOKENS = 32
 PLAIN, SAVING, HIT = "mlx-lm, cold", "promptcache, cold, saves", "promptcache, hit"
@@ -81,7 +82,7 @@ class Rounds:
 
     def __init__(self, num_tokens: int, folder: Path) -> None:
         """Load the default model."""
-        self._model, self._tokenizer, self._identity = loading.load()
+        self._model, self._tokenizer, self._identity = load.load()
         self._token_ids = random_words(ensure_default_model(), num_tokens)
         self._folder = folder
 

@@ -10,7 +10,7 @@ import tempfile
 
 from benchmarks.harness import NARRATOR, machine, print_table
 from promptcache import CachedGenerator
-from promptcache.prompt_parts import compose
+from promptcache.prompts.parts import compose
 
 MESSAGES = [
     "I open the door",

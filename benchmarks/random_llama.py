@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.llama import Model, ModelArgs
 
-from promptcache.default_model import ensure_default_model
+from promptcache.models.default.download import ensure_default_model
 
 SMOLLM2_VOCABULARY = 49_152
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

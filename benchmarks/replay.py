@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks.harness import machine, print_table
 from promptcache import CachedGenerator
-from promptcache.chat_prompt import Message
-from promptcache.rendering import RenderedPrompt
+from promptcache.prompts.chat import Message
+from promptcache.prompts.render import RenderedPrompt
 
 MOST_TOKENS = 4000
 

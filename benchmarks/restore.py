@@ -29,8 +29,8 @@ from benchmarks.harness import (
     report,
     run_worker,
 )
+from promptcache.segments.fingerprint import Fingerprint
 from promptcache.store import PrefixStore
-from promptcache.types import Fingerprint
 
 FINGERPRINT = Fingerprint("0" * 32, "model")
 VOCABULARY = 49_152

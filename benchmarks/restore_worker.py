@@ -13,10 +13,11 @@ import xxhash
 from mlx_lm.models.cache import load_prompt_cache
 
 from benchmarks import caches, page_cache
-from promptcache.prefill import Cuts, KVSettings
-from promptcache.resuming import resume
+from promptcache.kvcache.kv_quantization import KVSettings
+from promptcache.models.prefill_plan import Cuts
+from promptcache.segments.fingerprint import Fingerprint
 from promptcache.store import PrefixStore
-from promptcache.types import Fingerprint
+from promptcache.tiers.disk_tier import resume
 
 # What Linux reads at most in one call.
 MOST_READ = 0x7FFFF000

@@ -25,7 +25,7 @@ from benchmarks.harness import (
     options_parser,
     report,
 )
-from promptcache.default_model import ensure_default_model
+from promptcache.models.default.download import ensure_default_model
 
 WORDS = (
     "The lighthouse stands on a rock in the northern sea, and its keeper writes down "

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from benchmarks.harness import in_unit, machine, print_table
 from promptcache import PrefixStore
-from promptcache.chain import pack
 from promptcache.files import make_durable
+from promptcache.segments.chain import pack
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.segments.types import EncodedSegment, Tensor
 from promptcache.store import Encode
-from promptcache.types import EncodedSegment, Fingerprint, Tensor
 
 FINGERPRINT = Fingerprint("0" * 32, "SmolLM2")
 # SmolLM2-135M's keys and values in float32: 46 KB a token.

@@ -17,9 +17,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from benchmarks.harness import in_unit, machine, print_table
 from promptcache import CachedGenerator
-from promptcache.prefill import Cuts
-from promptcache.resuming import resume
-from promptcache.settings import Settings
+from promptcache.models.prefill_plan import Cuts
+from promptcache.models.settings import Settings
+from promptcache.tiers.disk_tier import resume
 
 TEXT = Path(__file__).parents[1] / "docs" / "how-it-works.md"
 

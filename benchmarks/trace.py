@@ -19,8 +19,8 @@ from benchmarks.harness import machine, print_table
 from benchmarks.orderings import ORDERINGS, work
 from benchmarks.recorded import Trace, read_trace
 from benchmarks.weightless import NBYTES_PER_TOKEN, TraceStore
-from promptcache.chain import BLOCK_SIZE
-from promptcache.types import Match
+from promptcache.segments.chain import BLOCK_SIZE
+from promptcache.segments.types import Match
 from promptcache.units import format_size, parse_size
 
 UNLIMITED = sys.maxsize

@@ -30,8 +30,8 @@ from benchmarks.harness import (
     run_worker,
 )
 from benchmarks.random_llama import LLAMA_1B, make_random_llama
-from promptcache.default_model import ensure_default_model
-from promptcache.loading import load_tokenizer
+from promptcache.models.default.download import ensure_default_model
+from promptcache.models.load import load_tokenizer
 
 SUFFIX_TOKENS = 4
 # How much bigger mlx-lm's file may be: it has up to 255 rows of padding.

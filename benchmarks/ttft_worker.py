@@ -23,8 +23,9 @@ from mlx_lm.models.cache import (
 )
 
 from benchmarks import caches, page_cache
-from promptcache import CachedGenerator, loading
-from promptcache.decoding import Step
+from promptcache import CachedGenerator
+from promptcache.engine.decode import Step
+from promptcache.models.load import load as load_model
 
 MAX_TOKENS = 16
 WARM_UP = [11, 12, 13, 14]
@@ -64,7 +65,7 @@ class Trial:
         self.files = {name: Path(path) for name, path in request["files"].items()}
         self.is_cold: bool = request["is_cold"]
         self._memory: dict[str, int] = request["memory"]
-        self.model, self.tokenizer, self._identity = loading.load(request["model"])
+        self.model, self.tokenizer, self._identity = load_model(request["model"])
         self.generator = self._generator()
         self._warm_up()
 

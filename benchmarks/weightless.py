@@ -13,25 +13,20 @@ from typing import Any
 
 from benchmarks.orderings import Ordering, Past, belady, lru
 from benchmarks.recorded import Trace
-from promptcache.blobs import BlobFolder
-from promptcache.chain import Chain
 from promptcache.errors import StoreError
-from promptcache.index import Index
-from promptcache.index.database import Opener
-from promptcache.index.history import History
-from promptcache.reports import Garbage
+from promptcache.segments.chain import Chain
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.segments.types import EncodedSegment, Match, SegmentInfo, Tensor
 from promptcache.store import MAX_SEGMENT_TOKENS, PrefixStore
-from promptcache.store.room import Room
-from promptcache.store.segment_writer import SegmentWriter
-from promptcache.types import (
-    EncodedSegment,
-    Fingerprint,
-    Leaf,
-    Match,
-    Receipt,
-    SegmentInfo,
-    Tensor,
-)
+from promptcache.store.blobs.folder import BlobFolder
+from promptcache.store.index import Index
+from promptcache.store.index.database import Opener
+from promptcache.store.index.events import History
+from promptcache.store.index.rows import Leaf
+from promptcache.store.maintenance.disk_budget import Room
+from promptcache.store.reports import Garbage
+from promptcache.store.types import Receipt
+from promptcache.store.writer import SegmentWriter
 
 FINGERPRINT = Fingerprint("0" * 32, "model")
 # Qwen3-8B: 36 layers × 8 heads × 128 values × 2 (keys and values) × 2 bytes.

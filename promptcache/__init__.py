@@ -20,37 +20,75 @@ from promptcache.errors import (
     UnsupportedCacheError,
     UsageError,
 )
-from promptcache.reports import (
-    PinQuota,
-    Prefix,
-    PrefixReport,
-    PrunePlan,
-    PrunePolicy,
-    PruneReport,
-    Usage,
-    VerifyReport,
-)
-from promptcache.types import Fingerprint, Match
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.segments.types import Match
 
 if TYPE_CHECKING:
-    from promptcache.conversation import Conversation
-    from promptcache.explanation import Divergence, Explanation
-    from promptcache.generation import GenerationResponse
-    from promptcache.generator import CachedGenerator
-    from promptcache.store import PrefixStore
+    from promptcache.chat.conversation import Conversation
+    from promptcache.engine.response import GenerationResponse
+    from promptcache.explain.lint import VolatileText
+    from promptcache.explain.types import Divergence, Explanation
+    from promptcache.generator import BuiltPrefix, CachedGenerator
+    from promptcache.prompts.render import RenderedPrompt
+    from promptcache.segments.fingerprint import Fingerprint
+    from promptcache.segments.types import Match
+    from promptcache.store.reports import (
+        Damage,
+        Garbage,
+        PinQuota,
+        Prefix,
+        PrefixReport,
+        PrunePlan,
+        PrunePolicy,
+        PruneReport,
+        Removal,
+        SegmentReport,
+        Usage,
+        VerifyReport,
+    )
+    from promptcache.store.store import PrefixStore
+    from promptcache.store.types import LoadEstimate
 
 __version__ = "0.1.0"
 
+# Imported on first use: the generator imports mlx_lm, which takes a second.
+_NAMES_BY_MODULE = {
+    "chat.conversation": ["Conversation"],
+    "engine.response": ["GenerationResponse"],
+    "explain.lint": ["VolatileText"],
+    "explain.types": ["Divergence", "Explanation"],
+    "generator": ["BuiltPrefix", "CachedGenerator"],
+    "prompts.render": ["RenderedPrompt"],
+    "segments.fingerprint": ["Fingerprint"],
+    "segments.types": ["Match"],
+    "store.reports": [
+        *["Damage", "Garbage", "PinQuota", "Prefix", "PrefixReport", "PrunePlan"],
+        *["PrunePolicy", "PruneReport", "Removal", "SegmentReport", "Usage"],
+        "VerifyReport",
+    ],
+    "store.store": ["PrefixStore"],
+    "store.types": ["LoadEstimate"],
+}
+_MODULE_BY_NAME = {
+    name: f"promptcache.{module}"
+    for module, names in _NAMES_BY_MODULE.items()
+    for name in names
+}
+
 __all__ = [
+    "BuiltPrefix",
     "CachedGenerator",
     "Conversation",
+    "Damage",
     "DamagedBlobError",
     "DamagedIndexError",
     "Divergence",
     "Explanation",
     "Fingerprint",
+    "Garbage",
     "GenerationResponse",
     "KeyNotFoundError",
+    "LoadEstimate",
     "Match",
     "ModelError",
     "PinQuota",
@@ -63,6 +101,9 @@ __all__ = [
     "PrunePolicy",
     "PruneReport",
     "QuotaError",
+    "Removal",
+    "RenderedPrompt",
+    "SegmentReport",
     "StoreError",
     "StoreFormatError",
     "StoreFullError",
@@ -70,17 +111,8 @@ __all__ = [
     "Usage",
     "UsageError",
     "VerifyReport",
+    "VolatileText",
 ]
-
-# Imported on first use: the generator imports mlx_lm, which takes a second.
-_MODULE_BY_NAME = {
-    "CachedGenerator": "promptcache.generator",
-    "Conversation": "promptcache.conversation",
-    "Divergence": "promptcache.explanation",
-    "Explanation": "promptcache.explanation",
-    "GenerationResponse": "promptcache.generation",
-    "PrefixStore": "promptcache.store",
-}
 
 
 def __getattr__(name: str) -> Any:

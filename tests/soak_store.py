@@ -22,8 +22,8 @@ from segments import TINY, check_match, files_nbytes, save  # noqa: E402
 from workers import prompt_of  # noqa: E402
 
 from promptcache.errors import StoreError, StoreFullError  # noqa: E402
-from promptcache.reports import PrunePolicy  # noqa: E402
 from promptcache.store import PrefixStore  # noqa: E402
+from promptcache.store.reports import PrunePolicy  # noqa: E402
 
 JOBS = ("build", "build", "generate", "save", "save", "save", "prune", "verify")
 LIMIT_NBYTES = 3_000_000

@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from promptcache.types import Leaf
+from promptcache.store.index.rows import Leaf
 
 any_token = st.integers(0, 2**32 - 1)
 

@@ -17,11 +17,13 @@ from mlx_lm.models.cache import (
 )
 from test_codec import TOKEN_IDS, Published, load, publish
 
-from promptcache import DamagedBlobError, capturing, codec
-from promptcache.at_rest import RowFormat
-from promptcache.blobs import BlobFolder
-from promptcache.layout import describe, is_quantized
-from promptcache.types import EncodedSegment
+from promptcache import DamagedBlobError
+from promptcache.kvcache import restore, snapshot
+from promptcache.kvcache.encode import encode_checkpoint, encode_rows
+from promptcache.kvcache.layout import describe, is_quantized
+from promptcache.kvcache.row_quantization import RowFormat
+from promptcache.segments.types import EncodedSegment
+from promptcache.store.blobs.folder import BlobFolder
 
 # How many steps there are from the least value of a group to the largest.
 STEPS_BY_BITS = {8: 255, 4: 15}
@@ -53,8 +55,8 @@ def filled(
 
 
 def encode(cache: Sequence[Any], start: int, end: int, bits: int = 8) -> EncodedSegment:
-    captures = [capturing.capture(cache, 0, cache[0].offset)]
-    return codec.encode_rows(cache, captures, TOKEN_IDS, start, end, store_bits=bits)
+    captures = [snapshot.capture(cache, 0, cache[0].offset)]
+    return encode_rows(cache, captures, TOKEN_IDS, start, end, store_bits=bits)
 
 
 def restored(
@@ -62,7 +64,7 @@ def restored(
 ) -> list[Any]:
     end = cache[0].offset
     published = publish(blobs, encode(cache, 0, end, bits), 0, end)
-    return codec.restore(fresh, [load(published)], end)
+    return restore.restore(fresh, [load(published)], end)
 
 
 def row_nbytes(segment: EncodedSegment) -> int:
@@ -127,9 +129,7 @@ def test_bits_are_those_on_disk(
     blobs: BlobFolder, bits: int, most: float, dtype: mx.Dtype
 ) -> None:
     cache = [filled(KVCache(), num_rows=90, dtype=dtype)]
-    exact = codec.encode_rows(
-        cache, [capturing.capture(cache, 0, 90)], TOKEN_IDS, 0, 90
-    )
+    exact = encode_rows(cache, [snapshot.capture(cache, 0, 90)], TOKEN_IDS, 0, 90)
 
     small = encode(cache, 0, 90, bits)
 
@@ -160,7 +160,7 @@ def test_scales_are_of_float16_for_bfloat16_too() -> None:
 def test_segments_can_be_cut_at_any_token(blobs: BlobFolder) -> None:
     cache = [filled(KVCache(), num_rows=90)]
     whole = publish(blobs, encode(cache, 0, 90), 0, 90)
-    expected = codec.restore([KVCache()], [load(whole)], 90)[0]
+    expected = restore.restore([KVCache()], [load(whole)], 90)[0]
     parts = [
         publish(blobs, encode(cache, start, end), start, end)
         for start, end in ((0, 33), (33, 90))
@@ -169,7 +169,7 @@ def test_segments_can_be_cut_at_any_token(blobs: BlobFolder) -> None:
     for stop in (1, 32, 33, 34, 77, 90):
         wanted = [part for part in parts if part.start < stop]
         segments = [load(part, min(part.end, stop)) for part in wanted]
-        (layer,) = codec.restore([KVCache()], segments, 90)
+        (layer,) = restore.restore([KVCache()], segments, 90)
         assert layer.offset == stop
         # Rows are quantized one by one, so that the cuts leave no trace.
         assert mx.array_equal(layer.keys[..., :stop, :], expected.keys[..., :stop, :])
@@ -180,7 +180,7 @@ def test_window_is_filled_with_the_rows_before_a_position(blobs: BlobFolder) -> 
     keys = random_rows(40)
     published = publish(blobs, encode(cache, 0, 40), 0, 40)
 
-    (layer,) = codec.restore([RotatingKVCache(20)], [load(published, 33)], 40)
+    (layer,) = restore.restore([RotatingKVCache(20)], [load(published, 33)], 40)
 
     assert layer.offset == 33
     assert_near(layer.keys, keys[..., 13:33, :], 8)
@@ -239,15 +239,15 @@ def test_quantized_parts_and_states_stay_as_they_are(blobs: BlobFolder) -> None:
     quantized, state = filled(QuantizedKVCache(32, 8)), ArraysCache(1)
     state[0] = random_rows(4)
     cache = [quantized, state]
-    taken = capturing.capture(cache, 0, 40)
-    rows = codec.encode_rows(cache, [taken], TOKEN_IDS, 0, 40, store_bits=4)
+    taken = snapshot.capture(cache, 0, 40)
+    rows = encode_rows(cache, [taken], TOKEN_IDS, 0, 40, store_bits=4)
     parts = [
         publish(blobs, rows, 0, 40),
-        publish(blobs, codec.encode_checkpoint(taken), 40, 40),
+        publish(blobs, encode_checkpoint(taken), 40, 40),
     ]
 
     fresh = [QuantizedKVCache(32, 8), ArraysCache(1)]
-    layer, other = codec.restore(fresh, [load(part) for part in parts], 40)
+    layer, other = restore.restore(fresh, [load(part) for part in parts], 40)
 
     for found, expected in zip(layer.keys, quantized.keys, strict=True):
         assert mx.array_equal(found[..., :40, :], expected[..., :40, :])
@@ -257,7 +257,7 @@ def test_quantized_parts_and_states_stay_as_they_are(blobs: BlobFolder) -> None:
 def test_restored_rows_have_room_for_the_rest(blobs: BlobFolder) -> None:
     published = publish(blobs, encode([filled(KVCache())], 0, 40), 0, 40)
 
-    (layer,) = codec.restore([KVCache()], [load(published)], 700)
+    (layer,) = restore.restore([KVCache()], [load(published)], 700)
 
     assert layer.keys.shape[-2] == 768
 
@@ -334,7 +334,7 @@ def test_format_that_is_not_that_of_the_tensors_is_damage(
     published = published_with(blobs, {"keys": kept, "values": kept})
 
     with pytest.raises(DamagedBlobError):
-        codec.restore([KVCache()], [load(published)], 40)
+        restore.restore([KVCache()], [load(published)], 40)
 
 
 @pytest.mark.parametrize("formats", [{}, {"keys": [8, 64, "float32"]}], ids=str)
@@ -344,7 +344,7 @@ def test_tensors_that_the_layout_does_not_tell_are_damage(
     published = published_with(blobs, formats)
 
     with pytest.raises(DamagedBlobError, match="blob has no"):
-        codec.restore([KVCache()], [load(published)], 40)
+        restore.restore([KVCache()], [load(published)], 40)
 
 
 @pytest.mark.parametrize("missing", ["weight", "scales", "biases"])
@@ -354,7 +354,7 @@ def test_missing_piece_is_damage(blobs: BlobFolder, missing: str) -> None:
     published = publish(blobs, segment._replace(tensors=tensors), 0, 40)
 
     with pytest.raises(DamagedBlobError, match="blob has no"):
-        codec.restore([KVCache()], [load(published)], 40)
+        restore.restore([KVCache()], [load(published)], 40)
 
 
 def test_format_is_what_a_blob_says() -> None:

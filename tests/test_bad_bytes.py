@@ -32,10 +32,11 @@ from segments import (
 
 from promptcache import CachedGenerator, PrefixStore, PromptCacheError
 from promptcache.errors import DamagedBlobError, DamagedIndexError, StoreError
-from promptcache.header import _header_checksum, _safetensors_header
-from promptcache.index import SCHEMA_VERSION
-from promptcache.reports import PrunePolicy
-from promptcache.types import Match, Origin, Receipt, TensorSpec
+from promptcache.segments.blob_format import _header_checksum, _safetensors_header
+from promptcache.segments.types import Match, Origin, TensorSpec
+from promptcache.store.index import SCHEMA_VERSION
+from promptcache.store.reports import PrunePolicy
+from promptcache.store.types import Receipt
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 PROMPT = [i % 250 for i in range(70)]
@@ -382,7 +383,7 @@ def test_schema_that_is_no_text_is_damage(filled: Path) -> None:
 def test_statement_without_an_end_is_ended(
     filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("promptcache.index.database.STATEMENT_SECONDS", 0.2)
+    monkeypatch.setattr("promptcache.store.index.database.STATEMENT_SECONDS", 0.2)
     with copied(filled) as (folder, _), PrefixStore(folder) as store:
         change_schema(folder, STATEMENTS[2].format(table="segments"))
 

@@ -14,10 +14,10 @@ import workers
 from safetensors import safe_open
 from segments import TINY, expected_key, flip, publish, tokens, values
 
-from promptcache.blobs import BlobFolder
 from promptcache.errors import DamagedBlobError, StoreFormatError
-from promptcache.header import FORMAT_VERSION
-from promptcache.types import EncodedSegment, SegmentInfo, Tensor
+from promptcache.segments.blob_format import FORMAT_VERSION
+from promptcache.segments.types import EncodedSegment, SegmentInfo, Tensor
+from promptcache.store.blobs.folder import BlobFolder
 
 
 @pytest.fixture
@@ -258,8 +258,8 @@ def make_older(path: Path) -> None:
 
 def change_metadata(path: Path, **changes: str | None) -> None:
     """Write a blob again with other metadata; None leaves a key out."""
-    from promptcache.header import _header_checksum, _safetensors_header
-    from promptcache.types import TensorSpec
+    from promptcache.segments.blob_format import _header_checksum, _safetensors_header
+    from promptcache.segments.types import TensorSpec
 
     data = path.read_bytes()
     data_start = 8 + int.from_bytes(data[:8], "little")

@@ -7,7 +7,7 @@ from segments import TINY, expected_digests, expected_key, fingerprint, shared_l
 from strategies import any_token, prompts, token_lists
 
 from promptcache import UsageError
-from promptcache.chain import BLOCK_SIZE, Chain, common_length, pack, unpack
+from promptcache.segments.chain import BLOCK_SIZE, Chain, common_length, pack, unpack
 
 DIGEST = TINY.digest
 

@@ -20,9 +20,9 @@ from segments import (
 from benchmarks import architectures
 from promptcache import CachedGenerator, PromptCacheWarning
 from promptcache.errors import StoreFullError
-from promptcache.reports import PrunePolicy
+from promptcache.segments.types import Worth
 from promptcache.store import PrefixStore
-from promptcache.types import Worth
+from promptcache.store.reports import PrunePolicy
 
 SYSTEM = tokens(300)
 TURN = 100

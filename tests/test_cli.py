@@ -14,9 +14,9 @@ import segments
 from commands import assert_fails, invoke, ok, start, tree_hash
 
 from promptcache import PrefixStore, __version__
-from promptcache.blobs import BlobFolder
-from promptcache.chain import Chain
-from promptcache.types import SegmentInfo
+from promptcache.segments.chain import Chain
+from promptcache.segments.types import SegmentInfo
+from promptcache.store.blobs.folder import BlobFolder
 from promptcache_cli.main import cli
 
 COMMANDS = [

@@ -23,7 +23,7 @@ import tiny
 from commands import assert_fails, invoke, ok
 from test_cli_generate import GENERATE_FIELDS
 
-from promptcache.transcript import Transcript, transcript_path
+from promptcache.chat.transcript import Transcript, transcript_path
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COMMAND = [sys.executable, "-m", "promptcache_cli", "chat"]

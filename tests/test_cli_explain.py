@@ -12,7 +12,7 @@ from commands import STORE_TALK, assert_fails, invoke, ok, tree_hash
 from test_explanation import LOOK, ROLL, TEMPLATE, WALK, conversation, read_only
 
 from promptcache import CachedGenerator, PrefixStore
-from promptcache.prompt_parts import PromptParts
+from promptcache.prompts.parts import PromptParts
 
 FIELDS = {
     "prompt_tokens": int,

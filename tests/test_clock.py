@@ -11,7 +11,7 @@ from commands import ok
 from segments import TINY, cached_tokens, save, tokens
 
 from promptcache import PrefixStore, PrunePolicy
-from promptcache.index.clock import BEGINNING
+from promptcache.store.index.clock import BEGINNING
 
 YEARS = 5 * 365 * 86_400.0
 PROMPTS = [tokens(500, first=10_000 * i) for i in range(1, 8)]

@@ -25,19 +25,23 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.utils import load as load_model
 
-from promptcache import DamagedBlobError, StoreError, capturing, codec, reading
-from promptcache.blobs import BlobFolder
-from promptcache.chain import pack
-from promptcache.layout import describe
-from promptcache.types import (
+from promptcache import DamagedBlobError, StoreError
+from promptcache.kvcache import restore, snapshot
+from promptcache.kvcache.encode import encode_checkpoint, encode_rows
+from promptcache.kvcache.layout import describe
+from promptcache.kvcache.loading import segment_loader
+from promptcache.segments import dtypes
+from promptcache.segments.blob_format import BlobHeader
+from promptcache.segments.chain import pack
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.segments.types import (
     AT_ANY_TOKEN,
-    BlobHeader,
     EncodedSegment,
-    Fingerprint,
     Resumption,
     SegmentInfo,
     SegmentSlice,
 )
+from promptcache.store.blobs.folder import BlobFolder
 
 NUM_HEADS = 2
 HEAD_DIM = 64
@@ -106,18 +110,18 @@ def encode(
     cache: Sequence[Any], start: int, end: int, token_ids: Sequence[int] = TOKEN_IDS
 ) -> EncodedSegment:
     """Return rows of a cache that has just read all it holds."""
-    captures = [capturing.capture(cache, 0, cache[0].offset)]
-    return codec.encode_rows(cache, captures, token_ids, start, end)
+    captures = [snapshot.capture(cache, 0, cache[0].offset)]
+    return encode_rows(cache, captures, token_ids, start, end)
 
 
 def load(
     published: Published, stop: int | None = None, token_ids: Sequence[int] = TOKEN_IDS
-) -> reading.LoadedSegment:
+) -> segment_loader.LoadedSegment:
     stop = published.end if stop is None else stop
     key = published.header.info.key
     part = SegmentSlice(key, published.start, stop, published.end)
     expected = pack(token_ids[published.start : stop])
-    return reading.load(published.path, published.header, part, expected)
+    return segment_loader.load(published.path, published.header, part, expected)
 
 
 @pytest.fixture
@@ -151,7 +155,7 @@ def test_layer_comes_back_to_the_bit(
     segment = encode(cache, 0, 70)
 
     fresh = [ConcatenateKVCache() if "Concat" in str(make_layer) else KVCache()]
-    fresh[:] = codec.restore(fresh, [load(publish(blobs, segment, 0, 70))], 80)
+    fresh[:] = restore.restore(fresh, [load(publish(blobs, segment, 0, 70))], 80)
 
     assert_same_rows(fresh[0], cache[0])
 
@@ -167,7 +171,7 @@ def test_layer_comes_back_from_several_segments_the_last_in_part(
     is_concatenate = isinstance(cache[0], ConcatenateKVCache)
     fresh = [ConcatenateKVCache() if is_concatenate else KVCache() for _ in cache]
     parts = [load(published[0]), load(published[1]), load(published[2], stop=63)]
-    fresh[:] = codec.restore(fresh, parts, 63)
+    fresh[:] = restore.restore(fresh, parts, 63)
 
     for layer in cache:
         layer.trim(90 - 63)
@@ -180,7 +184,7 @@ def test_parameters_of_quantization_come_back(blobs: BlobFolder) -> None:
     published = publish(blobs, encode(cache, 0, 10), 0, 10)
 
     fresh = [KVCache()]
-    fresh[:] = codec.restore(fresh, [load(published)], 10)
+    fresh[:] = restore.restore(fresh, [load(published)], 10)
 
     assert (fresh[0].group_size, fresh[0].bits) == (32, 4)
 
@@ -225,7 +229,7 @@ def test_float_segment_followed_by_a_quantized_one_becomes_quantized(
     second = publish(blobs, encode([quantized], 50, 90), 50, 90)
 
     fresh = [KVCache()]
-    fresh[:] = codec.restore(fresh, [load(first), load(second)], 90)
+    fresh[:] = restore.restore(fresh, [load(first), load(second)], 90)
 
     assert_same_rows(fresh[0], quantized)
 
@@ -250,11 +254,11 @@ def test_trimmed_rows_and_padding_never_reach_the_bytes(make_layer: Any) -> None
 
 def test_a_range_that_the_cache_does_not_hold_cannot_be_encoded() -> None:
     cache = [filled(KVCache(), 31)]
-    captures = [capturing.capture(cache, 0, 31)]
+    captures = [snapshot.capture(cache, 0, 31)]
     cache[0].trim(1)
 
     with pytest.raises(AssertionError, match=r"\[0, 30\)"):
-        codec.encode_rows(cache, captures, TOKEN_IDS, 0, 31)
+        encode_rows(cache, captures, TOKEN_IDS, 0, 31)
 
 
 # Classes
@@ -273,7 +277,7 @@ def test_class_of_a_blob_that_is_not_the_model_s_is_damage(
     loaded = load(publish(blobs, forged(segment, name, "rows", None, None), 0, 10))
 
     with pytest.raises(DamagedBlobError, match=f"holds a {name!r} in place of a KVCac"):
-        codec.restore([KVCache()], [loaded], 10)
+        restore.restore([KVCache()], [loaded], 10)
 
 
 def test_layout_is_told_in_words() -> None:
@@ -299,20 +303,20 @@ def read(layer: Any, start: int, end: int, dtype: mx.Dtype = mx.float32) -> Any:
 
 def read_pieces(
     cache: Sequence[Any], pieces: Sequence[int], dtype: mx.Dtype = mx.float32
-) -> list[capturing.Capture]:
+) -> list[snapshot.Capture]:
     """Let a cache read pieces of so many tokens; return what was captured of each."""
     captures, start = [], 0
     for num_tokens in pieces:
         for layer in cache:
             read(layer, start, start + num_tokens, dtype)
-        captures.append(capturing.capture(cache, start, start + num_tokens))
+        captures.append(snapshot.capture(cache, start, start + num_tokens))
         start += num_tokens
     return captures
 
 
 def cut_at(
     published: Sequence[Published], position: int
-) -> list[reading.LoadedSegment]:
+) -> list[segment_loader.LoadedSegment]:
     """Load the segments before a position, the last one up to it."""
     return [
         load(part, min(part.end, position))
@@ -350,12 +354,12 @@ def test_window_goes_on_like_a_cold_one_from_every_position(
     cache = [make_layer(8)]
     captures = read_pieces(cache, [5, 1, 7, 1, 12, 4], dtype)
     published = [
-        publish(blobs, codec.encode_rows(cache, captures, TOKEN_IDS, *c), *c)
+        publish(blobs, encode_rows(cache, captures, TOKEN_IDS, *c), *c)
         for c in [(0, 7), (7, 16), (16, 17), (17, 30)]
     ]
 
     for position in range(1, 31):
-        restored = codec.restore([make_layer(8)], cut_at(published, position), 40)
+        restored = restore.restore([make_layer(8)], cut_at(published, position), 40)
 
         cold = make_layer(8)
         read(cold, 0, position, dtype)
@@ -388,14 +392,14 @@ def test_window_read_in_any_pieces_goes_on_like_a_cold_one(
     segments = []
     for start, end in [(0, cut), (cut, num_tokens)]:
         if start < min(end, position):
-            segment = codec.encode_rows(cache, captures, TOKEN_IDS, start, end)
+            segment = encode_rows(cache, captures, TOKEN_IDS, start, end)
             with tempfile.TemporaryDirectory() as folder:
                 blobs = BlobFolder(Path(folder) / "blobs")
                 blobs.create()
                 published = publish(blobs, segment, start, end)
                 segments.append(load(published, min(end, position)))
 
-    restored = codec.restore([make_layer(window)], segments, num_tokens)
+    restored = restore.restore([make_layer(window)], segments, num_tokens)
     cold = make_layer(window)
     read(cold, 0, position)
     assert_goes_on_alike(restored[0], cold, position, rest, mx.float32)
@@ -405,13 +409,13 @@ def test_window_needs_no_more_segments_than_it_looks_back(blobs: BlobFolder) -> 
     cache = [KVCache(), RotatingKVCache(8)]
     captures = read_pieces(cache, [10, 10, 10])
     published = [
-        publish(blobs, codec.encode_rows(cache, captures, TOKEN_IDS, *c), *c)
+        publish(blobs, encode_rows(cache, captures, TOKEN_IDS, *c), *c)
         for c in [(0, 10), (10, 20), (20, 30)]
     ]
     segments = [load(part) for part in published]
     without = {n: a for n, a in segments[0].arrays.items() if "layers.1" not in n}
 
-    restored = codec.restore(
+    restored = restore.restore(
         [KVCache(), RotatingKVCache(8)],
         [segments[0]._replace(arrays=without), *segments[1:]],
         30,
@@ -425,7 +429,7 @@ def test_blob_holds_the_rows_of_a_window_once(blobs: BlobFolder) -> None:
     cache = [RotatingKVCache(8)]
     captures = read_pieces(cache, [20, 5])
 
-    segment = codec.encode_rows(cache, captures, TOKEN_IDS, 3, 22)
+    segment = encode_rows(cache, captures, TOKEN_IDS, 3, 22)
 
     arrays = mx.load(str(publish(blobs, segment, 3, 22).path))
     assert isinstance(arrays, dict)
@@ -444,14 +448,14 @@ def test_rows_of_a_window_that_were_not_captured_are_a_store_error(
     kept = [capture for i, capture in enumerate(captures) if i not in lost]
 
     with pytest.raises(StoreError, match="has been evicted meanwhile"):
-        codec.encode_rows(cache, kept, TOKEN_IDS, 5, 30)
+        encode_rows(cache, kept, TOKEN_IDS, 5, 30)
 
 
 def test_rows_that_the_cache_has_still_need_no_capture_of_their_own() -> None:
     cache = [KVCache()]
     captures = read_pieces(cache, [10, 10, 10])
 
-    segment = codec.encode_rows(cache, captures[2:], TOKEN_IDS, 5, 30)
+    segment = encode_rows(cache, captures[2:], TOKEN_IDS, 5, 30)
 
     keys = next(t for t in segment.tensors if t.name == "layers.0.keys")
     assert bytes(keys.data) == bytes(memoryview(mx.contiguous(rows(25, first=5))))
@@ -460,11 +464,11 @@ def test_rows_that_the_cache_has_still_need_no_capture_of_their_own() -> None:
 def test_window_without_the_rows_it_looks_back_to_is_damage(blobs: BlobFolder) -> None:
     cache = [RotatingKVCache(8)]
     captures = read_pieces(cache, [10, 3])
-    segment = codec.encode_rows(cache, captures, TOKEN_IDS, 10, 13)
+    segment = encode_rows(cache, captures, TOKEN_IDS, 10, 13)
     loaded = load(publish(blobs, segment, 10, 13))
 
     with pytest.raises(DamagedBlobError, match="lacks rows of a window"):
-        codec.restore([RotatingKVCache(8)], [loaded], 13)
+        restore.restore([RotatingKVCache(8)], [loaded], 13)
 
 
 # Checkpoints
@@ -493,7 +497,7 @@ def mixed_cache() -> list[Any]:
     ]
 
 
-def read_mixed(*pieces: int) -> tuple[list[Any], list[capturing.Capture]]:
+def read_mixed(*pieces: int) -> tuple[list[Any], list[snapshot.Capture]]:
     """Return such a cache that has read pieces, the last part unused."""
     cache = mixed_cache()
     arrays, inner = cache[1].caches
@@ -506,7 +510,7 @@ def read_mixed(*pieces: int) -> tuple[list[Any], list[capturing.Capture]]:
         end = start + num_tokens
         for layer in (cache[0], *inner.caches, cache[2]):
             read(layer, start, end)
-        captures.append(capturing.capture(cache, start, end))
+        captures.append(snapshot.capture(cache, start, end))
         start = end
     return cache, captures
 
@@ -523,13 +527,12 @@ def test_cache_of_every_treatment_comes_back_from_rows_and_a_checkpoint(
     num_tokens = sum(pieces)
     cuts = [(0, 3), (3, num_tokens)]
     parts = [
-        publish(blobs, codec.encode_rows(cache, captures, TOKEN_IDS, *c), *c)
-        for c in cuts
+        publish(blobs, encode_rows(cache, captures, TOKEN_IDS, *c), *c) for c in cuts
     ]
-    checkpoint = codec.encode_checkpoint(captures[-1])
+    checkpoint = encode_checkpoint(captures[-1])
     parts.append(publish(blobs, checkpoint, num_tokens, num_tokens))
 
-    restored = codec.restore(mixed_cache(), [load(part) for part in parts], 40)
+    restored = restore.restore(mixed_cache(), [load(part) for part in parts], 40)
 
     arrays, inner = restored[1].caches
     assert_same_rows(restored[0], cache[0])
@@ -551,8 +554,8 @@ def test_cache_of_every_treatment_comes_back_from_rows_and_a_checkpoint(
 def test_rows_and_a_checkpoint_have_no_tensor_in_common() -> None:
     cache, [taken] = read_mixed(30)
 
-    segment = codec.encode_rows(cache, [taken], TOKEN_IDS, 0, 30)
-    checkpoint = codec.encode_checkpoint(taken)
+    segment = encode_rows(cache, [taken], TOKEN_IDS, 0, 30)
+    checkpoint = encode_checkpoint(taken)
 
     names = {tensor.name for tensor in segment.tensors} - {"token_ids"}
     of_rows = {f"layers.{part}" for part in ("0", "1.1.0", "1.1.1")}
@@ -566,7 +569,7 @@ def test_rows_and_a_checkpoint_have_no_tensor_in_common() -> None:
 
 
 # mlx reads no float64 from a file.
-@pytest.mark.parametrize("name", sorted(codec.DTYPE_NAMES.keys() - {"float64"}))
+@pytest.mark.parametrize("name", sorted(dtypes.DTYPE_NAMES.keys() - {"float64"}))
 def test_state_of_every_dtype_comes_back_to_the_bit(
     blobs: BlobFolder, name: str
 ) -> None:
@@ -574,11 +577,11 @@ def test_state_of_every_dtype_comes_back_to_the_bit(
     cache = [ArraysCache(2)]
     cache[0][0] = mx.array([0, 1, 2, 100], dtype=dtype)
     cache[0][1] = mx.zeros((2, 0, 3), dtype=dtype)
-    taken = capturing.capture(cache, 0, 4)
-    rows_ = publish(blobs, codec.encode_rows(cache, [taken], TOKEN_IDS, 0, 4), 0, 4)
-    state = publish(blobs, codec.encode_checkpoint(taken), 4, 4)
+    taken = snapshot.capture(cache, 0, 4)
+    rows_ = publish(blobs, encode_rows(cache, [taken], TOKEN_IDS, 0, 4), 0, 4)
+    state = publish(blobs, encode_checkpoint(taken), 4, 4)
 
-    restored = codec.restore([ArraysCache(2)], [load(rows_), load(state)], 4)
+    restored = restore.restore([ArraysCache(2)], [load(rows_), load(state)], 4)
 
     for i in range(2):
         assert restored[0][i].dtype == dtype
@@ -591,16 +594,16 @@ def test_logits_come_back_with_a_checkpoint(blobs: BlobFolder, dtype: mx.Dtype) 
     _, [taken] = read_mixed(9)
     logits = mx.random.normal((1, 50), key=mx.random.key(0)).astype(dtype)
 
-    with_logits = codec.encode_checkpoint(taken, logits)
+    with_logits = encode_checkpoint(taken, logits)
     loaded = load(publish(blobs, with_logits, 9, 9))
-    without = load(publish(blobs, codec.encode_checkpoint(taken), 9, 9))
+    without = load(publish(blobs, encode_checkpoint(taken), 9, 9))
 
     assert loaded.logits is not None
     assert loaded.logits.dtype == dtype
     assert mx.array_equal(loaded.logits, logits)
     assert without.logits is None
     assert with_logits.resumption.has_logits
-    assert not codec.encode_checkpoint(taken).resumption.has_logits
+    assert not encode_checkpoint(taken).resumption.has_logits
 
 
 def test_capture_keeps_its_state_when_the_cache_reads_on(blobs: BlobFolder) -> None:
@@ -613,10 +616,10 @@ def test_capture_keeps_its_state_when_the_cache_reads_on(blobs: BlobFolder) -> N
         read(cache[0], position, position + 1)
 
     parts = [
-        publish(blobs, codec.encode_rows(cache, captures, TOKEN_IDS, 0, 11), 0, 11),
-        publish(blobs, codec.encode_checkpoint(captures[1]), 11, 11),
+        publish(blobs, encode_rows(cache, captures, TOKEN_IDS, 0, 11), 0, 11),
+        publish(blobs, encode_checkpoint(captures[1]), 11, 11),
     ]
-    restored = codec.restore(
+    restored = restore.restore(
         [RotatingKVCache(8, keep=4)], [load(part) for part in parts], 11
     )
 
@@ -636,7 +639,7 @@ def test_rows_tell_whether_they_are_enough(
 ) -> None:
     captures = read_pieces(cache, [10])
 
-    segment = codec.encode_rows(cache, captures, TOKEN_IDS, 0, 10)
+    segment = encode_rows(cache, captures, TOKEN_IDS, 0, 10)
 
     assert segment.resumption == Resumption(needs_checkpoint=needs_checkpoint)
     assert captures[0].needs_checkpoint is needs_checkpoint
@@ -644,22 +647,22 @@ def test_rows_tell_whether_they_are_enough(
 
 def test_rows_without_the_state_they_need_are_damage(blobs: BlobFolder) -> None:
     cache, [taken] = read_mixed(9)
-    segment = codec.encode_rows(cache, [taken], TOKEN_IDS, 0, 9)
+    segment = encode_rows(cache, [taken], TOKEN_IDS, 0, 9)
     loaded = load(publish(blobs, segment, 0, 9))
 
     with pytest.raises(DamagedBlobError, match="lacks the state"):
-        codec.restore(mixed_cache(), [loaded], 9)
+        restore.restore(mixed_cache(), [loaded], 9)
 
 
 def test_checkpoint_of_other_attributes_is_damage(blobs: BlobFolder) -> None:
     cache, [taken] = read_mixed(9)
-    segment = codec.encode_rows(cache, [taken], TOKEN_IDS, 0, 9)
-    checkpoint = codec.encode_checkpoint(taken)
+    segment = encode_rows(cache, [taken], TOKEN_IDS, 0, 9)
+    checkpoint = encode_checkpoint(taken)
     forged = checkpoint._replace(layout=checkpoint.layout.replace("pending", "evil"))
     parts = [publish(blobs, segment, 0, 9), publish(blobs, forged, 9, 9)]
 
     with pytest.raises(DamagedBlobError, match="attributes that the class does not"):
-        codec.restore(mixed_cache(), [load(part) for part in parts], 9)
+        restore.restore(mixed_cache(), [load(part) for part in parts], 9)
 
 
 # Layouts that do not fit
@@ -711,7 +714,7 @@ def test_layout_that_does_not_fit_the_cache_is_damage(
     published = publish(blobs, forged(segment, *MISFITS[name]), 0, 10)
 
     with pytest.raises(DamagedBlobError):
-        codec.restore([KVCache()], [load(published)], 10)
+        restore.restore([KVCache()], [load(published)], 10)
 
 
 @pytest.mark.parametrize(
@@ -725,7 +728,7 @@ def test_quantized_part_without_its_parameters_is_damage(
     published = publish(blobs, forged(segment, *part), 0, 10)
 
     with pytest.raises(DamagedBlobError):
-        codec.restore([KVCache()], [load(published)], 10)
+        restore.restore([KVCache()], [load(published)], 10)
 
 
 @pytest.mark.parametrize("names", [["1"], ["0", "1"], ["0.0"], []], ids=str)
@@ -735,7 +738,7 @@ def test_layout_of_other_parts_is_damage(blobs: BlobFolder, names: list[str]) ->
     published = publish(blobs, segment._replace(layout=layout), 0, 10)
 
     with pytest.raises(DamagedBlobError, match="number of layers"):
-        codec.restore([KVCache()], [load(published)], 10)
+        restore.restore([KVCache()], [load(published)], 10)
 
 
 # Damage
@@ -816,7 +819,7 @@ def test_another_number_of_layers_is_damage(blobs: BlobFolder) -> None:
     loaded = load(publish(blobs, segment, 0, 4))
 
     with pytest.raises(DamagedBlobError, match="number of layers"):
-        codec.restore([KVCache(), KVCache()], [loaded], 4)
+        restore.restore([KVCache(), KVCache()], [loaded], 4)
 
 
 def test_checksum_of_the_header_decides_what_is_compared(blobs: BlobFolder) -> None:
@@ -839,7 +842,7 @@ def test_suffix_up_to_the_room_needs_no_allocation(
     layer = KVCache() if bits is None else QuantizedKVCache(32, bits)
     segment = encode([filled(layer, 70)], 0, 70)
     fresh: list[Any] = [KVCache()]
-    fresh[:] = codec.restore(fresh, [load(publish(blobs, segment, 0, 70))], room)
+    fresh[:] = restore.restore(fresh, [load(publish(blobs, segment, 0, 70))], room)
     before = capacity(fresh[0])
 
     suffix = rows(room - 70)
@@ -882,7 +885,7 @@ def test_restored_cache_gives_the_logits_of_the_live_one_to_the_bit(
 
     restored = make_prompt_cache(model)
     parts = [publish(blobs, encode(live, *c, token_ids), *c) for c in cuts]
-    restored[:] = codec.restore(
+    restored[:] = restore.restore(
         restored, [load(p, token_ids=token_ids) for p in parts], 100
     )
 

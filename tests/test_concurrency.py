@@ -12,7 +12,7 @@ from invariants import check_invariants
 
 from promptcache import CachedGenerator, PrefixStore
 from promptcache.errors import StoreError
-from promptcache.reports import PrunePolicy
+from promptcache.store.reports import PrunePolicy
 
 SECONDS, SEED = 20.0, 7
 PROMPT = [i % 250 for i in range(100)]
@@ -80,7 +80,7 @@ def test_prefix_that_is_being_loaded_survives_prune(
 
 def prune_while_loading(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Let another process evict everything once all files of a load are open."""
-    from promptcache.reading import LoadedSegment, Reading
+    from promptcache.kvcache.loading.segment_loader import LoadedSegment, Reading
 
     pruned: list[bool] = []
     finish = Reading.finish

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -9,10 +10,10 @@ import pytest
 
 from benchmarks import architectures, conformance
 from benchmarks.conformance import Result, Subject
-from promptcache import codec
-from promptcache.rendering import RenderedPrompt
-from promptcache.resuming import resume
-from promptcache.types import EncodedSegment, Match
+from promptcache.kvcache import encode, restore
+from promptcache.prompts.render import RenderedPrompt
+from promptcache.segments.types import EncodedSegment, Match
+from promptcache.tiers.disk_tier import resume
 
 # Of the last bits, where the last token is read alone: see docs/models.md.
 ROUNDING = 1e-4
@@ -117,18 +118,18 @@ def by_trimming(name: str, part: Any, segments: Sequence[Any], room: int) -> Any
     return filled
 
 
-FILLED_ROWS = codec.filled_in_place
-FILLED_WINDOW = codec.filled_window
-PUT_STATE = codec.put_state
-ENCODED = codec._encoded
-RESTORE_WINDOW = codec._RESTORE[codec.Treatment.WINDOW]
+FILLED_ROWS = restore.filled_in_place
+FILLED_WINDOW = restore.filled_window
+PUT_STATE = restore.put_state
+ENCODED = encode._encoded
+RESTORE_WINDOW = restore._RESTORE[restore.Treatment.WINDOW]
 
-SABOTAGE: dict[str, tuple[str, Callable[..., Any]]] = {
-    "llama": ("filled_in_place", without_offset),
-    "gemma3_text": ("filled_window", with_arrays_only),
-    "deepseek_v41": ("put_state", with_arrays_only_of_state),
-    "qwen3": ("_encoded", in_half_precision),
-    "mamba2": ("_encoded", in_half_precision),
+SABOTAGE: dict[str, tuple[ModuleType, str, Callable[..., Any]]] = {
+    "llama": (restore, "filled_in_place", without_offset),
+    "gemma3_text": (restore, "filled_window", with_arrays_only),
+    "deepseek_v41": (restore, "put_state", with_arrays_only_of_state),
+    "qwen3": (encode, "_encoded", in_half_precision),
+    "mamba2": (encode, "_encoded", in_half_precision),
 }
 
 
@@ -153,7 +154,7 @@ def test_a_codec_that_loses_something_is_seen(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = result_of(name, tmp_path / "sound")
-    monkeypatch.setattr(codec, *SABOTAGE[name])
+    monkeypatch.setattr(*SABOTAGE[name])
 
     broken = result_of(name, tmp_path / "broken")
 
@@ -166,7 +167,7 @@ def test_a_codec_that_loses_something_is_seen(
 def test_a_codec_that_trims_a_wrapped_window_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(codec._RESTORE, codec.Treatment.WINDOW, by_trimming)  # type: ignore[arg-type]
+    monkeypatch.setitem(restore._RESTORE, restore.Treatment.WINDOW, by_trimming)  # type: ignore[arg-type]
 
     broken = result_of("gemma3_text", tmp_path)
 
@@ -178,7 +179,7 @@ def test_a_hit_that_reads_everything_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "promptcache.starting.resume",
+        "promptcache.tiers.prefix_cache.resume",
         lambda store, fingerprint, cache, token_ids, **options: resume(
             store, fingerprint, list(cache), token_ids, **options
         )._replace(match=Match(), cached_tokens=0),

@@ -18,7 +18,7 @@ from promptcache import (
     StoreError,
     UsageError,
 )
-from promptcache.blobs import BlobFolder
+from promptcache.store.blobs.folder import BlobFolder
 
 CONFIGS = {
     "llama": tiny.LLAMA,

@@ -13,8 +13,8 @@ import pytest
 from segments import TINY, save, tokens
 from steps import Step, steps_of
 
-from promptcache.reports import PrunePolicy
 from promptcache.store import PrefixStore
+from promptcache.store.reports import PrunePolicy
 
 HARNESS = Path(crash.__file__)
 SEED = 20_261_125

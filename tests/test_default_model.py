@@ -18,10 +18,10 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from promptcache import default_model as default
-from promptcache.default_model import Wheel, create_once, ensure_default_model
 from promptcache.errors import ModelError
-from promptcache.gguf import (
+from promptcache.models.default import download as default
+from promptcache.models.default.download import Wheel, create_once, ensure_default_model
+from promptcache.models.default.gguf import (
     convert_gguf,
     llama_name,
     llama_weights,

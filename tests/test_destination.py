@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from promptcache import capturing, codec, reading
-from promptcache.blobs import BlobFolder
-from promptcache.chain import pack
-from promptcache.destination import Destination
 from promptcache.errors import DamagedBlobError, StoreError
-from promptcache.treatment import parts_of
-from promptcache.types import Fingerprint, SegmentInfo, SegmentSlice
+from promptcache.kvcache import encode, restore, snapshot
+from promptcache.kvcache.classes import parts_of
+from promptcache.kvcache.loading import segment_loader
+from promptcache.kvcache.loading.row_buffers import Destination
+from promptcache.segments.chain import pack
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.segments.types import SegmentInfo, SegmentSlice
+from promptcache.store.blobs.folder import BlobFolder
 
 TOKEN_IDS = list(range(300))
 ROOM = 500
@@ -38,8 +40,8 @@ def filled(num_tokens: int, dtype: mx.Dtype = mx.float32) -> list[KVCache]:
 
 
 def save(blobs: BlobFolder, cache: list[KVCache], start: int, end: int) -> str:
-    captures = [capturing.capture(cache, 0, cache[0].offset)]
-    segment = codec.encode_rows(cache, captures, TOKEN_IDS, start, end)
+    captures = [snapshot.capture(cache, 0, cache[0].offset)]
+    segment = encode.encode_rows(cache, captures, TOKEN_IDS, start, end)
     fingerprint = Fingerprint("0" * 32, "tiny")
     key = f"{start:016x}{end:016x}"
     blobs.publish(
@@ -50,11 +52,11 @@ def save(blobs: BlobFolder, cache: list[KVCache], start: int, end: int) -> str:
 
 def load(
     blobs: BlobFolder, key: str, part: tuple[int, int, int], destination: Destination
-) -> reading.LoadedSegment:
+) -> segment_loader.LoadedSegment:
     start, stop, end = part
     ids = pack(TOKEN_IDS[start:stop])
     taken = SegmentSlice(key, start, stop, end)
-    return reading.load(
+    return segment_loader.load(
         blobs.path(key), blobs.read_header(key), taken, ids, destination
     )
 
@@ -74,7 +76,7 @@ def test_rows_of_segments_come_back_to_the_bit(
             load(blobs, keys[0], (0, first, 100), destination),
             load(blobs, keys[1], (first, last, 300), destination),
         ]
-        restored = codec.restore(fresh, segments, ROOM)
+        restored = restore.restore(fresh, segments, ROOM)
 
     for layer, other in zip(live, restored, strict=True):
         assert other.offset == last
@@ -96,7 +98,7 @@ def test_cache_goes_on_in_the_memory_that_was_read_to(blobs: BlobFolder) -> None
     fresh = [KVCache() for _ in range(3)]
     with Destination(dict(parts_of(fresh)), ROOM) as destination:
         loaded = load(blobs, key, (0, 300, 300), destination)
-        restored = codec.restore(fresh, [loaded], ROOM)
+        restored = restore.restore(fresh, [loaded], ROOM)
     del loaded
     before = [address(layer.keys) for layer in restored]
 
@@ -111,8 +113,8 @@ def test_parts_of_another_kind_are_read_as_before(blobs: BlobFolder) -> None:
     cache = [KVCache(), RotatingKVCache(512)]
     for layer in cache:
         layer.update_and_fetch(*mx.random.normal((2, 1, 2, 40, 8)))
-    captures = [capturing.capture(cache, 0, 40)]
-    segment = codec.encode_rows(cache, captures, TOKEN_IDS, 0, 40)
+    captures = [snapshot.capture(cache, 0, 40)]
+    segment = encode.encode_rows(cache, captures, TOKEN_IDS, 0, 40)
     info = SegmentInfo(
         "ab" * 16, "0" * 32, Fingerprint("0" * 32, "t"), 0, 40, True, 1.0
     )
@@ -121,7 +123,7 @@ def test_parts_of_another_kind_are_read_as_before(blobs: BlobFolder) -> None:
 
     with Destination(dict(parts_of(fresh)), ROOM) as destination:
         loaded = load(blobs, info.key, (0, 40, 40), destination)
-        restored = codec.restore(fresh, [loaded], ROOM)
+        restored = restore.restore(fresh, [loaded], ROOM)
 
     assert loaded.taken == {"layers.0.keys", "layers.0.values"}
     for layer, other in zip(cache, restored, strict=True):
@@ -151,7 +153,7 @@ def test_blob_that_ends_early_is_damaged(blobs: BlobFolder) -> None:
         Destination({"0": KVCache(), "1": KVCache(), "2": KVCache()}, ROOM) as place,
         pytest.raises((DamagedBlobError, StoreError)),
     ):
-        reading.load(blobs.path(key), header, part, pack(TOKEN_IDS), place)
+        segment_loader.load(blobs.path(key), header, part, pack(TOKEN_IDS), place)
 
 
 def test_rows_of_another_shape_are_not_taken(blobs: BlobFolder) -> None:

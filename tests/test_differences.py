@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from promptcache.differences import Difference, compare
-from promptcache.volatility import KINDS
+from promptcache.explain.text_diff import Difference, compare
+from promptcache.explain.volatile_text import KINDS
 
 FORMS = ["whitespace", "line endings", "letter case", "Unicode form"]
 BEFORE = "You are a careful assistant. "

@@ -24,10 +24,10 @@ from segments import (
 from steps import failing, steps_of
 
 from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning
-from promptcache.allowance import Allowance
-from promptcache.blobs import BlobFolder
 from promptcache.errors import StoreError, StoreFullError
-from promptcache.reports import PrunePolicy
+from promptcache.store.blobs.folder import BlobFolder
+from promptcache.store.maintenance.disk_budget import Allowance
+from promptcache.store.reports import PrunePolicy
 
 OLD, NEW = tokens(70), [9, *tokens(40)]
 

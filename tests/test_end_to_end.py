@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from promptcache import CachedGenerator
-from promptcache.default_model import ensure_default_model
-from promptcache.prompt_parts import compose
+from promptcache.models.default.download import ensure_default_model
+from promptcache.prompts.parts import compose
 
 NARRATOR = Path(__file__).parents[1] / "docs" / "examples" / "narrator.txt"
 # Enough for a warm start to be worth it, and read in a few seconds.

@@ -7,13 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import trees
 
-from promptcache.eviction import (
+from promptcache.segments.types import Worth
+from promptcache.store.index.rows import CheckpointRow, Leaf
+from promptcache.store.maintenance.eviction import (
     CHECKPOINT_SPACING,
     CHECKPOINTS_BESIDE,
     plan_eviction,
     surplus_checkpoints,
 )
-from promptcache.types import CheckpointRow, Leaf, Worth
 
 anything = settings(deadline=None, max_examples=300)
 sets_of_ids = st.sets(st.integers(1, 25), max_size=3)

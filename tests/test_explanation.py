@@ -16,11 +16,11 @@ from commands import tree_hash
 from test_generator_identity import LORA, save_adapter
 
 from promptcache import CachedGenerator, PrefixStore
-from promptcache.explanation import Explanation
-from promptcache.prompt_parts import compose
-from promptcache.reports import PrunePolicy
-from promptcache.settings import Settings
-from promptcache.types import Fingerprint
+from promptcache.explain.types import Explanation
+from promptcache.models.settings import Settings
+from promptcache.prompts.parts import compose
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.store.reports import PrunePolicy
 
 # An argument changes the beginning, another one the very end; answers that are
 # history lose their thinking.

@@ -14,9 +14,9 @@ from segments import TINY, publish, save, tokens
 from steps import failing, looks_of
 
 from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning
-from promptcache.blobs import BlobFolder
 from promptcache.errors import StoreError
-from promptcache.reports import PrunePolicy
+from promptcache.store.blobs.folder import BlobFolder
+from promptcache.store.reports import PrunePolicy
 
 OTHER, HEAD = list(range(10, 60)), list(range(100, 140))
 PROMPT = [*HEAD, *range(60, 80)]

@@ -6,7 +6,8 @@ import importlib.util
 import json
 from pathlib import Path
 
-from promptcache.fingerprint import hash_implementation, make_fingerprint
+from promptcache.models.identity.source import hash_implementation
+from promptcache.segments.fingerprint import make_fingerprint
 
 
 def test_fingerprint_covers_its_parts_only() -> None:

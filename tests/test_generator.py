@@ -21,9 +21,9 @@ from promptcache import (
     UnsupportedCacheError,
     UsageError,
 )
-from promptcache.blobs import BlobFolder
-from promptcache.generation import GenerationResponse
-from promptcache.request import AUTO_SAVE_TOKENS
+from promptcache.engine.response import GenerationResponse
+from promptcache.store.blobs.folder import BlobFolder
+from promptcache.tiers.prompt_read import AUTO_SAVE_TOKENS
 
 MAX_TOKENS = 24
 

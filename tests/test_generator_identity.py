@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from promptcache import CachedGenerator, ModelError, PrefixStore
-from promptcache.settings import DEFAULT_SETTINGS, Settings
+from promptcache.models.settings import DEFAULT_SETTINGS, Settings
 
 LORA = {
     "fine_tune_type": "lora",

@@ -15,13 +15,8 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from promptcache import (
-    CachedGenerator,
-    PrefixStore,
-    PromptCacheWarning,
-    StoreError,
-    generation,
-)
+from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning, StoreError
+from promptcache.engine import generation
 
 PROMPT: list[int] = mx.random.randint(0, 256, (100,), key=mx.random.key(3)).tolist()
 # Segments end at 32, 64 and here.

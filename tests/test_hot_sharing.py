@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 from test_hot_tier import PLENTY, ids, read, rows
 
-from promptcache.hot_tier import MOST_PIECES, HotTier
+from promptcache.tiers.memory_tier import MOST_PIECES, HotTier
 
 
 def add(tier: HotTier, token_ids: list[int]) -> None:

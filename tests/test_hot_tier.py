@@ -14,8 +14,8 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from benchmarks import architectures
 from benchmarks.conformance import CountingModel
 from promptcache import CachedGenerator, PrefixStore
-from promptcache.hot_tier import HotTier
-from promptcache.treatment import parts_of
+from promptcache.kvcache.classes import parts_of
+from promptcache.tiers.memory_tier import HotTier
 
 MODEL = architectures.build("llama")
 PLENTY = 10**9

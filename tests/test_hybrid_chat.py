@@ -16,9 +16,9 @@ from test_rendering import REAL_TEMPLATES
 from benchmarks import architectures
 from benchmarks.conformance import CountingModel
 from promptcache import CachedGenerator, PrefixStore, UsageError
-from promptcache.blobs import BlobFolder
-from promptcache.rendering import RenderedPrompt
-from promptcache.types import BlobHeader
+from promptcache.prompts.render import RenderedPrompt
+from promptcache.segments.blob_format import BlobHeader
+from promptcache.store.blobs.folder import BlobFolder
 
 NUM_TURNS = 20
 SYSTEM = "You are the keeper of the lighthouse. " * 8

@@ -22,11 +22,12 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from test_generator_identity import LORA, save_adapter
 
 from benchmarks import architectures
-from promptcache import CachedGenerator, ModelError, PrefixStore, array_digests
-from promptcache.array_digests import ArrayDigests
-from promptcache.identity import IdentifiedModel, identify
-from promptcache.loading import load
-from promptcache.module_tree import Snapshot, describe, plain
+from promptcache import CachedGenerator, ModelError, PrefixStore
+from promptcache.models.identity import array_digests
+from promptcache.models.identity.array_digests import ArrayDigests
+from promptcache.models.identity.identity import IdentifiedModel, identify
+from promptcache.models.identity.module_tree import Snapshot, describe, plain
+from promptcache.models.load import load
 
 PROMPT = list(range(50, 90))
 

@@ -22,18 +22,13 @@ from segments import (
     tree_hash,
 )
 
-from promptcache.chain import Chain
 from promptcache.errors import DamagedIndexError, StoreError, StoreFormatError
-from promptcache.index import ROOT_ID, SCHEMA_VERSION, Index
+from promptcache.segments.chain import Chain
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.segments.types import AT_ANY_TOKEN, Resumption, SegmentInfo, Worth
 from promptcache.store import PrefixStore
-from promptcache.types import (
-    AT_ANY_TOKEN,
-    CheckpointRow,
-    Fingerprint,
-    Resumption,
-    SegmentInfo,
-    Worth,
-)
+from promptcache.store.index import ROOT_ID, SCHEMA_VERSION, Index
+from promptcache.store.index.rows import CheckpointRow
 
 OTHER = fingerprint("other")
 

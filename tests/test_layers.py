@@ -1,9 +1,10 @@
 """The architecture: who may import what, and who may do what."""
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -26,136 +27,15 @@ TREES = {
 }
 MODULES = sorted(name for name in TREES if name != "__init__")
 
-# From the bottom up; a module imports from lower lines only.
-LAYERS = [
-    ["printable"],
-    ["errors", "locks"],
-    [
-        *[
-            "units",
-            "names",
-            "types",
-            "writer",
-            "checksum",
-            "files",
-            "inventory",
-            "chain",
-            "state",
-            "treatment",
-            "at_rest",
-        ],
-        "length_dependence",
-        "module_tree",
-        "array_digests",
-        "chat_prompt",
-    ],
-    [
-        "cover",
-        "cutting",
-        "stretches",
-        "manifest",
-        "reports",
-        "transcript",
-        "volatility",
-    ],
-    ["prompt_parts", "plain_rows", "culprits", "explanation"],
-    ["header", "layout"],
-    ["destination", "differences", "hot_tier"],
-    ["uploading", "reading", "index.schema"],
-    ["index.database"],
-    ["index.fingerprints", "index.prefixes", "index.uses", "index.clock"],
-    ["index.history"],
-    ["index.index"],
-    [
-        "location",
-        "allowance",
-        "fingerprint",
-        "blobs",
-        "index",
-        "eviction",
-        "capturing",
-    ],
-    ["known_models"],
-    ["chat_template", "codec", "matching", "memory", "recovery"],
-    ["splitting"],
-    ["pruning"],
-    ["neighbourhood", "identity", "store.secret"],
-    ["store.folder", "store.listing", "store.room", "store.speeds"],
-    ["store.receipts", "store.segment_writer"],
-    ["store.store"],
-    ["store"],
-    ["prefill", "rendering", "sampling", "gguf"],
-    ["inquiry", "lint"],
-    ["default_model", "decoding", "saving", "settings", "json_form"],
-    ["loading", "quiet_saver", "request", "resuming", "speculation"],
-    ["loaded_model", "starting"],
-    ["generation"],
-    ["building"],
-    ["generator"],
-    ["conversation", "parity", "syncing"],
-    *[
-        [f"server.{name}" for name in layer]
-        for layer in [
-            [
-                "mlx_lm_server",
-                "served_model",
-                "served_prompt",
-                "metrics",
-                "background_saver",
-            ],
-            ["request_check", "api_keys"],
-            ["model_provider", "served_request", "clerk"],
-            ["served_cache"],
-            ["single_flight", "cache_api"],
-            ["response_generator"],
-            ["api_errors"],
-            ["api_handler"],
-            ["http_server"],
-        ]
-    ],
-    ["server"],
-]
-HEIGHTS = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+# The layers from the top, as the page lists them.
+PAGE = (PACKAGE.parent / "docs/architecture.md").read_text()
+ROWS = re.findall(r"^\| (\d) \| ((?:`\w+` ?)+)\|", PAGE, re.MULTILINE)
+LAYERS = {name: int(n) for n, names in ROWS for name in re.findall(r"\w+", names)}
+# Its parts build on one another.
+LOWEST = 1
 
-# Where tensors live. The first import mlx when they are imported themselves.
-TENSOR_MODULES = {
-    "building",
-    "decoding",
-    "generation",
-    "generator",
-    "loaded_model",
-    "parity",
-    "request",
-    "sampling",
-    "server.http_server",
-    "server.mlx_lm_server",
-    "server.model_provider",
-    "server.response_generator",
-    "server.served_cache",
-    "speculation",
-    "starting",
-}
-LAZY_TENSOR_MODULES = {
-    "array_digests",
-    "at_rest",
-    "capturing",
-    "codec",
-    "default_model",
-    "destination",
-    "gguf",
-    "loading",
-    "memory",
-    "module_tree",
-    "plain_rows",
-    "prefill",
-    "quiet_saver",
-    "reading",
-    "resuming",
-    "saving",
-    "uploading",
-    "state",
-    "treatment",
-}
+# Where tensors live.
+TENSOR_PARTS = {"engine", "generator", "kvcache", "models", "parity", "server", "tiers"}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -166,17 +46,6 @@ def imports(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def imports_on_import(tree: ast.Module) -> Iterator[str]:
-    """Yield what is imported outside of functions and of `if TYPE_CHECKING`."""
-    for node in tree.body:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        # A class is made on import, its methods' bodies are not run.
-        for part in node.body if isinstance(node, ast.ClassDef) else [node]:
-            if not isinstance(part, ast.FunctionDef):
-                yield from imports(part)
 
 
 def own_imports(name: str) -> set[str]:
@@ -197,28 +66,70 @@ def code_of(name: str) -> str:
     return ast.unparse(TREES[name])
 
 
-def test_every_module_has_a_layer() -> None:
-    assert sorted(HEIGHTS) == MODULES
+def part_of(module: str) -> str:
+    """Return the package, or the module at the top, that a module belongs to."""
+    return module.split(".")[0]
 
 
-def test_the_architecture_page_names_every_module() -> None:
-    page = (PACKAGE.parent / "docs/architecture.md").read_text()
-    named = page.split("```")[1].split()
+def too_high(module: str, imported: set[str]) -> set[str]:
+    """Return what a module may not import because of its layer."""
+    part = part_of(module)
+    others = {name for name in imported if part_of(name) != part}
+    height = LAYERS[part] + (LAYERS[part] == LOWEST)
+    return {name for name in others if LAYERS[part_of(name)] >= height}
 
-    assert {name.split(".")[-1] for name in MODULES} - set(named) == set()
+
+def cycle_in(imports: Mapping[str, set[str]]) -> list[str]:
+    """Return modules that import each other in a circle, if there are any."""
+    left = {name: {*imported} for name, imported in imports.items()}
+    while free := {name for name, imported in left.items() if not imported}:
+        left = {n: imported - free for n, imported in left.items() if n not in free}
+    return sorted(left)
+
+
+def test_every_package_has_a_layer() -> None:
+    assert sorted(LAYERS) == sorted({part_of(name) for name in MODULES})
+    assert len({*LAYERS.values()}) <= 7
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_module_imports_from_lower_layers_only(name: str) -> None:
-    too_high = {i for i in own_imports(name) if HEIGHTS[i] >= HEIGHTS[name]}
+    assert too_high(name, own_imports(name)) == set()
 
-    assert too_high == set()
+
+def test_imports_make_no_cycle() -> None:
+    assert cycle_in({name: own_imports(name) for name in MODULES}) == []
+
+
+def test_an_import_of_the_same_or_a_higher_layer_is_seen() -> None:
+    assert too_high("store.lookup", {"kvcache.encode"}) == {"kvcache.encode"}
+    assert too_high("tiers.saver", {"engine.prefill"}) == {"engine.prefill"}
+    assert too_high("files", {"store"}) == {"store"}
+    assert too_high("files", {"locks"}) == set()
+    assert too_high("store.lookup", {"store.writer", "segments.chain"}) == set()
+
+
+def test_a_cycle_is_seen() -> None:
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+
+
+def test_every_package_says_what_it_is_for() -> None:
+    packages = {"", *(name for name in MODULES if has_modules(name))}
+    documents = {
+        name: ast.get_docstring(TREES[name or "__init__"]) for name in packages
+    }
+
+    assert [name for name, text in documents.items() if not text] == []
+
+
+def has_modules(name: str) -> bool:
+    return any(module.startswith(f"{name}.") for module in MODULES)
 
 
 def test_imports_are_seen() -> None:
-    assert own_imports("store.store") >= {"location", "chain", "errors", "store.room"}
-    assert own_imports("index.prefixes") >= {"index.database", "index.schema", "types"}
-    assert own_imports("default_model") >= {"gguf"}
+    assert own_imports("store.store") >= {"config", "segments.chain", "errors"}
+    assert own_imports("store.index.prefixes") >= {"store.index.database"}
+    assert own_imports("models.default.download") >= {"models.default.gguf"}
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -228,30 +139,21 @@ def test_library_never_imports_the_command_line(name: str) -> None:
     assert not found & {"promptcache_cli", "click", "rich"}
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_mlx_is_imported_where_tensors_live_only(name: str) -> None:
+def test_mlx_is_imported_where_tensors_live_only() -> None:
     tensors = {"mlx", "mlx_lm", "tokenizers", "transformers"}
-    lazily = top_names(imports(TREES[name])) & tensors
-    at_once = top_names(imports_on_import(TREES[name])) & tensors
+    users = {part_of(n) for n in TREES if top_names(imports(TREES[n])) & tensors}
 
-    assert not lazily or name in TENSOR_MODULES | LAZY_TENSOR_MODULES
-    assert not at_once or name in TENSOR_MODULES
-
-
-def test_modules_that_may_import_mlx_do() -> None:
-    users = {n for n in TREES if top_names(imports(TREES[n])) & {"mlx", "mlx_lm"}}
-
-    assert users == TENSOR_MODULES | LAZY_TENSOR_MODULES
+    assert users == TENSOR_PARTS
 
 
 @pytest.mark.parametrize(
     ("module", "owners"),
     [
-        ("sqlite3", {"index.database", "index.schema"}),
-        ("sqlite_utils", {"index.schema"}),
-        ("platformdirs", {"location"}),
+        ("sqlite3", {"store.index.database", "store.index.schema"}),
+        ("sqlite_utils", {"store.index.schema"}),
+        ("platformdirs", {"config"}),
         ("fcntl", {"files", "locks"}),
-        ("subprocess", {"default_model", "locks"}),
+        ("subprocess", {"models.default.download", "locks"}),
     ],
 )
 def test_module_has_its_owners(module: str, owners: set[str]) -> None:
@@ -263,9 +165,9 @@ def test_module_has_its_owners(module: str, owners: set[str]) -> None:
     [
         (
             [".unlink(", "os.remove", "rmtree", ".rmdir("],
-            {"blobs", "default_model", "files"},
+            {"files", "models.default.download", "store.blobs.folder"},
         ),
-        (["environ", "getenv"], {"location"}),
+        (["environ", "getenv"], {"config"}),
         (["pickle"], set()),
     ],
 )

@@ -14,8 +14,8 @@ import tiny
 from test_generator import OTHER, PROMPT, Run, ids, largest_difference
 
 from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning, UsageError
-from promptcache.length_dependence import LengthDependence, length_dependence
-from promptcache.settings import Settings
+from promptcache.models.length_dependence import LengthDependence, length_dependence
+from promptcache.models.settings import Settings
 
 MAX_POSITION = 64
 DYNAMIC = {

@@ -14,8 +14,8 @@ from click.testing import Result
 from commands import invoke, ok
 
 from promptcache import CachedGenerator, PrefixStore
-from promptcache.lint import VolatileText
-from promptcache.prompt_parts import PromptParts
+from promptcache.explain.lint import VolatileText
+from promptcache.prompts.parts import PromptParts
 
 STRFTIME = '<|day|>{{ strftime_now("%Y-%m-%d") }}<|end|>' + tiny.CHAT_TEMPLATE
 # As in Llama 3's template.

@@ -8,7 +8,8 @@ import pytest
 from commands import ok
 
 from promptcache import CachedGenerator, PrefixStore
-from promptcache.types import Fingerprint, LoadEstimate
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.store.types import LoadEstimate
 
 PROMPT = [(11 * i) % 256 for i in range(1500)]
 FINGERPRINT = Fingerprint("ab" * 16, "model")

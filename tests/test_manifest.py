@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promptcache.errors import UsageError
-from promptcache.manifest import (
+from promptcache.project.manifest import (
     CHOICES_BY_INTEGER_KEY,
     MANIFEST_KEYS,
     PROMPT_KEYS,

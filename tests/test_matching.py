@@ -28,12 +28,12 @@ from segments import (
 )
 from strategies import prompts
 
-from promptcache.chain import Chain
-from promptcache.index import Index
-from promptcache.matching import longest_rows
+from promptcache.segments.chain import Chain
+from promptcache.segments.types import AT_ANY_TOKEN, EncodedSegment, Match, Resumption
 from promptcache.store import PrefixStore
-from promptcache.store.segment_writer import SegmentWriter
-from promptcache.types import AT_ANY_TOKEN, EncodedSegment, Match, Resumption
+from promptcache.store.index import Index
+from promptcache.store.lookup import longest_rows
+from promptcache.store.writer import SegmentWriter
 
 OTHER = fingerprint("other")
 

@@ -19,7 +19,7 @@ from test_bad_bytes import ODD, PROMPT, copied, filled, forge, fuzz, watched
 
 from promptcache import PrefixStore
 from promptcache.errors import DamagedIndexError, StoreError
-from promptcache.reports import PrunePolicy
+from promptcache.store.reports import PrunePolicy
 from promptcache_cli.main import cli
 
 __all__ = ["filled"]

@@ -9,7 +9,7 @@ import click
 from mlx_lm import server
 from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator
 
-from promptcache.server.mlx_lm_server import changes, told
+from promptcache.server.backend.compat import changes, told
 
 
 def test_mlx_lm_server_is_as_it_is_used() -> None:
@@ -45,7 +45,7 @@ def test_what_mlx_lm_moves_is_told_by_name() -> None:
 
 
 def test_serve_takes_all_options_of_mlx_lms_server() -> None:
-    from promptcache_cli.serve import serve
+    from promptcache_cli.commands.serve import serve
 
     source = inspect.getsource(server.main)
     wanted = set(re.findall(r'"(--[a-z-]+)"', source))

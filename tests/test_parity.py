@@ -10,9 +10,10 @@ import mlx_lm
 import pytest
 from commands import assert_fails, invoke, ok
 
-from promptcache import CachedGenerator, PrefixStore, UsageError, codec
+from promptcache import CachedGenerator, PrefixStore, UsageError
+from promptcache.kvcache import restore
 from promptcache.parity import ParityReport, check_parity
-from promptcache.rendering import RenderedPrompt
+from promptcache.prompts.render import RenderedPrompt
 
 STEP_SIZE = 32
 PROMPT = RenderedPrompt([(7 * i) % 480 + 5 for i in range(150)], (50, 140))
@@ -108,12 +109,12 @@ def test_what_tight_mode_stored_is_not_reused_in_exact_mode(
 def test_tokens_that_differ_are_seen(
     generator: CachedGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    filled = codec.filled_in_place
+    filled = restore.filled_in_place
 
     def shuffled(part: Any, arrays: list[mx.array], position: int) -> Any:
         return filled(part, [mx.roll(a, 1, axis=-2) * 3 for a in arrays], position)
 
-    monkeypatch.setattr(codec, "filled_in_place", shuffled)
+    monkeypatch.setattr(restore, "filled_in_place", shuffled)
 
     report = parity(generator, exact=True)
 
@@ -192,9 +193,9 @@ def test_json_tells_every_cut() -> None:
 def test_exit_code_is_1_if_tokens_differ_in_exact_mode(
     mode: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    filled = codec.filled_in_place
+    filled = restore.filled_in_place
     monkeypatch.setattr(
-        codec,
+        restore,
         "filled_in_place",
         lambda part, arrays, position: filled(part, [a * -9 for a in arrays], position),
     )

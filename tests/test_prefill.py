@@ -10,7 +10,9 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
-from promptcache.prefill import Cuts, KVSettings, prefill
+from promptcache.engine.prefill import prefill
+from promptcache.kvcache.kv_quantization import KVSettings
+from promptcache.models.prefill_plan import Cuts
 
 TOKEN_IDS = [(31 * i + i * i) % 256 for i in range(300)]
 

@@ -11,11 +11,12 @@ import pytest
 from invariants import check_modes
 from segments import TINY, blob_path, blob_paths, save, tokens, tree_hash
 
-from promptcache import CachedGenerator, PrefixStore, default_model
-from promptcache.blobs import BlobFolder
+from promptcache import CachedGenerator, PrefixStore
+from promptcache.chat.transcript import Transcript, transcript_path
 from promptcache.errors import DamagedBlobError, StoreError
-from promptcache.reports import PrunePolicy
-from promptcache.transcript import Transcript, transcript_path
+from promptcache.models.default import download
+from promptcache.store.blobs.folder import BlobFolder
+from promptcache.store.reports import PrunePolicy
 
 PROMPT = [i % 250 for i in range(100)]
 
@@ -124,11 +125,11 @@ def test_everything_is_synced_by_what_a_mac_has_for_it(
     assert len(synced) == 4
 
     def fill(unfinished: Path) -> None:
-        for name in default_model.FILES:
+        for name in download.FILES:
             (unfinished / name).touch()
 
-    default_model.create_once(tmp_path / "model", fill, source=tmp_path / "source")
-    assert len(synced) == 4 + len(default_model.FILES) + 2
+    download.create_once(tmp_path / "model", fill, source=tmp_path / "source")
+    assert len(synced) == 4 + len(download.FILES) + 2
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

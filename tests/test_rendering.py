@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from promptcache import UsageError
-from promptcache.chat_prompt import is_messages
-from promptcache.chat_template import encode_text, render
-from promptcache.prompt_parts import compose
-from promptcache.rendering import render_open, render_prompt
+from promptcache.prompts.chat import is_messages
+from promptcache.prompts.parts import compose
+from promptcache.prompts.render import render_open, render_prompt
+from promptcache.prompts.template import encode_text, render
 
 REAL_TEMPLATES = Path(__file__).parents[2] / "shared" / "data" / "chat-templates"
 SYSTEM = "You narrate. Answer briefly, in one sentence."

@@ -10,7 +10,7 @@ from mlx_lm.utils import load_tokenizer
 from benchmarks import replay
 from benchmarks.conformance import CountingModel
 from promptcache import CachedGenerator, PrefixStore
-from promptcache.default_model import ensure_default_model
+from promptcache.models.default.download import ensure_default_model
 
 TAU_BENCH = (
     Path(__file__).parents[2] / "shared" / "data" / "tau-bench" / "gpt-4o-airline.json"

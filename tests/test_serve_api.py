@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import Server, ask, running, system_and
 
 from benchmarks.served import wait_until
-from promptcache.server.api_keys import ApiKeys, is_loopback
+from promptcache.server.http.auth import ApiKeys, is_loopback
 
 SYSTEM = "You are the narrator of a long story about a lighthouse. " * 12
 ANNA, BERT, METRICS = "sk-anna-1", "sk-bert-2", "sk-metrics-3"

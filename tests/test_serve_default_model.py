@@ -10,7 +10,7 @@ import mlx_lm
 import pytest
 from serving import Messages, Server, ask, ask_at_once, running, system_and
 
-from promptcache.default_model import ensure_default_model
+from promptcache.models.default.download import ensure_default_model
 
 pytestmark = pytest.mark.slow
 

@@ -8,12 +8,13 @@ import mlx.core as mx
 import pytest
 
 from benchmarks import architectures
-from promptcache.loaded_model import LoadedModel
-from promptcache.prefill import Cuts, prefill
-from promptcache.server.served_cache import ServedCache
-from promptcache.server.served_prompt import Reading, ServedPrompt
-from promptcache.server.single_flight import SingleFlight
-from promptcache.settings import DEFAULT_SETTINGS
+from promptcache.engine.prefill import prefill
+from promptcache.models.loaded import LoadedModel
+from promptcache.models.prefill_plan import Cuts
+from promptcache.models.settings import DEFAULT_SETTINGS
+from promptcache.server.backend.prompt_cache import ServedCache
+from promptcache.server.backend.request_state import Reading, ServedPrompt
+from promptcache.server.backend.single_flight import SingleFlight
 from promptcache.store import PrefixStore
 
 MODEL = LoadedModel(architectures.build("llama"))

@@ -18,9 +18,10 @@ import workers
 from invariants import check_invariants, check_modes
 from segments import TINY, blob_paths, cached_tokens, expected_key, save, tokens
 
-from promptcache import CachedGenerator, PrefixStore, pruning
+from promptcache import CachedGenerator, PrefixStore
 from promptcache.errors import StoreError
-from promptcache.reports import PrunePolicy
+from promptcache.store.maintenance import prune
+from promptcache.store.reports import PrunePolicy
 
 
 @pytest.fixture
@@ -298,7 +299,7 @@ def test_no_blob_goes_by_what_a_replaced_index_says(path: Path) -> None:
         database = store._index.database
         with pytest.raises(StoreError, match="replaced"), database.writing():
             delete(path)
-            pruning.remove_blobs(store._index, store._blobs, [key])
+            prune.remove_blobs(store._index, store._blobs, [key])
 
         assert [blob.stem for blob in blob_paths(store)] == [key]
 

@@ -19,7 +19,7 @@ from test_generator import (
 )
 
 from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning, UsageError
-from promptcache.speculation import DraftedModel
+from promptcache.models.draft import DraftedModel
 
 MAX_TOKENS = 12
 

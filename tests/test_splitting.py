@@ -30,12 +30,12 @@ from segments import (
 )
 from strategies import prompts
 
-from promptcache.blobs import BlobFolder
-from promptcache.chain import pack
 from promptcache.errors import DamagedBlobError, PromptCacheWarning
-from promptcache.reports import PrunePolicy
+from promptcache.segments.chain import pack
+from promptcache.segments.types import Resumption, SegmentInfo
 from promptcache.store import PrefixStore
-from promptcache.types import Resumption, SegmentInfo
+from promptcache.store.blobs.folder import BlobFolder
+from promptcache.store.reports import PrunePolicy
 
 SECRET = tokens(70)
 PIRATE = [*tokens(40), *tokens(30, first=900)]

@@ -11,8 +11,9 @@ from invariants import check_invariants
 from test_generator import cold, ids, largest_difference, run
 
 from promptcache import CachedGenerator, PrefixStore
-from promptcache.chain import pack
-from promptcache.types import Fingerprint, Match
+from promptcache.segments.chain import pack
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.segments.types import Match
 
 SHARED = ids(50, seed=11)
 SECRET = [*SHARED, *ids(60, seed=12)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from promptcache import DamagedBlobError, UnsupportedCacheError
-from promptcache.state import put_state, take_state
+from promptcache.kvcache.state import put_state, take_state
 
 
 class Pool:

@@ -13,8 +13,8 @@ from commands import ok
 from test_explanation import read_only
 
 from promptcache import CachedGenerator, PrefixStore
-from promptcache.generation import GenerationResponse
-from promptcache.reports import Usage
+from promptcache.engine.response import GenerationResponse
+from promptcache.store.reports import Usage
 
 WRITTEN = ("written_nbytes", "written_today_nbytes")
 FIGURES = {

@@ -47,7 +47,6 @@ from segments import (
 from strategies import prompts
 from test_blobs import change_metadata, make_newer, make_older
 
-from promptcache.blobs import BlobFolder
 from promptcache.errors import (
     DamagedBlobError,
     DamagedIndexError,
@@ -57,16 +56,12 @@ from promptcache.errors import (
     StoreFullError,
     UsageError,
 )
-from promptcache.index import Index
-from promptcache.reports import PrunePolicy
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.segments.types import EncodedSegment, Match, SegmentSlice, Worth
 from promptcache.store import PrefixStore
-from promptcache.types import (
-    EncodedSegment,
-    Fingerprint,
-    Match,
-    SegmentSlice,
-    Worth,
-)
+from promptcache.store.blobs.folder import BlobFolder
+from promptcache.store.index import Index
+from promptcache.store.reports import PrunePolicy
 
 OTHER = fingerprint("other")
 EVERYTHING = PrunePolicy(max_nbytes=0)

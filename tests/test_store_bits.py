@@ -20,9 +20,9 @@ from promptcache import (
     PromptCacheWarning,
     UsageError,
 )
-from promptcache.layout import describe
+from promptcache.kvcache.layout import describe
+from promptcache.models.settings import Settings
 from promptcache.parity import check_parity
-from promptcache.settings import Settings
 
 LONGER = [*PROMPT, *OTHER]
 

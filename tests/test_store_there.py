@@ -9,7 +9,7 @@ import pytest
 import segments
 from commands import assert_fails, invoke, ok
 
-from promptcache import PrefixStore, StoreError, location
+from promptcache import PrefixStore, StoreError, config
 
 READING = [
     ["ls"],
@@ -43,7 +43,7 @@ def default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("PROMPTCACHE_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield location.default_store_dir()
+    yield config.default_store_dir()
 
 
 @pytest.mark.parametrize("args", READING, ids=" ".join)

@@ -10,9 +10,9 @@ from mlx_lm.utils import load_tokenizer
 from test_rendering import REAL_TEMPLATES, SYSTEM, TOOLS
 
 from promptcache import CachedGenerator, PrefixStore, UsageError
-from promptcache.chat_prompt import make_chat
-from promptcache.prompt_parts import compose
-from promptcache.rendering import RenderedPrompt, render_prompt
+from promptcache.prompts.chat import make_chat
+from promptcache.prompts.parts import compose
+from promptcache.prompts.render import RenderedPrompt, render_prompt
 
 TEMPLATES = sorted(REAL_TEMPLATES.glob("*.jinja"))
 QUESTIONS = ("I open the door", "What now?", "\n\nZebra", "42", "Äpfel", " the end")

@@ -29,14 +29,15 @@ from promptcache import (
     UsageError,
 )
 from promptcache.errors import PromptCacheError
-from promptcache.fingerprint import make_fingerprint
-from promptcache.index import history
-from promptcache.index.history import MOST_CONFIGS
-from promptcache.names import MOST_NAME_LENGTH
-from promptcache.reports import Prefix, PrunePolicy
-from promptcache.server.api_keys import ApiKeys
+from promptcache.segments.fingerprint import Fingerprint, make_fingerprint
+from promptcache.segments.types import Origin
+from promptcache.server.http.auth import ApiKeys
 from promptcache.store import PrefixStore
-from promptcache.types import Fingerprint, Neighbourhood, Origin, Receipt
+from promptcache.store.index import events
+from promptcache.store.index.events import MOST_CONFIGS
+from promptcache.store.names import MOST_NAME_LENGTH
+from promptcache.store.reports import Prefix, PrunePolicy
+from promptcache.store.types import Neighbourhood, Receipt
 
 ANNA, BERT = "anna", "bert"
 NAMES = ("narrator", "keeper", "0", "anna/narrator")
@@ -226,7 +227,7 @@ def test_answers_take_no_longer_with_others(store: PrefixStore) -> None:
 def test_what_others_lose_makes_nobody_forget_an_eviction(
     store: PrefixStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(history, "MOST_EVICTIONS", 20)
+    monkeypatch.setattr(events, "MOST_EVICTIONS", 20)
     store.remove(save(store, tokens(100), of(BERT)))
     theirs = save(store, tokens(100), of(ANNA))
     noted = store._index.history

@@ -23,7 +23,7 @@ import promptcache_cli
 from promptcache import PrefixStore, UsageError
 from promptcache.errors import PromptCacheWarning, warn
 from promptcache.printable import printable, printable_json, printable_text
-from promptcache.types import Receipt
+from promptcache.store.types import Receipt
 from promptcache_cli import output
 from promptcache_cli.main import cli
 

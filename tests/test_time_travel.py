@@ -25,10 +25,10 @@ from segments import (
 from test_blobs import change_metadata
 
 from promptcache.errors import StoreFormatError
-from promptcache.header import FORMAT_VERSION
-from promptcache.index import SCHEMA_VERSION
-from promptcache.reports import PrunePolicy
+from promptcache.segments.blob_format import FORMAT_VERSION
 from promptcache.store import PrefixStore
+from promptcache.store.index import SCHEMA_VERSION
+from promptcache.store.reports import PrunePolicy
 
 FORMATS = Path(__file__).parent / "formats"
 RELEASED = range(4, FORMAT_VERSION + 1)

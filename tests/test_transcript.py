@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from promptcache import StoreError, UsageError
-from promptcache.transcript import VERSION, Transcript, transcript_path
+from promptcache.chat.transcript import VERSION, Transcript, transcript_path
 
 NO_HEAD: dict[str, Any] = {"system": None, "tools": None, "chat_template_config": None}
 HEAD = {

@@ -21,7 +21,7 @@ from mlx_lm.models.cache import (
 )
 
 from promptcache import UnsupportedCacheError
-from promptcache.treatment import (
+from promptcache.kvcache.classes import (
     TREATMENTS,
     Treatment,
     check_supported,

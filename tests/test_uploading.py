@@ -15,9 +15,11 @@ import tiny
 from mlx_lm.utils import load_tokenizer
 
 from benchmarks import architectures
-from promptcache import CachedGenerator, PromptCacheWarning, resuming, uploading
-from promptcache.destination import Destination
-from promptcache.uploading import DeviceDestination, make_destination
+from promptcache import CachedGenerator, PromptCacheWarning
+from promptcache.kvcache.loading import cuda_buffers
+from promptcache.kvcache.loading.cuda_buffers import DeviceDestination, make_destination
+from promptcache.kvcache.loading.row_buffers import Destination
+from promptcache.tiers import disk_tier
 
 PROMPT = [(13 * i) % 90 for i in range(400)]
 
@@ -33,13 +35,13 @@ def ring(
         used.append(DeviceDestination(parts, room))
         return used[-1]
 
-    uploading._ring.cache_clear()
-    monkeypatch.setattr(uploading, "RING_NBYTES", request.param)
-    monkeypatch.setattr(resuming, "make_destination", make)
+    cuda_buffers._ring.cache_clear()
+    monkeypatch.setattr(cuda_buffers, "RING_NBYTES", request.param)
+    monkeypatch.setattr(disk_tier, "make_destination", make)
     yield used
-    uploading._ring.cache_clear()
-    assert uploading._loading.acquire(blocking=False)
-    uploading._loading.release()
+    cuda_buffers._ring.cache_clear()
+    assert cuda_buffers._loading.acquire(blocking=False)
+    cuda_buffers._loading.release()
 
 
 def generator_of(name: str, folder: Path, *, must_exist: bool = False) -> Any:

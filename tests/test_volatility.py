@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from promptcache.volatility import KINDS, find_volatile
+from promptcache.explain.volatile_text import KINDS, find_volatile
 
 
 def found_in(text: str) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from segments import TINY, blob_paths, cached_tokens, save, tokens
 from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning, locks
 from promptcache.errors import StoreError, StoreFullError
 from promptcache.locks import Patience
-from promptcache.reports import PrunePolicy
+from promptcache.store.reports import PrunePolicy
 
 OLD, NEW = tokens(70), [9, *tokens(40)]
 # What holds each of the locks that a save needs.
@@ -206,7 +206,7 @@ def test_wal_that_a_stopped_reader_keeps_evicts_nothing(tmp_path: Path) -> None:
 def test_wal_that_takes_too_much_ends_saving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("promptcache.pruning.WAL_NBYTES", 20_000)
+    monkeypatch.setattr("promptcache.store.maintenance.prune.WAL_NBYTES", 20_000)
     with PrefixStore(tmp_path, min_free_nbytes=0) as store:
         save(store, OLD, width=100)
         store.max_nbytes = store.total_nbytes() + 40_000

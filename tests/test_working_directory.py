@@ -10,10 +10,10 @@ from commands import assert_fails, invoke
 from segments import TINY, cached_tokens, check_match, save, tokens
 
 from promptcache import CachedGenerator, PrefixStore
-from promptcache.conversation import Conversation
+from promptcache.chat.conversation import Conversation
+from promptcache.chat.transcript import Transcript
 from promptcache.errors import StoreError
-from promptcache.reports import PrunePolicy
-from promptcache.transcript import Transcript
+from promptcache.store.reports import PrunePolicy
 
 OLD = tokens(70)
 

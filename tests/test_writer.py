@@ -10,8 +10,9 @@ import tiny
 from mlx_lm.utils import load_tokenizer
 
 from benchmarks import architectures
-from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning, codec
-from promptcache.writer import Writer
+from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning
+from promptcache.kvcache import encode
+from promptcache.tiers.background_writer import Writer
 
 PROMPT = [(7 * i) % 256 for i in range(2500)]
 
@@ -152,7 +153,7 @@ def test_save_that_others_overtook_is_encoded_anew(
 def test_interrupt_while_encoding_is_no_save_that_is_done(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode_rows = codec.encode_rows
+    encode_rows = encode.encode_rows
     calls = []
 
     def interrupted(*args: Any, **options: Any) -> Any:
@@ -162,7 +163,7 @@ def test_interrupt_while_encoding_is_no_save_that_is_done(
         return encode_rows(*args, **options)
 
     with CachedGenerator.load(model_dir, store=tmp_path / "store") as generator:
-        monkeypatch.setattr(codec, "encode_rows", interrupted)
+        monkeypatch.setattr(encode, "encode_rows", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(generator.stream_generate(PROMPT[:600], 8, save=True))
 

@@ -11,14 +11,15 @@ from subprocess import PIPE, Popen
 
 from segments import TINY, save, tokens
 
-from promptcache import recovery
-from promptcache.blobs import BlobFolder
-from promptcache.chain import Chain
 from promptcache.errors import StoreFullError
-from promptcache.index import Database, Index
-from promptcache.reports import PrunePolicy
+from promptcache.segments.chain import Chain
+from promptcache.segments.types import EncodedSegment, SegmentInfo, Tensor
 from promptcache.store import PrefixStore
-from promptcache.types import EncodedSegment, Receipt, SegmentInfo, Tensor
+from promptcache.store.blobs.folder import BlobFolder
+from promptcache.store.index import Database, Index
+from promptcache.store.maintenance import verify
+from promptcache.store.reports import PrunePolicy
+from promptcache.store.types import Receipt
 
 
 def start(job: str, folder: Path, number: int = 0) -> "Popen[str]":
@@ -109,7 +110,7 @@ def save_pinned(folder: Path, number: int) -> None:
 
 def set_index_aside(folder: Path, number: int) -> None:
     """Set an index aside as one that is damaged."""
-    recovery.set_index_aside(Database(folder / "index.db"), BlobFolder(folder))
+    verify.set_index_aside(Database(folder / "index.db"), BlobFolder(folder))
 
 
 def open_often(folder: Path, number: int) -> None:

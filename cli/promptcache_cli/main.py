@@ -7,21 +7,21 @@ import click
 
 from promptcache import PromptCacheError, __version__
 from promptcache_cli import INTERRUPTED, output
-from promptcache_cli.build import build
-from promptcache_cli.chat import chat
-from promptcache_cli.explain import explain
-from promptcache_cli.generate import generate
-from promptcache_cli.ls import ls
-from promptcache_cli.parity import parity
-from promptcache_cli.path import path
-from promptcache_cli.pin import pin, unpin
-from promptcache_cli.prune import prune
-from promptcache_cli.rm import rm
-from promptcache_cli.serve import serve
-from promptcache_cli.show import show
-from promptcache_cli.stats import stats
-from promptcache_cli.sync import sync
-from promptcache_cli.verify import verify
+from promptcache_cli.commands.build import build
+from promptcache_cli.commands.chat import chat
+from promptcache_cli.commands.explain import explain
+from promptcache_cli.commands.generate import generate
+from promptcache_cli.commands.ls import ls
+from promptcache_cli.commands.parity import parity
+from promptcache_cli.commands.path import path
+from promptcache_cli.commands.pin import pin, unpin
+from promptcache_cli.commands.prune import prune
+from promptcache_cli.commands.rm import rm
+from promptcache_cli.commands.serve import serve
+from promptcache_cli.commands.show import show
+from promptcache_cli.commands.stats import stats
+from promptcache_cli.commands.sync import sync
+from promptcache_cli.commands.verify import verify
 
 
 class Group(click.Group):

@@ -9,7 +9,7 @@ from typing import Any, TextIO, TypeVar
 
 import click
 
-from promptcache import PrefixStore, PromptCacheError, StoreError, UsageError, location
+from promptcache import PrefixStore, PromptCacheError, StoreError, UsageError, config
 from promptcache.locks import Patience
 from promptcache.printable import printable
 from promptcache.units import parse_age, parse_size
@@ -280,8 +280,8 @@ def open_existing(store_path: str | None) -> Iterator[PrefixStore]:
 
     Raises StoreError if there is none.
     """
-    path = location.store_dir(store_path)
-    if is_to_come(path) and path == location.default_store_dir():
+    path = config.store_dir(store_path)
+    if is_to_come(path) and path == config.default_store_dir():
         with empty_store() as store:
             yield store
         return

@@ -21,7 +21,7 @@ from promptcache.printable import printable, printable_json, printable_text
 from promptcache.units import format_age
 
 if TYPE_CHECKING:
-    from promptcache.lint import VolatileText
+    from promptcache.explain.lint import VolatileText
 
 # Of one kind; more would hide what matters.
 MOST_WARNINGS = 5

@@ -1,1 +1,4 @@
-"""An OpenAI-compatible server: mlx-lm's, with a prompt cache that survives."""
+"""The server: OpenAI's API over HTTP, with a prompt cache that survives.
+
+`http` is what clients see; `backend` is mlx-lm's loop, on which requests run.
+"""

@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from promptcache import pruning, recovery
-from promptcache.blobs import BlobFolder
 from promptcache.errors import DamagedIndexError, StoreError
 from promptcache.files import broken_link, lock_file
-from promptcache.index import Database, Index
 from promptcache.locks import TELL_SECONDS, Patience
-from promptcache.reports import PrunePlan, PrunePolicy, PruneReport, VerifyReport
+from promptcache.store.blobs.folder import BlobFolder
+from promptcache.store.index import Database, Index
+from promptcache.store.maintenance import prune, verify
+from promptcache.store.reports import PrunePlan, PrunePolicy, PruneReport, VerifyReport
 from promptcache.store.secret import store_secret
 
 # Long prompts are read for minutes. Whoever has waited for that long computes the
@@ -70,7 +70,7 @@ class StoreFolder:
         """Open the index, also one that has come in the place of another."""
         self._create_folders()
         if database.is_missing():
-            recovery.create_index(database, self._blobs)
+            verify.create_index(database, self._blobs)
         try:
             database.attempt()
         except DamagedIndexError:
@@ -93,12 +93,12 @@ class StoreFolder:
             # Another process may have recovered it while this one waited.
             database.attempt()
         except DamagedIndexError:
-            recovery.set_index_aside(database, self._blobs)
-            recovery.create_index(database, self._blobs)
+            verify.set_index_aside(database, self._blobs)
+            verify.create_index(database, self._blobs)
             database.attempt()
 
     def _populate(self, index: Index) -> None:
-        self.rebuilt += recovery.rebuild(index, self._blobs)
+        self.rebuilt += verify.rebuild(index, self._blobs)
 
     @property
     def is_read_only(self) -> bool:
@@ -179,7 +179,7 @@ class StoreFolder:
         """
         now = time.time() if now is None else now
         self._index.database.refresh()
-        return pruning.plan_prune(self._index, self._blobs, policy, now=now)
+        return prune.plan_prune(self._index, self._blobs, policy, now=now)
 
     def execute(self, plan: PrunePlan) -> PruneReport:
         """Do what a plan says, except for what got used or pinned meanwhile.
@@ -187,7 +187,7 @@ class StoreFolder:
         Raises:
             StoreError: A file cannot be removed.
         """
-        return pruning.execute(self._index, self._blobs, plan)
+        return prune.execute(self._index, self._blobs, plan)
 
     @staticmethod
     def clear_the_way(path: Path) -> None:
@@ -223,16 +223,16 @@ class StoreFolder:
         if fix:
             self.clear_the_way(self.path)
         self._replace_unsound_index(self._index.database)
-        report = recovery.verify(self._index, self._blobs, fix=fix, progress=progress)
+        report = verify.verify(self._index, self._blobs, fix=fix, progress=progress)
         rebuilt, self.rebuilt = self.rebuilt, 0
         return replace(report, rebuilt=report.rebuilt + rebuilt)
 
     def _replace_unsound_index(self, database: Database) -> None:
-        if not recovery.is_sound(self._index, self._blobs):
+        if not verify.is_sound(self._index, self._blobs):
             with self._locked("index"):
                 # Another process may have replaced it while this one waited.
                 if not database.is_replaced():
-                    recovery.set_index_aside(database, self._blobs)
+                    verify.set_index_aside(database, self._blobs)
         database.refresh()
 
     def give_up(self, key: str) -> list[str]:
@@ -240,4 +240,4 @@ class StoreFolder:
 
         Its blob moves to `quarantine/`. Return the names that went. Raises StoreError.
         """
-        return recovery.give_up(self._index, self._blobs, key)
+        return verify.give_up(self._index, self._blobs, key)

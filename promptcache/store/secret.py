@@ -2,9 +2,9 @@
 
 import os
 
-from promptcache.blobs import BlobFolder
 from promptcache.errors import StoreError, warn
 from promptcache.files import intruder
+from promptcache.store.blobs.folder import BlobFolder
 
 SECRET_FILE = "secret"
 # Of HMAC's hash.

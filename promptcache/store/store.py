@@ -8,14 +8,26 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from promptcache import location
-from promptcache.allowance import Allowance
-from promptcache.chain import Chain
+from promptcache import config
 from promptcache.errors import DamagedBlobError
 from promptcache.locks import Patience
-from promptcache.matching import longest_match
-from promptcache.neighbourhood import find_neighbourhood, joined
-from promptcache.reports import (
+from promptcache.segments.blob_format import BlobHeader
+from promptcache.segments.chain import Chain
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.segments.types import (
+    EncodedSegment,
+    Match,
+    Origin,
+    SegmentSlice,
+    Worth,
+)
+from promptcache.store import catalog, usage
+from promptcache.store.folder import StoreFolder
+from promptcache.store.index.rows import ListedPrefix
+from promptcache.store.lookup import longest_match
+from promptcache.store.maintenance.disk_budget import Allowance, Room
+from promptcache.store.nearby import find_neighbourhood, joined
+from promptcache.store.reports import (
     PinQuota,
     Prefix,
     PrefixReport,
@@ -23,23 +35,8 @@ from promptcache.reports import (
     Usage,
     Written,
 )
-from promptcache.store import listing, receipts, speeds
-from promptcache.store.folder import StoreFolder
-from promptcache.store.room import Room
-from promptcache.store.segment_writer import Encode, SegmentWriter
-from promptcache.types import (
-    BlobHeader,
-    EncodedSegment,
-    Fingerprint,
-    ListedPrefix,
-    LoadEstimate,
-    Match,
-    Neighbourhood,
-    Origin,
-    Receipt,
-    SegmentSlice,
-    Worth,
-)
+from promptcache.store.types import LoadEstimate, Neighbourhood, Receipt
+from promptcache.store.writer import Encode, SegmentWriter
 
 
 class PrefixStore(StoreFolder):
@@ -82,13 +79,11 @@ class PrefixStore(StoreFolder):
             StoreFormatError: A newer promptcache wrote it.
             StoreError: It cannot be opened.
         """
-        folder = location.store_dir(path)
-        limit = location.max_nbytes() if max_nbytes is None else max_nbytes
+        folder = config.store_dir(path)
+        limit = config.max_nbytes() if max_nbytes is None else max_nbytes
         allowance = Allowance(
-            location.min_free_nbytes() if min_free_nbytes is None else min_free_nbytes,
-            location.max_daily_nbytes()
-            if max_daily_nbytes is None
-            else max_daily_nbytes,
+            config.min_free_nbytes() if min_free_nbytes is None else min_free_nbytes,
+            config.max_daily_nbytes() if max_daily_nbytes is None else max_daily_nbytes,
         )
         super().__init__(folder, patience)
         self._room = Room(
@@ -203,7 +198,7 @@ class PrefixStore(StoreFolder):
 
         Raises StoreError.
         """
-        return receipts.touch(self._index, match)
+        return usage.touch(self._index, match)
 
     def record(self, receipt: Receipt) -> tuple[str | None, float]:
         """Note what a request reused.
@@ -212,26 +207,26 @@ class PrefixStore(StoreFolder):
         reading the reused tokens would have taken at this model's speed on this
         machine, or 0 until that is known. Raises StoreError.
         """
-        return receipts.record(self._index, self._room, receipt)
+        return usage.record(self._index, self._room, receipt)
 
     def add_speed(
         self, fingerprint: Fingerprint, num_tokens: int, seconds: float
     ) -> None:
         """Note how long a model took to read so many tokens. Raises StoreError."""
-        speeds.add_prefill(self._index, fingerprint, num_tokens, seconds)
+        usage.add_prefill(self._index, fingerprint, num_tokens, seconds)
 
     def add_load(
         self, fingerprint: Fingerprint, num_tokens: int, seconds: float
     ) -> None:
         """Note how long it took to load so many cached tokens. Raises StoreError."""
-        speeds.add_load(self._index, fingerprint, num_tokens, seconds)
+        usage.add_load(self._index, fingerprint, num_tokens, seconds)
 
     def prefill_speed(self, fingerprint: Fingerprint) -> float | None:
         """Return how many tokens a second a model reads here, or None if unknown.
 
         Raises StoreError.
         """
-        return speeds.prefill_speed(self._index, fingerprint)
+        return usage.prefill_speed(self._index, fingerprint)
 
     def estimate(
         self, fingerprint: Fingerprint, num_tokens: int
@@ -241,7 +236,7 @@ class PrefixStore(StoreFolder):
         None until both were measured on this machine. A load that is an hour old is
         not believed, so that it is tried again from time to time. Raises StoreError.
         """
-        return speeds.estimate(self._index, fingerprint, num_tokens)
+        return usage.estimate(self._index, fingerprint, num_tokens)
 
     def usage(self, *, namespace: str | None = None) -> list[Usage]:
         """Return what requests got from the store, by model and prefix.
@@ -373,7 +368,7 @@ class PrefixStore(StoreFolder):
 
         Only what is in a namespace, if one is given. Raises StoreError.
         """
-        return listing.prefixes(self._index, namespace)
+        return catalog.prefixes(self._index, namespace)
 
     def resolve(self, key_or_name: str, *, namespace: str | None = None) -> Prefix:
         """Return the prefix with a name, a key or an unambiguous start of one.
@@ -386,7 +381,7 @@ class PrefixStore(StoreFolder):
         Raises:
             KeyNotFoundError: There is none, or more than one.
         """
-        return listing.resolve(self._index, key_or_name, namespace)
+        return catalog.resolve(self._index, key_or_name, namespace)
 
     def report(self, key_or_name: str, *, namespace: str | None = None) -> PrefixReport:
         """Return all that is known of a prefix; see `resolve`.
@@ -395,7 +390,7 @@ class PrefixStore(StoreFolder):
             KeyNotFoundError: There is no such prefix.
             DamagedBlobError: One of its blobs cannot be read.
         """
-        return listing.report(self._index, self._blobs, key_or_name, namespace)
+        return catalog.report(self._index, self._blobs, key_or_name, namespace)
 
     def listed_at(self, key: str) -> float | None:
         """Return when a prefix was listed, or None if it is not. Raises StoreError."""
@@ -436,7 +431,7 @@ class PrefixStore(StoreFolder):
             QuotaError: More would be pinned than may be; nothing was changed.
             UsageError: The name cannot be one.
         """
-        return listing.pin(
+        return catalog.pin(
             self._index,
             self._blobs,
             key_or_name,
@@ -456,7 +451,7 @@ class PrefixStore(StoreFolder):
         Raises:
             KeyNotFoundError: No prefix has this name.
         """
-        return listing.unpin(self._index, self._blobs, name, namespace=namespace)
+        return catalog.unpin(self._index, self._blobs, name, namespace=namespace)
 
     def pins(self, *, namespace: str | None = None) -> list[ListedPrefix]:
         """Return the prefixes that are pinned.
@@ -472,4 +467,4 @@ class PrefixStore(StoreFolder):
             KeyNotFoundError: There is no such prefix.
             StoreError: It cannot be removed.
         """
-        return listing.remove(self._index, self._blobs, key_or_name)
+        return catalog.remove(self._index, self._blobs, key_or_name)

@@ -1,0 +1,1 @@
+"""The commands: one file each, with the options it takes and what it prints."""

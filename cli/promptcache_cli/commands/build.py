@@ -1,0 +1,92 @@
+"""`promptcache build`."""
+
+from typing import Any
+
+import click
+
+from promptcache_cli import output
+from promptcache_cli.options import (
+    PROMPT,
+    draft_option,
+    json_option,
+    max_size_option,
+    open_store,
+    prompt_options,
+    quiet_option,
+    store_option,
+)
+from promptcache_cli.prompt_options import PromptOptions
+
+
+@click.command()
+@click.argument("prompt", type=PROMPT, required=False)
+@prompt_options
+@draft_option
+@click.option("--name", help="Pin the prefix under this name, so that it stays")
+@store_option
+@max_size_option
+@json_option
+@quiet_option
+def build(
+    model: str | None,
+    adapter_path: str | None,
+    draft_model: str | None,
+    name: str | None,
+    store_path: str | None,
+    max_size: int | None,
+    json_: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Read a prefix once and save it
+
+    Without PROMPT, what comes before the user's text is saved: the system prompt,
+    the tools and the files. An interrupted build resumes where it stopped. Prints
+    the key. Warns of text that is likely to change, such as a date, because what
+    comes after it would have to be read again.
+
+    Example:
+
+    \b
+        promptcache build -s @narrator.txt --name narrator
+        promptcache build -f manual.txt
+    """
+    from promptcache.generator import CachedGenerator
+
+    talk = output.Talk(quiet=quiet)
+    options = PromptOptions.take(settings)
+    options.check_prefix()
+    with open_store(store_path, max_size, say=talk.say) as store:
+        generator = CachedGenerator.load(
+            model, adapter_path=adapter_path, store=store, announce=talk.say
+        )
+        prompt = generator.render_prefix(options)
+        volatile = generator.lint(prompt)
+        output.warn_of_volatile_text(volatile)
+        with talk.progress("Reading", "tokens") as progress:
+            prefix = generator.build(
+                prompt,
+                name=name,
+                draft_model=draft_model and generator.load_draft(draft_model),
+                prompt_progress_callback=progress,
+                **settings,
+            )
+    if json_:
+        output.json_data(
+            {
+                "key": prefix.key,
+                "name": prefix.name,
+                "model": prefix.model,
+                "num_tokens": prefix.num_tokens,
+                "cached_tokens": prefix.cached_tokens,
+                "nbytes": prefix.nbytes,
+                "seconds": prefix.seconds,
+                "volatile": [found._asdict() for found in volatile],
+            }
+        )
+        return
+    output.data(prefix.key)
+    talk.say(
+        f"{prefix.num_tokens} tokens of {prefix.model}, "
+        f"{prefix.cached_tokens} were there already, {prefix.seconds:.1f} s"
+    )

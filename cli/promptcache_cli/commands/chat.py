@@ -1,0 +1,245 @@
+"""`promptcache chat`."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Generator, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from promptcache import StoreError, UsageError
+from promptcache_cli import output
+from promptcache_cli.commands.generate import (
+    SETTINGS,
+    answer_as_json,
+    sampling_options,
+    streamed,
+    usage_line,
+)
+from promptcache_cli.options import (
+    cache_options,
+    checked_text,
+    json_option,
+    max_size_option,
+    model_options,
+    quiet_option,
+    stdin,
+    store_option,
+    system_option,
+    template_options,
+)
+
+if TYPE_CHECKING:
+    from promptcache import Conversation, Explanation, GenerationResponse
+
+    Responses = Generator[GenerationResponse]
+
+HELP = """\
+/help     show this
+/history  show the conversation
+/undo     take back the last message and its answer
+/exit     leave; so does Ctrl-D
+Ctrl-C stops an answer and keeps what was said."""
+
+
+@click.command()
+@click.option("--name", help="Keep the conversation, and go on with it another time")
+@model_options
+@system_option
+@template_options
+@cache_options
+@sampling_options
+@click.option("--save/--no-save", default=True, help="Save what is said, or not")
+@click.option("-u", "--usage", is_flag=True, help="Print a line of figures each turn")
+@store_option
+@max_size_option
+@json_option
+@quiet_option
+def chat(
+    name: str | None,
+    model: str | None,
+    adapter_path: str | None,
+    system: str | None,
+    tools: list[dict[str, Any]] | None,
+    chat_template_config: dict[str, Any] | None,
+    save: bool,
+    usage: bool,
+    store_path: str | None,
+    max_size: int | None,
+    json_: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Hold a conversation that picks up where it stopped
+
+    Reads a message a line. Every turn reuses what was said before, and is saved, so
+    that it is not read again after a restart either. With --name the conversation
+    itself is kept, too. /help tells the commands. With --json each turn is printed as
+    a line of JSON.
+
+    Example:
+
+    \b
+        promptcache chat -s @narrator.txt --name dungeon
+        promptcache chat --name dungeon
+    """
+    from promptcache.chat.conversation import Conversation
+    from promptcache.generator import CachedGenerator
+    from promptcache.models.settings import Settings
+
+    settings = {name: options[name] for name in SETTINGS}
+    Settings.of(**settings)
+    talk = output.Talk(quiet=quiet)
+    with CachedGenerator.load(
+        model,
+        adapter_path=adapter_path,
+        store=store_path,
+        max_nbytes=max_size,
+        announce=talk.say,
+    ) as generator:
+        conversation = Conversation(
+            generator,
+            name=name,
+            system=system,
+            tools=tools,
+            chat_template_config=chat_template_config,
+        )
+        options["save"] = save
+        with conversation:
+            _Session(conversation, talk, options, json_=json_, usage=usage).run()
+
+
+class _Session:
+    """Reads messages and shows the answers until the input ends."""
+
+    def __init__(
+        self,
+        conversation: "Conversation",
+        talk: output.Talk,
+        options: dict[str, Any],
+        *,
+        json_: bool,
+        usage: bool,
+    ) -> None:
+        self._conversation = conversation
+        self._talk = talk
+        self._options = options
+        self._json = json_
+        self._usage = usage
+
+    def run(self) -> None:
+        if num_turns := self._conversation.num_turns:
+            self._talk.say(f"Going on after turn {num_turns}, /history shows them all")
+        if not self._conversation.is_answered:
+            self._show(None)
+        for line in _lines():
+            if line.startswith("/"):
+                if line == "/exit":
+                    return
+                self._obey(line)
+            elif line:
+                self._show(line)
+
+    def _obey(self, command: str) -> None:
+        if command == "/help":
+            output.say_text(HELP)
+        elif command == "/history":
+            for message in self._conversation.messages:
+                output.say_text(f"{message['role']}: {message['content']}")
+        elif command == "/undo":
+            undone = self._conversation.undo()
+            self._talk.say("Taken back" if undone else "Nothing to take back")
+        else:
+            output.say(f"No command {command}, /help tells them")
+
+    def _show(self, text: str | None) -> None:
+        """Show an answer as it comes; an error is told, and the next message read.
+
+        Without a text that is the answer to a message which has none yet.
+        """
+        taken: list[GenerationResponse] = []
+        explanation = None
+        try:
+            if text is not None:
+                checked_text(text)
+            explanation = self._explain(text) if self._usage else None
+            with self._talk.progress("Reading", "tokens") as progress:
+                responses = self._answer(text, progress)
+                with contextlib.closing(responses):
+                    stoppable = _until_interrupted(responses)
+                    for response in streamed(stoppable, echo=not self._json):
+                        taken.append(response)
+        except UsageError as error:
+            output.fail(error)
+        except KeyboardInterrupt:
+            self._talk.say("Stopped before the answer began")
+        if taken and self._json:
+            output.json_line(answer_as_json(taken))
+        if taken and self._usage:
+            output.say(usage_line(taken[-1], explanation))
+
+    def _explain(self, text: str | None) -> "Explanation | None":
+        settings = {name: self._options[name] for name in SETTINGS}
+        with contextlib.suppress(StoreError):
+            return self._conversation.explain(text, **settings)
+        return None
+
+    def _answer(self, text: str | None, progress: Any) -> "Responses":
+        options = {**self._options, "prompt_progress_callback": progress}
+        if text is None:
+            return self._conversation.answer(**options)
+        return self._conversation.say(text, **options)
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines of stdin, on a terminal with a prompt and editing."""
+    if not output.is_terminal(sys.stdin):
+        yield from (line.strip() for line in stdin())
+        return
+    # Gives `input` its editing.
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+    while True:
+        try:
+            yield _ask().strip()
+        except KeyboardInterrupt:
+            output.say_text("\nCtrl-D or /exit leaves")
+        except EOFError:
+            output.say()
+            return
+
+
+def _ask() -> str:
+    """Return a line that is typed; stdout is for answers if it is no terminal."""
+    if output.is_terminal(sys.stdout):
+        return input("> ")
+    output.say("> ", end="")
+    return input()
+
+
+def _until_interrupted(responses: "Responses") -> Iterator["GenerationResponse"]:
+    """Pass responses on, and stop between two of them after Ctrl-C.
+
+    Before the first one, which can take long, Ctrl-C takes effect at once. An
+    interrupted step would leave the cache in between two tokens, and the answer could
+    not be saved.
+    """
+    interrupted: list[int] = []
+    started: list[bool] = []
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        if not started:
+            raise KeyboardInterrupt
+        interrupted.append(number)
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        for response in responses:
+            started.append(True)
+            yield response
+            if interrupted:
+                return
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,81 @@
+"""`promptcache explain`."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from promptcache_cli import output
+from promptcache_cli.options import (
+    PROMPT,
+    draft_option,
+    json_option,
+    open_existing,
+    prompt_options,
+    quiet_option,
+    store_option,
+)
+from promptcache_cli.prompt_options import PromptOptions
+
+if TYPE_CHECKING:
+    from promptcache.explain.types import Explanation
+
+
+@click.command()
+@click.argument("prompt", type=PROMPT, required=False)
+@prompt_options
+@draft_option
+@store_option
+@json_option
+@quiet_option
+def explain(
+    model: str | None,
+    adapter_path: str | None,
+    draft_model: str | None,
+    store_path: str | None,
+    json_: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Say why a prompt would hit or miss
+
+    Takes a prompt as generate does, and reads nothing with the model. Shows how much
+    of it is cached, where it parts from what is cached, and the likeliest cause.
+
+    Example:
+
+    \b
+        promptcache explain -s @narrator.txt "I open the door"
+        promptcache explain -f manual.txt "How do I reset it?" --json
+    """
+    options = PromptOptions.take(settings)
+    options.check()
+    from promptcache.generator import CachedGenerator
+
+    talk = output.Talk(quiet=quiet)
+    with open_existing(store_path) as store:
+        generator = CachedGenerator.load(
+            model,
+            adapter_path=adapter_path,
+            store=store,
+            announce=talk.say,
+            lazy=True,
+        )
+        explanation = generator.explain(
+            generator.render_parts(options),
+            draft_model=draft_model and generator.load_draft(draft_model),
+            **settings,
+        )
+    if json_:
+        output.json_data(explanation.to_json())
+    else:
+        _print(explanation)
+
+
+def _print(explanation: "Explanation") -> None:
+    output.data(explanation.verdict)
+    if explanation.key is not None:
+        output.data(f"key       {explanation.key}")
+    if divergence := explanation.divergence:
+        output.data(f"position  {divergence.position}")
+        output.data(f"expected  {divergence.expected!r}")
+        output.data(f"found     {divergence.found!r}")

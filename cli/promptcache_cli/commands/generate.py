@@ -1,0 +1,231 @@
+"""`promptcache generate`."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from promptcache import StoreError, UsageError
+from promptcache_cli import output
+from promptcache_cli.options import (
+    PROMPT,
+    draft_option,
+    json_option,
+    max_size_option,
+    prompt_options,
+    quiet_option,
+    stacked,
+    store_option,
+)
+from promptcache_cli.prompt_options import PromptOptions
+
+if TYPE_CHECKING:
+    from promptcache import CachedGenerator, Explanation, GenerationResponse
+
+# Options that the KV values depend on.
+SETTINGS = (
+    "kv_bits",
+    "kv_group_size",
+    "quantized_kv_start",
+    "store_bits",
+    "prefill_step_size",
+    "max_kv_size",
+    "exact",
+)
+
+
+def _not_zero(ctx: click.Context, param: click.Parameter, value: int) -> int:
+    if value == 0:
+        raise UsageError("--max-tokens must not be 0, use -1 for no limit")
+    return value
+
+
+sampling_options = stacked(
+    click.option(
+        "--max-tokens",
+        type=click.IntRange(-1),
+        callback=_not_zero,
+        default=256,
+        show_default=True,
+        help="Most tokens to generate, -1 for no limit",
+    ),
+    click.option(
+        "--temp",
+        type=click.FloatRange(0),
+        help="Sampling temperature  [default: greedy]",
+    ),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(0, 1),
+        help="Sample from the likeliest of this mass",
+    ),
+    click.option(
+        "--min-p",
+        type=click.FloatRange(0, 1),
+        help="Least probability against the best token",
+    ),
+    click.option(
+        "--top-k", type=click.IntRange(0), help="Sample from this many tokens"
+    ),
+    click.option(
+        "--seed", type=click.IntRange(0, 2**64 - 1), help="Seed for the sampling"
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=click.FloatRange(0),
+        help="Penalty for repeated tokens",
+    ),
+    click.option(
+        "--repetition-context-size",
+        type=int,
+        default=20,
+        show_default=True,
+        help="How many tokens back the penalty looks",
+    ),
+)
+
+
+@click.command()
+@click.argument("prompt", type=PROMPT, required=False)
+@prompt_options
+@sampling_options
+@draft_option
+@click.option(
+    "--num-draft-tokens",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="How many tokens the draft model proposes at once",
+)
+@click.option(
+    "--save/--no-save",
+    default=None,
+    help="Save the prompt, or not  [default: with 512 new tokens or more]",
+)
+@click.option("--no-cache", is_flag=True, help="Neither reuse nor save anything")
+@click.option("-u", "--usage", is_flag=True, help="Print one line of figures on stderr")
+@store_option
+@max_size_option
+@json_option
+@quiet_option
+def generate(
+    model: str | None,
+    adapter_path: str | None,
+    draft_model: str | None,
+    save: bool | None,
+    no_cache: bool,
+    usage: bool,
+    store_path: str | None,
+    max_size: int | None,
+    json_: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Generate text, reusing the longest cached prefix of the prompt
+
+    Prints only the text; on a terminal, control characters in it are escaped. The
+    answer is never saved.
+
+    Example:
+
+    \b
+        promptcache generate "Hello"
+        promptcache generate -s @narrator.txt -u "I open the door"
+        promptcache generate -f manual.txt "How do I reset it?"
+    """
+    asked = PromptOptions.take(options)
+    asked.check()
+    if no_cache and save:
+        raise UsageError("use just one of --no-cache and --save")
+    from promptcache.generator import CachedGenerator
+
+    talk = output.Talk(quiet=quiet)
+    generator = CachedGenerator.load(
+        model,
+        adapter_path=adapter_path,
+        store=store_path,
+        max_nbytes=max_size,
+        reuse=not no_cache,
+        save=False if no_cache else "auto" if save is None else save,
+        announce=talk.say,
+    )
+    draft = draft_model and generator.load_draft(draft_model)
+    prompt = generator.render_parts(asked)
+    explanation = None
+    if usage and not no_cache:
+        # Afterwards the prompt may be stored itself.
+        explanation = _explain(generator, prompt, draft, options)
+    with generator, talk.progress("Reading", "tokens") as progress:
+        responses = generator.stream_generate(
+            prompt,
+            draft_model=draft,
+            prompt_progress_callback=progress,
+            **options,
+        )
+        # Closed before the store is, also when stdout is closed early.
+        with contextlib.closing(responses):
+            taken = list(streamed(responses, echo=not json_))
+    if json_:
+        output.json_data(answer_as_json(taken))
+    if usage:
+        output.say(usage_line(taken[-1], explanation))
+
+
+def streamed(
+    responses: Iterator["GenerationResponse"], *, echo: bool
+) -> Iterator["GenerationResponse"]:
+    """Pass responses on, printing their text as it comes."""
+    for response in responses:
+        if echo:
+            output.exact(response.text, end="")
+        yield response
+    if echo:
+        output.exact("")
+
+
+def answer_as_json(responses: list["GenerationResponse"]) -> dict[str, object]:
+    """Return an answer as JSON shows it."""
+    last = responses[-1]
+    return {
+        "text": "".join(response.text for response in responses),
+        "token_ids": [response.token for response in responses],
+        "prompt_tokens": last.prompt_tokens,
+        "cached_tokens": last.cached_tokens,
+        "generation_tokens": last.generation_tokens,
+        "finish_reason": last.finish_reason,
+        "load_seconds": last.load_seconds,
+        "prefill_seconds": last.prefill_seconds,
+        "ttft_seconds": last.ttft_seconds,
+        "key": last.key,
+        "saved_seconds": last.saved_seconds,
+    }
+
+
+def _explain(
+    generator: "CachedGenerator", prompt: Any, draft: Any, options: dict[str, Any]
+) -> "Explanation | None":
+    """Return why the prompt hits or misses, or None if the store cannot tell."""
+    settings = {name: options[name] for name in SETTINGS}
+    with contextlib.suppress(StoreError):
+        return generator.explain(prompt, draft_model=draft, **settings)
+    return None
+
+
+def usage_line(
+    last: "GenerationResponse", explanation: "Explanation | None" = None
+) -> str:
+    """Return what `--usage` prints, with the reason if a prompt missed."""
+    line = (
+        f"{last.prompt_tokens} prompt tokens, {last.cached_tokens} cached, "
+        f"{last.prompt_tokens - last.cached_tokens} prefilled, "
+        f"{last.generation_tokens} generated, "
+        f"{last.ttft_seconds:.3f} s to the first token"
+    )
+    if last.declined is not None:
+        return f"{line}; cached tokens were prefilled again: {last.declined}"
+    if explanation is None or not explanation.is_miss:
+        return line
+    divergence = explanation.divergence
+    assert divergence is not None
+    return f"{line}; missed from token {divergence.position} on: {divergence.culprit}"

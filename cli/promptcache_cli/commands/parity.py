@@ -1,0 +1,88 @@
+"""`promptcache parity`."""
+
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from promptcache_cli import output
+from promptcache_cli.options import PROMPT, json_option, prompt_options, quiet_option
+from promptcache_cli.prompt_options import PromptOptions
+
+
+@click.command()
+@click.argument("prompt", type=PROMPT, required=False)
+@prompt_options
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="How many tokens of the answer to compare",
+)
+@json_option
+@quiet_option
+def parity(
+    model: str | None,
+    adapter_path: str | None,
+    json_: bool,
+    quiet: bool,
+    **settings: Any,
+) -> int:
+    """Compare a prompt read from nothing with the same prompt resumed
+
+    Stores the prompt up to a cut of every kind in a temporary store, resumes from
+    there and compares tokens and log-probabilities. Exits with 1 if tokens differ
+    with --exact. With --store-bits it measures what is lost, and tokens may differ.
+
+    Example:
+
+    \b
+        promptcache parity -s @narrator.txt "I open the door"
+        promptcache parity --exact -f manual.txt "How do I reset it?"
+        promptcache parity --store-bits 8 -f manual.txt "How do I reset it?"
+    """
+    options = PromptOptions.take(settings)
+    options.check()
+    from promptcache.generator import CachedGenerator
+    from promptcache.parity import check_parity
+
+    talk = output.Talk(quiet=quiet)
+    generator = CachedGenerator.load(
+        model,
+        adapter_path=adapter_path,
+        save=False,
+        reuse=False,
+        announce=talk.say,
+    )
+    with talk.progress("Comparing", "runs") as progress:
+        report = check_parity(
+            generator, generator.render_parts(options), on_progress=progress, **settings
+        )
+    if json_:
+        details = {"same_tokens": report.same_tokens, "verdict": report.verdict}
+        output.json_data({**asdict(report), **details})
+    else:
+        _print(report)
+    return int(report.is_failure)
+
+
+def _print(report: Any) -> None:
+    headers = ["AT", "REUSED", "TOKENS", "TOP-1", "DIFFERENCE", "KL", "CUT"]
+    rows = [
+        [
+            cut.position,
+            cut.cached_tokens,
+            "same"
+            if cut.first_difference is None
+            else f"differ-from-{cut.first_difference}",
+            f"{cut.top1_agreement:.1%}",
+            f"{cut.largest_difference:.1e}",
+            f"{cut.kl_divergence:.1e}",
+            cut.kind,
+        ]
+        for cut in report.cuts
+    ]
+    output.table(headers, rows)
+    output.data("")
+    output.data(report.verdict)

@@ -1,0 +1,281 @@
+"""`promptcache serve`."""
+
+import logging
+import signal
+from argparse import Namespace
+from typing import Any
+
+import click
+
+from promptcache import UsageError
+from promptcache.locks import Patience
+from promptcache_cli import output
+from promptcache_cli.options import (
+    JSON_OBJECT,
+    SIZE,
+    max_size_option,
+    model_options,
+    open_store,
+    quiet_option,
+    stacked,
+    store_bits_option,
+    store_option,
+)
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+# Named as in mlx-lm's server, with its defaults.
+server_options = stacked(
+    click.option(
+        "--host", default="127.0.0.1", show_default=True, help="Where to listen"
+    ),
+    click.option(
+        "--port",
+        type=click.IntRange(0, 65535),
+        default=8080,
+        show_default=True,
+        help="Which port, 0 for any",
+    ),
+    click.option(
+        "--allowed-origins",
+        default="*",
+        show_default=True,
+        callback=lambda ctx, param, value: value.split(","),
+        help="Web pages that may ask, separated by commas",
+    ),
+    click.option("--draft-model", help="A smaller model for speculative decoding"),
+    click.option(
+        "--num-draft-tokens",
+        type=click.IntRange(0),
+        default=3,
+        show_default=True,
+        help="How many tokens it proposes at once",
+    ),
+    click.option(
+        "--trust-remote-code", is_flag=True, help="Run code that comes with the model"
+    ),
+    click.option(
+        "--log-level",
+        type=click.Choice(LOG_LEVELS, case_sensitive=False),
+        default="WARNING",
+        show_default=True,
+        help="What to log on stderr; DEBUG logs prompts",
+    ),
+    click.option("--chat-template", default="", help="A chat template, as text"),
+    click.option(
+        "--use-default-chat-template",
+        is_flag=True,
+        help="Use the tokenizer's default chat template where the model has none",
+    ),
+    click.option(
+        "--temp",
+        type=click.FloatRange(0),
+        default=0.0,
+        show_default=True,
+        help="Sampling temperature, unless a request says otherwise, as the next three",
+    ),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(0, 1),
+        default=1.0,
+        show_default=True,
+        help="Sample from the likeliest tokens of this probability in all",
+    ),
+    click.option(
+        "--top-k",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        help="Sample from so many of the likeliest tokens, 0 for all",
+    ),
+    click.option(
+        "--min-p",
+        type=click.FloatRange(0, 1),
+        default=0.0,
+        show_default=True,
+        help="Sample from tokens this likely, as a share of the likeliest",
+    ),
+    click.option(
+        "--max-tokens",
+        type=click.IntRange(1),
+        default=512,
+        show_default=True,
+        help="Most tokens of an answer, unless a request says otherwise",
+    ),
+    click.option(
+        "--chat-template-args",
+        type=JSON_OBJECT,
+        default="{}",
+        help="Arguments of the chat template, a JSON object, or @FILE",
+    ),
+    click.option(
+        "--decode-concurrency",
+        type=click.IntRange(1),
+        default=32,
+        show_default=True,
+        help="Answers to generate at once",
+    ),
+    click.option(
+        "--prompt-concurrency",
+        type=click.IntRange(1),
+        default=8,
+        show_default=True,
+        help="Prompts to read at once",
+    ),
+    click.option(
+        "--prefill-step-size",
+        type=click.IntRange(1),
+        default=2048,
+        show_default=True,
+        help="Most prompt tokens to process at once",
+    ),
+    click.option(
+        "--prompt-cache-size",
+        type=int,
+        help="Without effect: bytes are limited, not numbers",
+    ),
+    click.option("--prompt-cache-bytes", type=SIZE, help="The same as --memory-limit"),
+    click.option(
+        "--kv-bits", type=int, help="Quantize keys and values; no batches then"
+    ),
+    click.option(
+        "--kv-group-size",
+        type=int,
+        default=64,
+        show_default=True,
+        help="How many values share a scale when quantized",
+    ),
+    click.option(
+        "--quantized-kv-start",
+        type=int,
+        default=5000,
+        show_default=True,
+        help="Quantize from this many tokens on",
+    ),
+    click.option("--pipeline", is_flag=True, help="Without effect on one machine"),
+)
+
+
+@click.command()
+@model_options
+@server_options
+@store_option
+@max_size_option
+@click.option(
+    "--memory-limit",
+    type=SIZE,
+    help="Most bytes of memory for caches  [env: PROMPTCACHE_MEMORY_LIMIT; "
+    "default: an eighth of the memory]",
+)
+@click.option(
+    "--save-answers/--no-save-answers",
+    default=True,
+    show_default=True,
+    help="Store answers, too, which the next turn begins with",
+)
+@store_bits_option
+@click.option(
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    help="A key that clients must present; each has its own prefixes; repeatable  "
+    "[env: PROMPTCACHE_API_KEY, separated by commas]",
+)
+@click.option(
+    "--metrics-key",
+    help="A key that opens /metrics, which API keys do not  "
+    "[env: PROMPTCACHE_METRICS_KEY]",
+)
+@click.option(
+    "--pin-quota",
+    type=SIZE,
+    help="Most bytes that each API key may pin  [default: its part of a half of the "
+    "store's limit]",
+)
+@click.option(
+    "--insecure", is_flag=True, help="Let others than this machine in without a key"
+)
+@click.option(
+    "--max-request-size",
+    type=SIZE,
+    default="32MB",
+    show_default=True,
+    help="Most bytes of a request",
+)
+@click.option(
+    "--max-prompt-tokens",
+    type=click.IntRange(0),
+    help="Most tokens of a prompt, 0 for any number  [default: the model's context]",
+)
+@quiet_option
+def serve(
+    store_path: str | None,
+    max_size: int | None,
+    memory_limit: int | None,
+    save_answers: bool,
+    store_bits: int | None,
+    api_keys: tuple[str, ...],
+    metrics_key: str | None,
+    pin_quota: int | None,
+    insecure: bool,
+    max_request_size: int,
+    max_prompt_tokens: int | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Serve a model with the OpenAI API and the durable cache
+
+    This is mlx-lm's server, with its options, and a prompt cache that is in memory and
+    on disk: what was read once is not read again, not after a restart either. System
+    prompts and the ends of prompts are stored at once, answers when they are done.
+
+    GET /v1/cache lists what is stored, POST /v1/cache/explain tells why a prompt hits
+    or misses, POST /v1/cache/pin keeps a prefix; each API key is answered as if it
+    were the only one. GET /metrics is for Prometheus.
+
+    Example:
+
+    \b
+        promptcache serve -m mlx-community/Qwen3-4B-4bit --port 8080
+        promptcache serve --host 0.0.0.0 --api-key "$KEY"
+    """
+    from promptcache.server.app import Server
+
+    talk = output.Talk(quiet=quiet)
+    _log(options["log_level"])
+    if memory_limit is None:
+        memory_limit = options["prompt_cache_bytes"]
+    if any(not key.strip() for key in api_keys):
+        raise UsageError("an API key must not be empty")
+    # As Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Requests wait no longer than those of a generator.
+    with open_store(store_path, max_size, patience=Patience()) as store:
+        server = Server(
+            Namespace(**options),
+            store=store,
+            memory_limit=memory_limit,
+            api_keys=api_keys,
+            metrics_key=metrics_key,
+            pin_quota=pin_quota,
+            insecure=insecure,
+            save_answers=save_answers,
+            store_bits=store_bits,
+            most_nbytes=max_request_size,
+            most_tokens=max_prompt_tokens,
+            announce=talk.say,
+        )
+        with server:
+            host = options["host"]
+            at = f"[{host}]" if ":" in host else host
+            talk.say(f"Serving {server.model} at http://{at}:{server.port}/v1")
+            try:
+                server.serve()
+            except KeyboardInterrupt:
+                talk.say("Stopping")
+
+
+def _log(level: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(output.LogFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler])

@@ -1,0 +1,123 @@
+"""`promptcache sync`."""
+
+from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from promptcache import config
+from promptcache_cli import output
+from promptcache_cli.options import (
+    dry_run_option,
+    empty_store,
+    is_to_come,
+    json_option,
+    max_size_option,
+    open_store,
+    quiet_option,
+    store_option,
+)
+
+if TYPE_CHECKING:
+    from promptcache import CachedGenerator
+    from promptcache.generator import BuiltPrefix
+    from promptcache.project.manifest import PromptSpec
+    from promptcache.project.sync import SyncStep
+    from promptcache.prompts.render import RenderedPrompt
+
+VERBS = {"keep": "kept", "build": "built", "pin": "pinned", "unpin": "unpinned"}
+
+
+@click.command()
+@click.argument("manifest", type=click.Path(dir_okay=False), default="promptcache.toml")
+@click.option(
+    "--check", is_flag=True, help="Do nothing, and exit with 1 if something is stale"
+)
+@dry_run_option
+@store_option
+@max_size_option
+@json_option
+@quiet_option
+def sync(
+    manifest: str,
+    check: bool,
+    dry_run: bool,
+    store_path: str | None,
+    max_size: int | None,
+    json_: bool,
+    quiet: bool,
+) -> int:
+    """Build what a manifest names, and unpin what it names no longer
+
+    MANIFEST is promptcache.toml if not given. A prompt is built when it is not stored
+    as it would be read now: a source file, the template or the weights changed, or it
+    was evicted.
+
+    Example:
+
+    \b
+        promptcache sync
+        promptcache sync --check
+        promptcache sync --dry-run prompts/promptcache.toml
+    """
+    from promptcache.project.manifest import read_manifest
+
+    # Read before the models are, which takes longer.
+    found = read_manifest(manifest)
+    from promptcache.generator import CachedGenerator
+    from promptcache.project.sync import Syncing
+
+    talk = output.Talk(quiet=quiet)
+
+    def build(
+        generator: "CachedGenerator", prompt: "RenderedPrompt", spec: "PromptSpec"
+    ) -> "BuiltPrefix":
+        output.warn_of_volatile_text(generator.lint(prompt))
+        with talk.progress(f"Reading {spec.name}", "tokens") as progress:
+            return generator.build(
+                prompt,
+                prompt_progress_callback=progress,
+                **spec.settings,
+            )
+
+    is_plan = check or dry_run
+    opened = (
+        empty_store()
+        if is_plan and is_to_come(config.store_dir(store_path))
+        else open_store(store_path, max_size, say=talk.say)
+    )
+    with opened as store:
+
+        def load(model: str | None, adapter_path: str | None) -> "CachedGenerator":
+            return CachedGenerator.load(
+                model,
+                adapter_path=adapter_path,
+                store=store,
+                announce=talk.say,
+                lazy=True,
+            )
+
+        syncing = Syncing(found, store, load)
+        steps = syncing.plan()
+        if not is_plan:
+            steps = syncing.execute(steps, build)
+    _print(steps, is_plan=is_plan, json_=json_, talk=talk)
+    return int(check and any(step.is_stale for step in steps))
+
+
+def _print(
+    steps: list["SyncStep"], *, is_plan: bool, json_: bool, talk: output.Talk
+) -> None:
+    if json_:
+        rows = [{**asdict(step), "stale": step.is_stale} for step in steps]
+        output.json_data({"steps": rows, "dry_run": is_plan})
+        return
+    output.table(
+        ["NAME", "ACTION", "KEY", "REASON"],
+        [[s.name, s.action, (s.key or "")[:12], s.reason] for s in steps],
+    )
+    counts = Counter[str](step.action for step in steps)
+    words = {action: action for action in VERBS} if is_plan else VERBS
+    told = [f"{counts[action]} {words[action]}" for action in VERBS if counts[action]]
+    talk.say(("To do: " if is_plan else "Done: ") + ", ".join(told))

@@ -1,0 +1,1 @@
+"""Chats: conversations whose turns each reuse what the ones before have read."""

@@ -1,0 +1,203 @@
+"""One build: match, load, read the rest piece by piece, save."""
+
+import contextlib
+from collections.abc import Callable
+
+from mlx_lm.generate import generation_stream, wired_limit
+
+from promptcache.engine.prefill import prefill, read_rest
+from promptcache.errors import ModelError, StoreError, UsageError, warn
+from promptcache.kvcache.kv_quantization import check_quantizable
+from promptcache.models.loaded import LoadedModel
+from promptcache.models.settings import Settings
+from promptcache.prompts.render import RenderedPrompt
+from promptcache.store import PrefixStore
+from promptcache.tiers.background_writer import Writer
+from promptcache.tiers.disk_tier import check_blobs, resume
+from promptcache.tiers.saver import Saver
+
+
+class Building:
+    """Makes sure that one prefix is stored.
+
+    Invariants:
+        What is stored already is not computed again.
+        Every piece is saved before the next one is read.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        store: PrefixStore,
+        writer: Writer,
+        rendered: RenderedPrompt,
+        settings: Settings,
+    ) -> None:
+        """Take the prefix.
+
+        Raises:
+            UnsupportedCacheError: The model's cache cannot be stored.
+        """
+        model.check_supported(settings)
+        self._model = model
+        self._store = store
+        self._writer = writer
+        self._settings = settings
+        self._cuts = model.cuts(settings, rendered.boundaries, rendered.answer)
+        self._fingerprint = model.fingerprint(settings)
+        self._needs_logits = self._is_prompt(rendered)
+        self._origin = rendered.origin
+        self._told: str | None = None
+        self._token_ids = self._reusable(rendered)
+        self._num_tokens = len(self._token_ids)
+        self.key = store.key_of(self._token_ids, self._fingerprint)
+
+    def _is_prompt(self, rendered: RenderedPrompt) -> bool:
+        """Return whether the prefix is a prompt whose next token's logits are needed.
+
+        They are where the last token cannot be taken back.
+        """
+        can_step_back = not self._model.needs_checkpoints(
+            self._settings
+        ) and self._cuts.is_divisible(len(rendered.token_ids))
+        is_drafted = self._settings.draft_model is not None
+        return not (rendered.is_open or can_step_back or is_drafted)
+
+    def _reusable(self, rendered: RenderedPrompt) -> list[int]:
+        """Return as much of the prefix as other prompts can reuse, or the whole prompt.
+
+        Raises UsageError if that is nothing.
+        """
+        token_ids = rendered.token_ids
+        end = self._cuts.last_resumable(len(token_ids))
+        if self._needs_logits and not self._cuts.is_divisible(len(token_ids)):
+            # The last token is read alone, and only cuts before it are kept.
+            end = self._cuts.last_before(len(token_ids))
+        if end == len(token_ids):
+            return token_ids
+        told = (
+            f"other prompts can reuse {end} of these {len(token_ids)} tokens: "
+            f"{self._reason()}"
+        )
+        if not self._needs_logits and not end:
+            raise UsageError(f"{told}; try a smaller prefill_step_size")
+        if not self._settings.exact:
+            self._told = told
+        return token_ids if self._needs_logits else token_ids[:end]
+
+    def _reason(self) -> str:
+        if self._settings.exact:
+            return f"exact mode resumes at multiples of {self._cuts.step_size}"
+        if self._model.length_dependence is not None:
+            return self._model.length_dependence.reason
+        return "what is dropped beyond max_kv_size depends on where pieces end"
+
+    def run(
+        self,
+        on_progress: Callable[[int, int], None],
+        on_wait: Callable[[], None],
+    ) -> int:
+        """Save what is missing; return how much was there.
+
+        Args:
+            on_progress: Called with tokens processed and their total.
+            on_wait: Called when another process builds the same prefix.
+
+        Raises:
+            ModelError: The model has changed meanwhile.
+            UsageError: The cache cannot be quantized as the settings say.
+            StoreError: The store cannot be written.
+        """
+        with self._store.building(self.key, on_wait):
+            num_cached = self._read(on_progress)
+        if self._told is not None:
+            warn(self._told)
+        return num_cached
+
+    def _read(self, on_progress: Callable[[int, int], None]) -> int:
+        token_ids, kv = self._token_ids, self._settings.kv
+        reader = self._model.reader(self._settings)
+        cache = self._model.make_cache(self._settings)
+        saver = Saver(
+            self._store,
+            self._writer,
+            self._fingerprint,
+            token_ids,
+            cache,
+            self._cuts,
+            kv,
+            is_prompt=self._needs_logits,
+            is_build=True,
+            origin=self._origin,
+            store_bits=self._settings.store_bits,
+        )
+        if self.is_stored():
+            # Lists the prefix also where nothing was missing.
+            saver.save(self._num_tokens)
+            return self._num_tokens
+        resumed = resume(
+            self._store,
+            self._fingerprint,
+            cache,
+            token_ids,
+            cuts=self._cuts,
+            kv=kv,
+            generating=self._needs_logits,
+        )
+        saver.take_over(resumed.taken, resumed.logits)
+        num_cached = resumed.match.cached_tokens
+        if kv.starts_within(num_cached, self._num_tokens):
+            for model in filter(None, (self._model.model, self._settings.draft_model)):
+                check_quantizable(model, kv, self._settings.max_kv_size)
+
+        def on_piece(start: int, stop: int) -> None:
+            saver.capture(start, stop)
+            self._check_model()
+            saver.save(stop)
+
+        end = self._end_of_prefill(num_cached)
+        with wired_limit(self._model.model, [generation_stream]):
+            seconds = prefill(
+                reader,
+                cache,
+                token_ids,
+                start=num_cached,
+                end=end,
+                cuts=self._cuts,
+                kv=kv,
+                on_piece=on_piece,
+                on_progress=lambda done, _: on_progress(done, self._num_tokens),
+            )
+            # A receipt is not worth waiting for, let alone failing.
+            with contextlib.suppress(StoreError):
+                self._store.add_speed(self._fingerprint, end - num_cached, seconds)
+            if end < self._num_tokens:
+                logits = read_rest(reader, cache, token_ids, num_read=end)
+                saver.capture(end, self._num_tokens, logits)
+                on_progress(self._num_tokens, self._num_tokens)
+        self._check_model()
+        saver.save(self._num_tokens)
+        return num_cached
+
+    def _check_model(self) -> None:
+        """Raise ModelError if what has been read was read by another model."""
+        now = self._model.fingerprint(self._settings)
+        if now.digest != self._fingerprint.digest:
+            raise ModelError("the model has changed while it was read, build it again")
+
+    def is_stored(self) -> bool:
+        """Return whether all of it is there, in the index and on disk."""
+        # In its own tree: exact rows of the same are no reason to store nothing.
+        fingerprint = self._fingerprint.reusable[-1]
+        match = self._store.lookup(
+            self._token_ids, fingerprint, generating=self._needs_logits
+        )
+        is_whole = match.cached_tokens == self._num_tokens
+        return is_whole and check_blobs(self._store, match)
+
+    def _end_of_prefill(self, num_cached: int) -> int:
+        """Return where to stop, to read the rest as a generation does."""
+        if not self._needs_logits or num_cached == self._num_tokens:
+            return self._num_tokens
+        kv = self._settings.kv
+        return self._cuts.end_of_prefill(self._num_tokens, num_cached, kv)

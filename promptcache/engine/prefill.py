@@ -1,0 +1,87 @@
+"""Prefill: run the model over token ids piece by piece, to fill its cache."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import generation_stream
+
+from promptcache.kvcache.kv_quantization import KVSettings, quantize
+from promptcache.models.prefill_plan import DEFAULT_CUTS, Cuts
+
+
+def prefill(
+    model: Any,
+    cache: list[Any],
+    token_ids: Sequence[int],
+    *,
+    start: int,
+    end: int,
+    cuts: Cuts = DEFAULT_CUTS,
+    kv: KVSettings | None = None,
+    on_piece: Callable[[int, int], object] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """Process the token ids `[start, end)`; the cache holds `[0, start)` before.
+
+    Returns the seconds that the model took, without what is called in between.
+
+    Args:
+        model: An mlx-lm model.
+        cache: Its cache, which is modified; layers may be replaced by quantized ones.
+        token_ids: The whole prompt.
+        start: Where to begin.
+        end: Where to stop.
+        cuts: Where pieces end.
+        kv: When to quantize keys and values, as mlx-lm does after a piece.
+        on_piece: Called with each `[start, end)` done, before it is quantized.
+        on_progress: Called with the number of tokens the cache holds, `start` at first,
+            and `end`.
+    """
+    import mlx.core as mx
+    from mlx_lm.generate import generation_stream
+
+    kv = kv or KVSettings()
+    seconds = 0.0
+    if on_progress:
+        on_progress(start, end)
+    with mx.stream(generation_stream):
+        for first, stop in cuts.pieces(start, end):
+            started = time.perf_counter()
+            model(mx.array(token_ids[first:stop])[None], cache=cache)
+            mx.eval([layer.state for layer in cache])
+            seconds += time.perf_counter() - started
+            if on_piece:
+                on_piece(first, stop)
+            quantized_from = cuts.quantized_from(kv)
+            if quantized_from is not None and stop >= quantized_from:
+                quantize(cache, stop, kv)
+            if on_progress:
+                on_progress(stop, end)
+            mx.clear_cache()
+    return seconds
+
+
+def read_rest(
+    model: Any,
+    cache: list[Any],
+    token_ids: Sequence[int],
+    *,
+    num_read: int,
+) -> mx.array:
+    """Read `token_ids[num_read:]` at once; return the logits of the next token.
+
+    Args:
+        model: An mlx-lm model.
+        cache: Its cache, holding `num_read` tokens; it is modified.
+        token_ids: The whole prompt.
+        num_read: How many of its tokens the cache holds.
+
+    Returns:
+        Logits of shape `(1, vocabulary)`, not yet computed.
+    """
+    with mx.stream(generation_stream):
+        rest = mx.array(list(token_ids[num_read:]))
+        logits: mx.array = model(rest[None], cache=cache)[:, -1, :]
+        return logits

@@ -1,0 +1,212 @@
+"""Differences: what changed where two prompts part."""
+
+import re
+import unicodedata
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from promptcache.explain.volatile_text import Volatile, find_volatile
+
+
+class Difference(NamedTuple):
+    """What kind of change makes two texts part, and a clause that tells it.
+
+    The kind is one of `volatility.KINDS` or "line endings", "whitespace", "Unicode
+    form", "letter case", "thinking", "text". The clause is one line without a full
+    stop, for example "the date changed from '2026-11-21' to '2026-11-22'".
+    """
+
+    kind: str
+    clause: str
+
+
+# How far a position that comes from tokens may lie behind the first difference.
+MOST_LATE = 8
+# How far to look for what changed, on both sides.
+WINDOW = 200
+# Characters that have to agree to call a change one of form only.
+LEAST_EQUAL = 16
+MOST_QUOTED = 40
+MOST_WORDS = 30
+# How long the beginning of a word may be to be quoted with it.
+MOST_OF_WORD = 15
+# How far before the difference a thinking block may begin.
+MOST_THOUGHT = 40
+# A byte order mark and what joins or parts words unseen count, too.
+_BLANKS = re.compile(r"[\s\ufeff\u200b\u2060]+")
+# Of DeepSeek and Qwen, Anthropic, Seed-OSS, Magistral, gpt-oss, Command, Gemma and
+# others. An empty block holds no thinking: templates put one where they drop it.
+_THINKING = re.compile(
+    r"(?:<(?:think|thinking|thought|seed:think|reasoning)>|\[THINK\]"
+    r"|<\|channel\|>analysis(?:<\|message\|>)?+|<\|channel>thought"
+    r"|<\|START_THINKING\|>|<\|begin_of_thought\|>)"
+    r"(?!\s*(?:</|\[/THINK\]|<\|end|<\|END|<channel\|>))"
+)
+
+
+def compare(
+    expected: str,
+    found: str,
+    position: int,
+    *,
+    hostnames: Collection[str] = (),
+    directories: Collection[str] = (),
+) -> Difference:
+    """Name the likeliest reason why two texts part at a position.
+
+    Args:
+        expected: The whole text that is cached.
+        found: The whole text of the new prompt.
+        position: Where they part, or up to `MOST_LATE` characters later.
+        hostnames: As in `find_volatile`.
+        directories: As in `find_volatile`.
+    """
+    at = _first_difference(expected, found, max(position - MOST_LATE, 0))
+    expected, here = _around(expected, at)
+    found, here = _around(found, at)
+    names = {"hostnames": hostnames, "directories": directories}
+    return (
+        _volatile_change(
+            find_volatile(expected, **names), find_volatile(found, **names), here
+        )
+        or _change_of_form(expected, found, here)
+        or _change_of_thinking(expected, found, here)
+        or _change_of_text(expected, found, here)
+    )
+
+
+def _first_difference(expected: str, found: str, start: int) -> int:
+    end = min(len(expected), len(found))
+    start = min(start, end)
+    pairs = zip(expected[start:end], found[start:end], strict=True)
+    return next((start + i for i, (a, b) in enumerate(pairs) if a != b), end)
+
+
+def _around(text: str, at: int) -> tuple[str, int]:
+    """Return the window around a position, and the position in it."""
+    start = max(at - WINDOW, 0)
+    return text[start : at + WINDOW], at - start
+
+
+def _volatile_change(
+    expected: list[Volatile], found: list[Volatile], at: int
+) -> Difference | None:
+    before, after = _touching(expected, at), _touching(found, at)
+    if before and after and before.text != after.text:
+        quotes = f"{_quote_volatile(before, at)} to {_quote_volatile(after, at)}"
+        clause = f"the {after.kind} changed from {quotes}"
+        return Difference(after.kind, clause)
+    if after and _is_new(after, expected, at):
+        clause = f"a {after.kind} appears: {_quote_volatile(after, at)}"
+        return Difference(after.kind, clause)
+    if before and _is_new(before, found, at):
+        clause = f"a {before.kind} is gone: {_quote_volatile(before, at)}"
+        return Difference(before.kind, clause)
+    return None
+
+
+def _touching(volatiles: list[Volatile], at: int) -> Volatile | None:
+    """Return the last one that touches a position: it covers it rather than ends."""
+    touching = [v for v in volatiles if v.start <= at <= v.end]
+    return touching[-1] if touching else None
+
+
+def _is_new(volatile: Volatile, others: list[Volatile], at: int) -> bool:
+    """Tell whether it covers the position and has not only moved there."""
+    moved = any(other.text == volatile.text for other in others if other.end > at)
+    return volatile.end > at and not moved
+
+
+def _quote_volatile(volatile: Volatile, at: int) -> str:
+    return _quote(volatile.text, at - volatile.start)
+
+
+def _quote(text: str, at: int) -> str:
+    """Return what fits of a text, around a position where it is long."""
+    start = max(at - MOST_QUOTED // 2, 0) if len(text) > MOST_QUOTED else 0
+    shown = text[start : start + MOST_QUOTED]
+    while len(repr(shown)) > MOST_QUOTED + len("''"):
+        shown = shown[:-1]
+    return repr(shown)
+
+
+def _one_newline(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _no_blanks(text: str) -> str:
+    return _BLANKS.sub("", text)
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+_FORMS: tuple[tuple[str, Callable[[str], str], str], ...] = (
+    ("line endings", _one_newline, "the line endings changed"),
+    ("whitespace", _no_blanks, "only whitespace changed"),
+    ("Unicode form", _composed, "the Unicode form of the same text changed"),
+    ("letter case", str.casefold, "the letter case changed"),
+)
+
+
+def _change_of_form(expected: str, found: str, at: int) -> Difference | None:
+    """Return the first kind of difference that a normal form makes disappear."""
+    if expected == found:
+        return None
+    for kind, normal, clause in _FORMS:
+        if _agree(normal, expected, found, at):
+            return Difference(kind, f"{clause}: {_both(expected, found, at)}")
+    return None
+
+
+def _agree(normal: Callable[[str], str], expected: str, found: str, at: int) -> bool:
+    """Tell whether texts agree from a position on, for long enough or to their ends."""
+    # One character earlier there may be the "\r" of a "\r\n" or the base of an accent.
+    start = max(at - 1, 0)
+    one, other = normal(expected[start:]), normal(found[start:])
+    num_equal = _first_difference(one, other, 0)
+    return num_equal > LEAST_EQUAL or one == other
+
+
+def _change_of_thinking(expected: str, found: str, at: int) -> Difference | None:
+    before, after = _thinks(expected, at), _thinks(found, at)
+    if before == after:
+        return None
+    verb = "was dropped from" if before else "appears in"
+    return Difference("thinking", f"thinking {verb} an earlier answer")
+
+
+def _thinks(text: str, at: int) -> bool:
+    """Tell whether a thinking block begins at a position or shortly before it."""
+    last = len(text) - len(text[at:].lstrip())
+    starts = (m.start() for m in _THINKING.finditer(text, max(at - MOST_THOUGHT, 0)))
+    return any(start <= last for start in starts)
+
+
+def _change_of_text(expected: str, found: str, at: int) -> Difference:
+    if expected == found:
+        return Difference("text", "both prompts end here")
+    if at == len(expected):
+        return Difference("text", "the cached prompt ends here")
+    if at == len(found):
+        return Difference("text", "the prompt ends here")
+    return Difference("text", _both(expected, found, at))
+
+
+def _both(expected: str, found: str, at: int) -> str:
+    """Return a clause that quotes both texts from the word that differs."""
+    begun = re.search(rf"\S{{0,{MOST_OF_WORD}}}\Z", expected[:at])
+    assert begun is not None
+    start = begun.start()
+    least = at - start + 1
+    before, after = _words(expected[start:], least), _words(found[start:], least)
+    return f"{_quote(before, at - start)} became {_quote(after, at - start)}"
+
+
+def _words(text: str, least: int) -> str:
+    """Return the whole words that fit, with at least some characters."""
+    pattern = rf"(?s:.{{{least},{MOST_WORDS}}}(?!\S)|.{{0,{MOST_WORDS}}})"
+    words = re.match(pattern, text)
+    assert words is not None
+    return words[0]

@@ -1,0 +1,119 @@
+"""Capturing: note what a cache loses when it reads on, while it still has it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from promptcache.kvcache.classes import (
+    Treatment,
+    parts_of,
+    rows_of,
+    treatment_of,
+    turned_by,
+    window_rows,
+    window_size,
+)
+from promptcache.kvcache.layout import Layout, PartLayout, layout_of, name_in_blob
+from promptcache.kvcache.loading.segment_loader import LoadedSegment, with_rows
+from promptcache.kvcache.state import take_state
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """What a cache loses when it reads on: windows' rows, and states.
+
+    Attributes:
+        start: First token of the piece that was just read.
+        end: The token after its last.
+        layout: How each part is kept.
+        rows: Rows of windows, and of all parts that are about to be quantized, by
+            tensor name.
+        states: Arrays of states, by tensor name.
+    """
+
+    start: int
+    end: int
+    layout: Layout
+    rows: Mapping[str, "mx.array"]
+    states: Mapping[str, "mx.array"]
+
+    @property
+    def needs_checkpoint(self) -> bool:
+        """Return whether rows alone do not restore this cache."""
+        return any(p.treatment is Treatment.CHECKPOINT for p in self.layout.values())
+
+    @property
+    def state_nbytes(self) -> int:
+        """Return the size of its states."""
+        return sum(int(array.nbytes) for array in self.states.values())
+
+
+def capture(
+    cache: Sequence[Any], start: int, end: int, *, every_row: bool = False
+) -> Capture:
+    """Note what is lost of a cache that has just read the tokens `[start, end)`.
+
+    Nothing is computed or copied.
+
+    Args:
+        cache: One mlx-lm cache object a layer.
+        start: Where the piece begins.
+        end: Where it ends.
+        every_row: Whether to note rows of all parts, because they may be quantized.
+
+    Raises:
+        UnsupportedCacheError: A part's state is of something that cannot be stored.
+    """
+    layout: dict[str, PartLayout] = {}
+    rows: dict[str, mx.array] = {}
+    states: dict[str, mx.array] = {}
+    for name, part in parts_of(cache):
+        treatment = treatment_of(part, end)
+        state: Any = None
+        if treatment is Treatment.CHECKPOINT:
+            state, arrays = take_state(part, name_in_blob(name, "state"))
+            states |= arrays
+        elif treatment is Treatment.WINDOW:
+            state = turned_by(part) if part.offset > window_size(part) else 0
+        layout[name] = layout_of(part, treatment, state)
+        names = [name_in_blob(name, tensor) for tensor in layout[name].tensor_names]
+        if treatment is Treatment.WINDOW:
+            rows |= zip(names, window_rows(part, start, end), strict=True)
+        elif treatment is Treatment.ROWS and every_row:
+            rows |= zip(names, rows_of(part, start, end), strict=True)
+    return Capture(start, end, layout, rows, states)
+
+
+def capture_restored(
+    cache: Sequence[Any], segments: Sequence[LoadedSegment], end: int
+) -> Capture:
+    """Note all of a cache that was filled with segments, to save it elsewhere.
+
+    Windows do not hold all of their rows any more, but the segments do.
+    """
+    import mlx.core as mx
+
+    taken = capture(cache, end, end)
+    rows: dict[str, mx.array] = {}
+    for name, part in taken.layout.items():
+        if part.treatment is Treatment.WINDOW:
+            found = [s.rows(name, 0, end) for s in with_rows(segments)]
+            names = [name_in_blob(name, tensor) for tensor in part.tensor_names]
+            columns = [mx.concatenate(c, axis=-2) for c in zip(*found, strict=True)]
+            rows |= dict(zip(names, columns, strict=True))
+    return replace(taken, start=0, rows=rows)
+
+
+def detached(taken: Capture) -> Capture:
+    """Return a capture with copies of its rows and without states.
+
+    It keeps no memory of the cache alive, which goes on being written to.
+    """
+    import mlx.core as mx
+
+    rows = {name: mx.contiguous(array) for name, array in taken.rows.items()}
+    mx.eval(rows)
+    return replace(taken, rows=rows, states={})

@@ -1,0 +1,1 @@
+"""The embedded default model, downloaded and converted once."""

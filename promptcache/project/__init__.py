@@ -1,0 +1,1 @@
+"""Projects: a manifest names the prompts to be cached, and `sync` keeps them so."""

@@ -1,0 +1,208 @@
+"""Syncing: make the store hold what a manifest names, planned first."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, NamedTuple
+
+from promptcache.errors import PromptCacheError, UsageError
+from promptcache.generator import BuiltPrefix, CachedGenerator
+from promptcache.project.manifest import Manifest, PromptSpec
+from promptcache.prompts.parts import PromptParts
+from promptcache.prompts.render import RenderedPrompt
+from promptcache.store import PrefixStore
+from promptcache.store.index.rows import ListedPrefix
+
+Action = Literal["keep", "build", "pin", "unpin"]
+Load = Callable[[str | None, str | None], CachedGenerator]
+Build = Callable[[CachedGenerator, RenderedPrompt, PromptSpec], BuiltPrefix]
+
+
+@dataclass(frozen=True, slots=True)
+class SyncStep:
+    """What is to be done for one prompt.
+
+    Attributes:
+        name: The prompt's name.
+        action: Nothing, read and save it, name it, or take its name away.
+        key: The prefix it is about, or None as long as there is none.
+        reason: Why.
+    """
+
+    name: str
+    action: Action
+    key: str | None
+    reason: str
+
+    @property
+    def is_stale(self) -> bool:
+        """Return whether there is something to do."""
+        return self.action != "keep"
+
+
+class _Found(NamedTuple):
+    """A prompt's key, and why it has to be built, if it has."""
+
+    key: str
+    missing: str | None
+
+
+class Syncing:
+    """Compares a manifest with a store, and does what is missing.
+
+    Models are loaded once each, and without their weights as long as these are not
+    needed.
+    """
+
+    def __init__(self, manifest: Manifest, store: PrefixStore, load: Load) -> None:
+        """Take a function that loads a model with an adapter, sharing the store."""
+        self._manifest = manifest
+        self._store = store
+        self._load = load
+        self._generators: dict[tuple[str | None, str | None], CachedGenerator] = {}
+
+    def plan(self) -> list[SyncStep]:
+        """Return what is to be done, in the manifest's order; nothing is changed.
+
+        Raises:
+            ModelError: A prompt's model cannot be loaded.
+            UsageError: Its template refuses a prompt, or a name is taken.
+            StoreError: The store cannot be read.
+        """
+        found = {spec.name: self._look_up(spec) for spec in self._manifest.prompts}
+        wanted = {
+            spec.name: found[spec.name].key
+            for spec in self._manifest.prompts
+            if spec.pin
+        }
+        steps = [
+            self._step(spec, found[spec.name], wanted)
+            for spec in self._manifest.prompts
+        ]
+        unpins = list(self._unwanted(wanted, steps))
+        unpinned = {step.name for step in unpins}
+        kept = [s for s in steps if s.is_stale or s.name not in unpinned]
+        return [*kept, *unpins]
+
+    def _look_up(self, spec: PromptSpec) -> "_Found":
+        with _told_of(self._manifest, spec):
+            generator, prompt = self._rendered(spec)
+            key, is_stored = generator.is_built(prompt, **spec.settings)
+            if spec.pin:
+                self._check_name_is_free(spec.name, key)
+            if is_stored:
+                return _Found(key, None)
+            divergence = generator.explain(prompt, **spec.settings).divergence
+            return _Found(key, divergence.culprit if divergence else "not stored yet")
+
+    def _step(
+        self, spec: PromptSpec, found: "_Found", wanted: Mapping[str, str]
+    ) -> SyncStep:
+        is_listed = self._store.listed_at(found.key) is not None
+        key = found.key if is_listed else None
+        if found.missing is not None:
+            return SyncStep(spec.name, "build", key, found.missing)
+        if spec.pin:
+            action, reason = self._pinning(spec.name, found.key, wanted)
+            return SyncStep(spec.name, action, key, reason)
+        if not is_listed:
+            return SyncStep(spec.name, "build", key, "stored as a part of another")
+        return SyncStep(spec.name, "keep", key, "up to date")
+
+    def _pinning(
+        self, name: str, key: str, wanted: Mapping[str, str]
+    ) -> tuple[Action, str]:
+        """Return what to do with the pin of a prompt that is stored."""
+        pin = next((pin for pin in self._pins() if pin.key == key), None)
+        if pin is None:
+            return "pin", "stored, but not pinned"
+        if pin.name == name:
+            return "keep", "up to date"
+        if self._is_own(pin) and wanted.get(str(pin.name)) != key:
+            return "pin", f"was named {pin.name}"
+        # A prefix has one name, and another one keeps it as well.
+        return "keep", f"pinned as {pin.name}"
+
+    def _pins(self) -> list[ListedPrefix]:
+        """Return the pins of the default namespace, which manifests are about."""
+        return self._store.pins(namespace="")
+
+    def _is_own(self, pin: ListedPrefix) -> bool:
+        return pin.manifest == str(self._manifest.path)
+
+    def _check_name_is_free(self, name: str, key: str) -> None:
+        """Raise UsageError if another manifest has given the name to something else."""
+        for pin in self._pins():
+            others = pin.manifest not in (None, str(self._manifest.path))
+            if pin.name == name and pin.key != key and others:
+                raise UsageError(f"the name is taken by {pin.manifest}")
+
+    def _unwanted(
+        self, wanted: Mapping[str, str], steps: Sequence[SyncStep]
+    ) -> Iterator[SyncStep]:
+        """Yield the pins of this manifest that it does not want any more.
+
+        A name that it wants for something else moves there by itself.
+        """
+        named = {spec.name for spec in self._manifest.prompts}
+        renamed = {step.key for step in steps if step.action == "pin"}
+        for pin in self._pins():
+            name = str(pin.name)
+            if self._is_own(pin) and name not in wanted and pin.key not in renamed:
+                reason = "the manifest names it no longer"
+                if name in named:
+                    reason = "the manifest says pin = false"
+                yield SyncStep(name, "unpin", pin.key, reason)
+
+    def _rendered(self, spec: PromptSpec) -> tuple[CachedGenerator, RenderedPrompt]:
+        wanted = (spec.model, spec.adapter_path)
+        if wanted not in self._generators:
+            self._generators[wanted] = self._load(*wanted)
+        generator = self._generators[wanted]
+        return generator, generator.render_prefix(_parts(spec))
+
+    def execute(self, steps: Sequence[SyncStep], build: Build) -> list[SyncStep]:
+        """Do what is planned; return it with the keys that came of it.
+
+        Args:
+            steps: What `plan` returned.
+            build: Builds a prompt and shows how far it is.
+
+        Raises:
+            PromptCacheError: A prompt cannot be built.
+        """
+        specs = {spec.name: spec for spec in self._manifest.prompts}
+        return [
+            self._made(step, specs[step.name], build)
+            if step.action in ("build", "pin")
+            else self._unpinned(step)
+            for step in steps
+        ]
+
+    def _made(self, step: SyncStep, spec: PromptSpec, build: Build) -> SyncStep:
+        with _told_of(self._manifest, spec):
+            # Of what is stored already, this lists the end only.
+            key = build(*self._rendered(spec), spec).key
+        if spec.pin:
+            self._store.pin(key, spec.name, manifest=str(self._manifest.path))
+        return replace(step, key=key)
+
+    def _unpinned(self, step: SyncStep) -> SyncStep:
+        if step.action == "unpin":
+            self._store.unpin(step.name, namespace="")
+        return step
+
+
+def _parts(spec: PromptSpec) -> PromptParts:
+    names = (field.name for field in fields(PromptParts))
+    return PromptParts(**{name: getattr(spec, name) for name in names})
+
+
+@contextlib.contextmanager
+def _told_of(manifest: Manifest, spec: PromptSpec) -> Iterator[None]:
+    """Say of an error which prompt of which manifest it is about."""
+    try:
+        yield
+    except PromptCacheError as error:
+        place = f"{manifest.path.name}: prompts.{spec.name}"
+        raise type(error)(f"{place}: {error}") from error

@@ -1,0 +1,200 @@
+"""The values that describe segments, all frozen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from promptcache.segments.dtypes import _nbytes
+from promptcache.segments.fingerprint import Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """How a chat prompt was rendered, so that two can be compared.
+
+    Attributes:
+        template: Hash of the chat template.
+        config: Its further arguments.
+        system: Hash of the system prompt's text, empty without one.
+        tools: Name and hash of each tool.
+        head: How many tokens come before the first user's text.
+    """
+
+    template: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    system: str = ""
+    tools: tuple[tuple[str, str], ...] = ()
+    head: int = field(default=0, compare=False)
+
+
+class SegmentSlice(NamedTuple):
+    """The rows `[start, stop)` to take from the segment `[start, end)`.
+
+    A checkpoint has no rows: its start, stop and end are the same.
+    """
+
+    key: str
+    start: int
+    stop: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest cached prefix of a prompt.
+
+    Attributes:
+        slices: The segments to load, from the root; each starts where the
+            one before it stops. A checkpoint, if there is one, is the last.
+        has_logits: Whether the checkpoint tells the logits of the next token, so that
+            nothing is left to read.
+    """
+
+    slices: tuple[SegmentSlice, ...] = ()
+    has_logits: bool = False
+
+    @property
+    def cached_tokens(self) -> int:
+        """Return the length of the matched prefix in tokens."""
+        return self.slices[-1].stop if self.slices else 0
+
+    @property
+    def ends_in_checkpoint(self) -> bool:
+        """Return whether a run takes over from a state, and not from rows alone."""
+        return bool(self.slices) and self.slices[-1].start == self.slices[-1].end
+
+    @property
+    def key(self) -> str | None:
+        """Return the key of the deepest segment with rows, or None without one."""
+        keys = [part.key for part in self.slices if part.start < part.end]
+        return keys[-1] if keys else None
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor as plain bytes.
+
+    Attributes:
+        name: Its name in the blob.
+        dtype: Its dtype in safetensors' spelling, such as `BF16`.
+        shape: Its shape.
+        data: Its bytes, contiguous, row-major, little-endian.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+class TensorSpec(NamedTuple):
+    """What a blob's header says of a tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Return how many bytes its values take."""
+        return _nbytes(self.dtype, self.shape)
+
+
+class Resumption(NamedTuple):
+    """Where a run can take over from a segment.
+
+    Attributes:
+        divisible: Whether its rows can be cut at any token, else it is taken as a
+            whole or not at all.
+        extendable: Whether longer prompts can go on from its end, else it is good for
+            its very prompt.
+        needs_checkpoint: Whether rows are not enough, so that only positions with a
+            checkpoint will do.
+        has_logits: Whether a checkpoint tells the logits of the next token.
+    """
+
+    divisible: bool = True
+    extendable: bool = True
+    needs_checkpoint: bool = False
+    has_logits: bool = False
+
+
+AT_ANY_TOKEN = Resumption()
+
+
+class Worth(IntEnum):
+    """How much a checkpoint is worth when some are to be given up."""
+
+    STEP = 0
+    BOUNDARY = 1
+    # Where the answer to a prompt begins in history.
+    ANSWER = 2
+    BUILT = 3
+
+
+def tag_of(resumption: Resumption, *, is_checkpoint: bool) -> str:
+    """Return what tells a segment's key from others' that end at the same position."""
+    kinds = {
+        "checkpoint": is_checkpoint,
+        "logits": resumption.has_logits,
+        "tail": not resumption.extendable,
+    }
+    return " ".join(kind for kind, applies in kinds.items() if applies)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentInfo:
+    """What a blob says of its segment.
+
+    Attributes:
+        key: Chain hash at `end`, in hex.
+        start_hash: Chain hash at `start`, in hex, which names the parent whatever
+            segment has it; of a root, the fingerprint's digest.
+        fingerprint: What the KV values depend on.
+        start: First token of the range `[start, end)`; a checkpoint's start and end
+            are the same.
+        end: The token after the last.
+        is_prefix: Whether a prompt that was built or saved ends here.
+        created_at: Unix time.
+        resumption: Where a run can take over.
+        worth: How much a checkpoint is worth against others; of checkpoints only.
+    """
+
+    key: str
+    start_hash: str
+    fingerprint: Fingerprint
+    start: int
+    end: int
+    is_prefix: bool
+    created_at: float
+    resumption: Resumption = AT_ANY_TOKEN
+    worth: Worth = Worth.STEP
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Return whether it is the state at one position, without rows."""
+        return self.start == self.end
+
+    @property
+    def tag(self) -> str:
+        """Return what tells its key from that of a common segment with its end."""
+        return tag_of(self.resumption, is_checkpoint=self.is_checkpoint)
+
+
+class EncodedSegment(NamedTuple):
+    """The state of a token range as the codec hands it over: layout and tensors."""
+
+    layout: str
+    tensors: list[Tensor]
+    resumption: Resumption = AT_ANY_TOKEN
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of its tensors."""
+        return sum(tensor.data.nbytes for tensor in self.tensors)
+
+    @property
+    def specs(self) -> "list[TensorSpec]":
+        """Return what a blob's header will say of its tensors."""
+        return [TensorSpec(t.name, t.dtype, t.shape) for t in self.tensors]

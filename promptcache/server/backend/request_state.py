@@ -1,0 +1,190 @@
+"""A request in the server: its tokens, its progress, and its client."""
+
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from threading import Event
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, overload
+
+from promptcache.errors import ModelError
+from promptcache.models.loaded import LoadedModel
+from promptcache.models.prefill_plan import Cuts
+from promptcache.models.settings import Settings
+from promptcache.segments.chain import common_length, pack
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.segments.types import Match, Origin
+from promptcache.server.backend.compat import CompletionRequest
+
+if TYPE_CHECKING:
+    from promptcache.kvcache.snapshot import Capture
+
+
+@dataclass(eq=False, slots=True)
+class Reading:
+    """How far a request has come.
+
+    Attributes:
+        token_ids: Its prompt.
+        model: What reads it.
+        settings: How.
+        fingerprint: What its KV values depend on.
+        cuts: Where the pieces of its prefill end.
+        origin: How it was rendered, if that is known.
+        head: How many tokens come before the first user's text, 0 if unknown.
+        max_tokens: How long its answer may become.
+        over: Set when nobody waits for the answer any more.
+        is_divisible: Whether a cache in memory can be taken over at any token.
+        cached_tokens: How many tokens were taken from memory or disk.
+        match: What the store had of it.
+        num_read: Up to where it has been read.
+        captures: What its cache has lost since what is stored.
+        is_alone: Whether nothing else was read meanwhile.
+        started_at: When it was looked up.
+        load_seconds: How long it took to find and to load what was cached.
+        loaded_tokens: How many tokens were loaded from disk.
+        kept_at: When it was kept last.
+        settled: Done when its answer is kept and, if it is to be, stored.
+    """
+
+    token_ids: list[int]
+    model: LoadedModel
+    settings: Settings
+    fingerprint: Fingerprint
+    cuts: Cuts
+    origin: Origin | None
+    head: int
+    max_tokens: int
+    over: Event
+    is_divisible: bool = True
+    cached_tokens: int = 0
+    match: Match = field(default_factory=Match)
+    num_read: int = 0
+    captures: "list[Capture]" = field(default_factory=list)
+    is_alone: bool = True
+    started_at: float = 0.0
+    load_seconds: float = 0.0
+    loaded_tokens: int = 0
+    kept_at: float = 0.0
+    settled: "Future[None]" = field(default_factory=Future)
+    _data: bytes = b""
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the length of the prompt."""
+        return len(self.token_ids)
+
+    @property
+    def data(self) -> bytes:
+        """Return the prompt's token ids, packed."""
+        self._data = self._data or pack(self.token_ids)
+        return self._data
+
+    @property
+    def is_read(self) -> bool:
+        """Return whether nothing but the last token of the prompt is left to read."""
+        return self.num_read >= self.num_tokens - 1
+
+    def check_model(self) -> None:
+        """Raise ModelError if its model is not what it was when it was asked."""
+        now = self.model.fingerprint(self.settings)
+        if now.digest != self.fingerprint.digest:
+            raise ModelError("the model has changed meanwhile")
+
+    def begin(self, cached_tokens: int) -> None:
+        """Note what a cache holds before anything is read."""
+        self.cached_tokens = self.num_read = cached_tokens
+        now = time.perf_counter()
+        self.load_seconds = now - self.started_at
+        self.kept_at = now
+
+    def settle_with(self, saved: "Future[None] | None") -> None:
+        """Be settled when something is saved, or at once."""
+
+        def settle(_: object) -> None:
+            if not self.settled.done():
+                self.settled.set_result(None)
+
+        if saved is None:
+            settle(saved)
+        else:
+            saved.add_done_callback(settle)
+
+    def ends(self) -> Iterable[int]:
+        """Return where what it is going to read can be taken over."""
+        last = self.num_tokens - 1
+        pieces = self.cuts.pieces(self.num_read, last)
+        return (end for _, end in pieces if self.cuts.can_resume(end))
+
+    def usable_by(self, other: "Reading") -> int:
+        """Return how much of another prompt this one is going to have read."""
+        if self.fingerprint.digest != other.fingerprint.digest:
+            return 0
+        shared = min(common_length(self.data, other.data), other.num_tokens - 1)
+        ends = [min(end, shared) if self.is_divisible else end for end in self.ends()]
+        usable = [self.cuts.last_resumable(end) for end in ends if end <= shared]
+        return max(usable, default=0)
+
+
+class ServedPrompt(list[int]):
+    """Token ids of a request; a slice of them belongs to it, too."""
+
+    def __init__(self, token_ids: Iterable[int], reading: Reading) -> None:
+        """Take the ids, and whose they are."""
+        super().__init__(token_ids)
+        self.reading = reading
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one id, or a slice that knows its request."""
+        found = super().__getitem__(index)
+        return type(self)(found, self.reading) if isinstance(index, slice) else found
+
+
+class HungUpError(ConnectionError):
+    """The client does not wait for the answer any more."""
+
+
+@dataclass
+class ServedRequest(CompletionRequest):
+    """mlx-lm's request, with whose it is and how far it has come.
+
+    Attributes:
+        namespace: Prefixes are found only under the namespace they were saved in.
+        connection: The client's socket.
+        over: Set when nobody waits for the answer any more.
+        tokenized: What the server made of it, or why it could not.
+        reading: How far it has come, once it has been tokenized.
+        error: Why it has failed.
+    """
+
+    namespace: str = ""
+    connection: socket.socket | None = None
+    over: threading.Event = field(default_factory=threading.Event)
+    tokenized: Any = None
+    reading: Reading | None = None
+    error: Exception | None = None
+
+    @classmethod
+    def of(cls, request: Any, namespace: str, connection: socket.socket | None) -> Self:
+        """Return a request of mlx-lm's as one of these."""
+        return cls(**vars(request), namespace=namespace, connection=connection)
+
+    def check_connected(self) -> None:
+        """Raise HungUpError if the client has closed its side."""
+        if self.connection is None:
+            return
+        try:
+            readable, _, _ = select.select([self.connection], [], [], 0)
+            if readable and not self.connection.recv(1, socket.MSG_PEEK):
+                raise HungUpError("the client hung up")
+        except (OSError, ValueError) as error:
+            raise HungUpError("the client hung up") from error

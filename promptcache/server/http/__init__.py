@@ -1,0 +1,1 @@
+"""HTTP: requests, checked and authorized, and their answers."""

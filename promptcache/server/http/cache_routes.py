@@ -1,0 +1,119 @@
+"""The cache API: what a server's cache holds, and why a prompt hits or misses."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from promptcache.errors import PromptCacheError
+from promptcache.generator import CachedGenerator
+from promptcache.server.backend.model_provider import (
+    IdentifiedModelProvider,
+    UnavailableError,
+)
+from promptcache.server.backend.served_model import ServedModel
+from promptcache.server.http.validation import BadRequestError, check_completion
+from promptcache.store import PrefixStore
+from promptcache.store.reports import PinQuota, Prefix
+
+
+class CacheApi:
+    """Answers questions about the cache, each as if its namespace were alone."""
+
+    def __init__(
+        self,
+        store: PrefixStore | None,
+        provider: IdentifiedModelProvider,
+        quota: PinQuota | None,
+    ) -> None:
+        """Take the store, what has the model, and how much a namespace may pin."""
+        self._store = store
+        self._provider = provider
+        self._quota = quota
+
+    def prefixes(self, namespace: str) -> dict[str, Any]:
+        """Return the prefixes of a namespace. Raises StoreError."""
+        found = self._usable().prefixes(namespace=namespace)
+        return {
+            "object": "list",
+            "data": [_told(prefix) for prefix in found],
+        }
+
+    def explain(self, namespace: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Say what a request with this body would reuse, and why not more.
+
+        Raises:
+            UsageError: It is no request.
+            UnavailableError: Its model is not loaded.
+            StoreError: The store cannot be read.
+        """
+        is_chat = "messages" in body
+        check_completion(body, is_chat=is_chat)
+        current = self._model(body)
+        template_args = self._provider.cli_args.chat_template_args
+        generator = CachedGenerator(
+            current.model,
+            current.tokenizer,
+            store=self._usable(),
+            memory_limit=0,
+            namespace=namespace,
+            identity=current.identity,
+            chat_template_config=template_args
+            | (body.get("chat_template_kwargs") or {}),
+        )
+        settings = current.settings
+        explanation = generator.explain(
+            body["messages"] if is_chat else body["prompt"],
+            tools=body.get("tools"),
+            kv_bits=settings.kv.bits,
+            kv_group_size=settings.kv.group_size,
+            quantized_kv_start=settings.kv.start,
+            prefill_step_size=settings.step_size,
+            store_bits=settings.store_bits,
+        )
+        return explanation.to_json()
+
+    def _model(self, body: Mapping[str, Any]) -> ServedModel:
+        """Return the model of a request, if it is the one that is loaded.
+
+        Another one may be there for others, and is nobody else's business.
+        """
+        current = self._provider.current
+        name, draft = (body.get(n, "default_model") for n in ("model", "draft_model"))
+        if not isinstance(name, str) or not isinstance(draft, str | None):
+            raise BadRequestError("model and draft_model must be names")
+        is_loaded = self._provider.serves(name, body.get("adapters"), draft)
+        if current is None or not is_loaded:
+            raise UnavailableError("this model is not loaded now, ask again later")
+        return current
+
+    def pin(self, namespace: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Pin a prefix under a name.
+
+        Raises:
+            UsageError: There is no such prefix, or the name cannot be used.
+            QuotaError: More would be pinned than may be.
+            StoreError: The store cannot be written.
+        """
+        key, name = body.get("key"), body.get("name")
+        if not isinstance(key, str) or not isinstance(name, str):
+            raise BadRequestError("give a key and a name to pin it under")
+        prefix = self._usable().pin(key, name, namespace=namespace, quota=self._quota)
+        return _told(prefix)
+
+    def unpin(self, namespace: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Give up a name. Raises as `pin` does."""
+        name = body.get("name")
+        if not isinstance(name, str):
+            raise BadRequestError("give the name to give up")
+        return _told(self._usable().unpin(name, namespace=namespace))
+
+    def _usable(self) -> PrefixStore:
+        if self._store is None:
+            raise PromptCacheError("this server has no store")
+        return self._store
+
+
+def _told(prefix: Prefix) -> dict[str, Any]:
+    """Return a prefix as JSON shows it to a client, who knows of no namespaces."""
+    told = prefix.to_json()
+    del told["namespace"]
+    return told

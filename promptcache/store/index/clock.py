@@ -1,0 +1,80 @@
+"""The clock: when something was used, in an order that no wrong clock upsets.
+
+Eviction goes by the time of the last use. The machine's clock may have been ahead then,
+or behind: what is noted here never goes back, and a time that turns out to have been
+ahead is taken back to now.
+"""
+
+import time
+
+from promptcache.store.index.database import Database, checked
+
+# Nobody has used promptcache before (1 November 2026): a clock that says so is wrong.
+# Boards without a battery start in 1970.
+BEGINNING = 1_793_491_200.0
+# Clocks are set back by so much to be right; nothing is taken back for it.
+DRIFT_SECONDS = 60.0
+# Of times that are taken back, the order is kept within so much.
+SQUEEZED_SECONDS = 1.0
+# What a float of a Unix time tells apart, and some.
+TICK_SECONDS = 1e-6
+TIMES = (
+    ("segments", "used_at"),
+    ("segments", "created_at"),
+    ("uses", "used_at"),
+    ("prefixes", "used_at"),
+    ("prefixes", "created_at"),
+)
+UNION = " UNION ALL ".join(
+    f"SELECT max({column}) AS used_at FROM {table}" for table, column in TIMES
+)
+
+
+class Clock:
+    """The time of a store, which all of its processes share."""
+
+    def __init__(self, database: Database) -> None:
+        """Take the database that it is in."""
+        self._database = database
+
+    def time(self) -> float:
+        """Return the Unix time, later than all that was noted unless that was ahead."""
+        now, last = time.time(), self._last()
+        if now < BEGINNING or last - DRIFT_SECONDS < now <= last:
+            return max(now, last + TICK_SECONDS)
+        return now
+
+    def now(self) -> float:
+        """Return the Unix time, and note it."""
+        with self._database.writing():
+            now = self.time()
+            if now < self._last():
+                self.take_back(now)
+            sql = "INSERT OR REPLACE INTO clock (id, noted_at) VALUES (0, ?)"
+            self._database.execute(sql, [now])
+        return now
+
+    def settle(self) -> None:
+        """Take back what was noted as later than now, whoever did so."""
+        latest = f"SELECT max(used_at) FROM ({UNION})"
+        now = self.now()
+        rows = checked(self._database.rows(latest), int | float | None)
+        if any(at is not None and at > now for [at] in rows):
+            self.take_back(now)
+
+    def _last(self) -> float:
+        rows = self._database.rows("SELECT noted_at FROM clock")
+        return max((float(row[0]) for row in checked(rows, float)), default=0.0)
+
+    def take_back(self, now: float) -> None:
+        """Let what was noted as later than now have been just before, in its order."""
+        with self._database.writing():
+            for table, column in TIMES:
+                sql = f"""
+                    WITH ahead(latest) AS (SELECT max({column}) FROM {table})
+                    UPDATE {table} SET {column} = ?1 - ?2
+                        * ((SELECT latest FROM ahead) - {column})
+                        / ((SELECT latest FROM ahead) - ?1)
+                    WHERE {column} > ?1
+                """
+                self._database.execute(sql, [now - TICK_SECONDS, SQUEEZED_SECONDS])

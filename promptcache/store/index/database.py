@@ -1,0 +1,537 @@
+"""The database: one SQLite file that many processes share.
+
+It knows how rows are read and written safely, not what is in them.
+"""
+
+import contextlib
+import math
+import os
+import sqlite3
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar
+
+from promptcache.errors import DamagedIndexError, StoreError, StoreFormatError
+from promptcache.files import PRIVATE_FILE, size_of
+from promptcache.locks import Holder, Patience, holder_of, told
+from promptcache.store.index.schema import SCHEMA_VERSION, create_tables, has_tables
+from promptcache.units import MOST_SECONDS
+
+Result = TypeVar("Result")
+# No statement takes this long, unless somebody made it endless: listing 100,000
+# prefixes takes a second.
+STATEMENT_SECONDS = 60.0
+# So often it is looked at the clock, about every 5 ms.
+STEPS_BETWEEN_LOOKS = 500_000
+# What an answer may be delayed by for the sake of its receipt.
+BUSY_SECONDS = 0.1
+# The bytes of the `-shm` file that whoever writes has locked, and whoever reads; see
+# https://sqlite.org/walformat.html#wal_locks.
+WRITE_LOCK, READ_LOCKS = (120, 120), (123, 127)
+# What values that no promptcache has written lead to.
+VALUE_ERRORS = (ArithmeticError, RecursionError, TypeError, ValueError)
+# The device and the number of a file.
+Identity = tuple[int, int]
+Opener = Callable[["Database"], None]
+MEND = "run `promptcache verify`"
+DAMAGED = f"the index holds what was never written, {MEND}"
+# What SQLite keeps beside a database.
+BESIDE = ("-wal", "-shm", "-journal")
+
+
+class Database:
+    """The file of the index, and its transactions.
+
+    Invariants:
+        Every write happens inside `writing()`.
+        Only SQLite opens and closes its files: when a process closes any descriptor of
+        a file, POSIX drops all the locks it has there.
+        A transaction begins in the file that has the name at that moment.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        opener: "Opener | None" = None,
+        patience: Patience | None = None,
+    ) -> None:
+        """Store the path; `open` opens the file.
+
+        `opener` is called to open it, also when another file has come in its place: it
+        calls `attempt`, after `create` where there is no file.
+        """
+        self.path = path
+        self.read_only = False
+        self._opener = opener or _open_plainly
+        self._patience = patience or Patience()
+        # The longest wait for another process, None for the usual one.
+        self._most: float | None = None
+        self._populate: Callable[[], object] = lambda: None
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection
+        self._identity: Identity | None = None
+        # What was open before: other threads may still read from its cursors.
+        self._replaced: sqlite3.Connection | None = None
+        # Not before it is open, meanwhile, and after `close`.
+        self._follows = False
+        self._ends_at = math.inf
+
+    def open(self, populate: Callable[[], object]) -> None:
+        """Open the file, creating it where there is none.
+
+        `populate` is called with new tables before anybody else sees them.
+
+        Raises:
+            StoreFormatError: A newer promptcache wrote it.
+            DamagedIndexError: It is no database, or of an older format.
+            StoreError: It cannot be opened.
+        """
+        self._populate = populate
+        self._opener(self)
+        self._follows = True
+
+    def create(self) -> None:
+        """Make an empty file where there is none. Raises StoreError."""
+        try:
+            _open(self.path, "mode=rwc").close()
+        except sqlite3.OperationalError as error:
+            raise StoreError(f"the index {self.path} cannot be created") from error
+
+    def attempt(self) -> None:
+        """Open the file that is there. Raises as `open` does."""
+        connection, identity = self._connect()
+        if self._replaced is not None:
+            # SQLite leaves the WAL of the file that has the name now alone.
+            self._replaced.close()
+        self._replaced = getattr(self, "_connection", None)
+        self._connection, self._identity = connection, identity
+        try:
+            with translated():
+                self._prepare()
+        except BaseException:
+            self._identity = None
+            connection.close()
+            raise
+
+    def _connect(self) -> "tuple[sqlite3.Connection, Identity]":
+        """Open the file, and return which one it is."""
+        while True:
+            identity = _identity(self.path)
+            if identity is None:
+                raise StoreError(f"the index {self.path} is not there")
+            with translated():
+                connection = self._opened()
+            if identity == _identity(self.path):
+                return connection, identity
+            connection.close()
+
+    def _opened(self) -> sqlite3.Connection:
+        """Return a connection that has opened the WAL, which goes by its name, too."""
+        self._check_files()
+        connection = _open(self.path, self._options())
+        connection.set_progress_handler(self._is_endless, STEPS_BETWEEN_LOOKS)
+        try:
+            with self._lock:
+                self._patiently(
+                    lambda: connection.execute("PRAGMA user_version").fetchone()
+                )
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _check_files(self) -> None:
+        """Make the file private.
+
+        Raises DamagedIndexError for what is no file: SQLite would wait for a pipe.
+        """
+        for path in (Path(f"{self.path}{suffix}") for suffix in ("", *BESIDE)):
+            with contextlib.suppress(OSError):
+                mode = path.lstat().st_mode
+                if not stat.S_ISREG(mode):
+                    raise DamagedIndexError(f"{path} is no file, {MEND}")
+                if path == self.path and stat.S_IMODE(mode) != PRIVATE_FILE:
+                    # SQLite follows the umask; its other files get this one's mode.
+                    path.chmod(PRIVATE_FILE)
+
+    def _options(self) -> str:
+        """Return how to open the file, and note whether it can only be read."""
+        places = (self.path.parent, self.path)
+        self.read_only = not all(os.access(place, os.W_OK) for place in places)
+        if not self.read_only:
+            return "mode=rw"
+        # `immutable` reads where no -shm file can be made; it must not be used
+        # while a WAL holds rows that it would not see.
+        return "mode=ro" if size_of(Path(f"{self.path}-wal")) else "immutable=1"
+
+    def is_missing(self) -> bool:
+        """Return whether there is no file, nor anything else in its place."""
+        return _identity(self.path) is None
+
+    def is_replaced(self) -> bool:
+        """Return whether the file that is open has its name no more."""
+        return self._follows and _identity(self.path) != self._identity
+
+    def refresh(self) -> None:
+        """Open the file that has come in the place of the one that is open, if any.
+
+        Raises StoreError.
+        """
+        if not self.is_replaced():
+            return
+        with self._lock:
+            # Another thread may have opened it, or be inside a transaction.
+            if not self._in_transaction and self.is_replaced():
+                self._reopen()
+
+    @property
+    def _in_transaction(self) -> bool:
+        return self._identity is not None and self._connection.in_transaction
+
+    def _reopen(self) -> None:
+        self._follows, self._identity = False, None
+        try:
+            self._opener(self)
+        finally:
+            self._follows = True
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Let nobody write to the file or fold its WAL in, if SQLite can open it."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(sqlite3.Error, StoreError), self._lock:
+                self._check_files()
+                connection = _open(self.path, "mode=rw")
+                stack.callback(connection.close)
+                self._patiently(lambda: connection.execute("BEGIN IMMEDIATE"))
+            yield
+
+    def _prepare(self) -> None:
+        """Check the schema's version, or create the tables."""
+        version = self._version()
+        if version == SCHEMA_VERSION:
+            self._check_schema()
+            return
+        if version:
+            raise DamagedIndexError(f"the index has the older format {version}")
+        if self.read_only:
+            raise StoreError(f"the index {self.path} is empty and cannot be written")
+        # Both have an effect before the first table only. Freed pages can then be
+        # given back, and readers never wait for a writer.
+        self.execute("PRAGMA auto_vacuum=INCREMENTAL")
+        self.rows("PRAGMA journal_mode=WAL")
+        with self.writing():
+            if self._version() < SCHEMA_VERSION:
+                create_tables(self._connection)
+                self._populate()
+                self.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+    def _check_schema(self) -> None:
+        """Raise DamagedIndexError where something is missing, or more than known."""
+        if not self._patiently(lambda: has_tables(self._connection)):
+            raise DamagedIndexError(
+                "the index has other tables than it should, run `promptcache verify`"
+            )
+
+    def _version(self) -> int:
+        """Return the schema's version, 0 before there is one."""
+        version = int(self.execute("PRAGMA user_version").fetchone()[0])
+        if version > SCHEMA_VERSION:
+            raise StoreFormatError(
+                f"the store {self.path.parent} has format {version} and this "
+                f"promptcache reads up to {SCHEMA_VERSION}, upgrade promptcache"
+            )
+        return version
+
+    def close(self) -> None:
+        """Close the connection; the last one to do so folds the WAL back in."""
+        with self._lock:
+            self._follows, self._identity = False, None
+            for connection in (self._connection, self._replaced):
+                if connection is not None:
+                    connection.close()
+
+    def growth_nbytes(self) -> int:
+        """Return by how much the file grows once the WAL is folded in."""
+        pages, page = (self.rows(f"PRAGMA page_{of}")[0][0] for of in ("count", "size"))
+        return max(integer(pages) * integer(page) - size_of(self.path), 0)
+
+    def shrink(self) -> None:
+        """Give the room of deleted rows and of the WAL back to the disk.
+
+        A process that writes, or reads what the WAL holds, is not waited for for long.
+        """
+        with self.impatient(), contextlib.suppress(StoreError), translated():
+            # `execute` would take one step, which frees one page.
+            self._patiently(
+                lambda: self._connection.executescript("PRAGMA incremental_vacuum")
+            )
+            self._patiently(self._truncate_wal)
+
+    def _truncate_wal(self) -> None:
+        [row] = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        if row[0]:
+            raise _BusyError
+
+    def reader(self) -> Holder | None:
+        """Return a process that keeps the WAL from being emptied, if known."""
+        return holder_of(Path(f"{self.path}-shm"), *READ_LOCKS)
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Hold the write lock for a transaction.
+
+        Raises StoreError, also where what was written is in a file that has lost its
+        name meanwhile.
+        """
+        return self._transaction("BEGIN IMMEDIATE")
+
+    @contextlib.contextmanager
+    def impatient(self) -> Iterator[None]:
+        """Fail soon where another process writes, rather than wait for it."""
+        with self._lock:
+            self.refresh()
+            before, self._most = self._most, BUSY_SECONDS
+            try:
+                yield
+            finally:
+                self._most = before
+
+    def reading(self) -> AbstractContextManager[None]:
+        """See one state of the store until the end, whatever others do."""
+        return self._transaction("BEGIN")
+
+    @contextlib.contextmanager
+    def _transaction(self, begin: str) -> Iterator[None]:
+        """Commit at the end, or roll back; inside another one, be part of it."""
+        with self._lock:
+            if self._in_transaction:
+                yield
+                return
+            self._begin(begin)
+            try:
+                yield
+            except BaseException:
+                self._connection.rollback()
+                raise
+            with translated():
+                self._connection.commit()
+            if begin != "BEGIN" and self.is_replaced():
+                raise StoreError("the index was replaced meanwhile, try again")
+
+    def _begin(self, begin: str) -> None:
+        """Begin in the file that has the name once the lock is held."""
+        while True:
+            self.refresh()
+            with translated():
+                self._patiently(lambda: self._connection.execute(begin))
+            if not self.is_replaced():
+                return
+            self._connection.rollback()
+
+    def _patiently(self, act: Callable[[], Result]) -> Result:
+        """Do what fails while another process is at work, until it does not.
+
+        In between, other threads may use the connection, unless a transaction is
+        going on. Raises StoreError after some time.
+        """
+        try:
+            # Almost always enough; a wait takes longer to prepare.
+            return self._tried(act)
+        except _BusyError:
+            pass
+        attempts = self._patience.attempts(
+            self._writer, most=self._most, sleep=self._sleep
+        )
+        for _ in attempts:
+            with contextlib.suppress(_BusyError):
+                return self._tried(act)
+        raise StoreError(f"the index is locked by {told(self._writer())}")
+
+    def _tried(self, act: Callable[[], Result]) -> Result:
+        self._ends_at = time.monotonic() + STATEMENT_SECONDS
+        try:
+            return act()
+        except sqlite3.OperationalError as error:
+            if _code_of(error) & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            raise _BusyError from error
+
+    def _writer(self) -> Holder | None:
+        return holder_of(Path(f"{self.path}-shm"), *WRITE_LOCK)
+
+    def _sleep(self, seconds: float) -> None:
+        self._lock.release()
+        try:
+            time.sleep(seconds)
+        finally:
+            self._lock.acquire()
+
+    def execute(self, sql: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
+        """Run a statement. Raises StoreError."""
+        with self._lock, translated():
+            return self._patiently(lambda: self._connection.execute(sql, parameters))
+
+    def execute_many(self, sql: str, rows: Iterable[Sequence[object]]) -> None:
+        """Run a statement once for each row. Raises StoreError."""
+        with self._lock, translated():
+            self._ends_at = time.monotonic() + STATEMENT_SECONDS
+            self._connection.executemany(sql, rows)
+
+    def rows(
+        self, sql: str, parameters: Sequence[object] = ()
+    ) -> list[tuple[Any, ...]]:
+        """Return all rows of a query, unchecked. Raises StoreError."""
+        with self._lock, translated():
+            return self._patiently(
+                lambda: self._connection.execute(sql, parameters).fetchall()
+            )
+
+    def _is_endless(self) -> bool:
+        return time.monotonic() > self._ends_at
+
+    def is_sound(self) -> bool:
+        """Return whether SQLite finds its own file sound."""
+        try:
+            with self._lock, translated():
+                self._check_schema()
+            is_whole = self.rows("PRAGMA quick_check") == [("ok",)]
+            return is_whole and not self.rows("PRAGMA foreign_key_check")
+        except StoreError:
+            return False
+
+
+class _BusyError(Exception):
+    """Another process is at work."""
+
+
+class _Translation:
+    """Raises an error of promptcache for what SQLite and its values raise.
+
+    A class, because every statement goes through it.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if isinstance(error, (sqlite3.Error, *VALUE_ERRORS)):
+            raise _translation_of(error) from error
+
+
+_TRANSLATION = _Translation()
+
+
+def translated() -> AbstractContextManager[None]:
+    """Raise StoreError or DamagedIndexError for what SQLite and its values raise."""
+    return _TRANSLATION
+
+
+def _translation_of(error: Exception) -> StoreError:
+    if isinstance(error, sqlite3.OperationalError | sqlite3.ProgrammingError):
+        # The latter after `close`.
+        if _code_of(error) == sqlite3.SQLITE_INTERRUPT:
+            return DamagedIndexError(f"the index takes too long, {MEND}")
+        if isinstance(error, sqlite3.OperationalError) and not _code_of(error):
+            # Not from SQLite: a text that is not UTF-8.
+            return DamagedIndexError(f"the index is damaged, {MEND}")
+        return StoreError(f"the index cannot be used ({error})")
+    if isinstance(error, (sqlite3.DatabaseError, *VALUE_ERRORS)):
+        return DamagedIndexError(f"the index is damaged ({error}), {MEND}")
+    return StoreError(f"the index cannot be used ({error})")
+
+
+def _code_of(error: sqlite3.Error) -> int:
+    """Return SQLite's code of an error, 0 of one that comes from Python."""
+    return int(getattr(error, "sqlite_errorcode", 0))
+
+
+def _open_plainly(database: Database) -> None:
+    if database.is_missing():
+        database.create()
+    database.attempt()
+
+
+def _identity(path: Path) -> Identity | None:
+    """Return which file has a name, or None. Raises StoreError if that is not known."""
+    try:
+        status = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise StoreError(f"the index cannot be used ({error.strerror})") from error
+    return status.st_dev, status.st_ino
+
+
+def _open(path: Path, options: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        f"file:{_quoted(path)}?{options}",
+        uri=True,
+        # SQLite's own wait cannot be interrupted.
+        timeout=0,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    # What a forged schema calls does nothing but compute.
+    connection.execute("PRAGMA trusted_schema=OFF")
+    # What is deleted is overwritten: token ids are text.
+    connection.execute("PRAGMA secure_delete=ON")
+    return connection
+
+
+def _quoted(path: Path) -> str:
+    return (
+        str(path.absolute()).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    )
+
+
+def within(namespace: str | None, table: str) -> tuple[str, list[str]]:
+    """Return the condition that rows of a table are in a namespace, and its values.
+
+    Without a namespace all of them are.
+    """
+    if namespace is None:
+        return "1", []
+    return f"{table}.namespace = ?", [namespace]
+
+
+def segment_within(namespace: str | None) -> tuple[str, list[str]]:
+    """Return the condition that a `segment_id` is in a namespace, and its values."""
+    if namespace is None:
+        return "1", []
+    condition = """
+        segment_id IN (
+            SELECT s.id FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
+            WHERE f.namespace = ?
+        )
+    """
+    return condition, [namespace]
+
+
+def checked(
+    rows: list[tuple[Any, ...]], *kinds: type | UnionType
+) -> list[tuple[Any, ...]]:
+    """Return rows whose values are of the kinds that were put there.
+
+    SQLite keeps any kind of value in any column. `int | float` is a time, or a span of
+    time. Raises DamagedIndexError.
+    """
+    times = [i for i, kind in enumerate(kinds) if kind == int | float]
+    for row in rows:
+        if not all(map(isinstance, row, kinds)):
+            raise DamagedIndexError(DAMAGED)
+        if not all(0 <= row[i] < MOST_SECONDS for i in times):
+            raise DamagedIndexError(DAMAGED)
+    return rows
+
+
+def integer(value: object) -> int:
+    """Return a value that must be a number. Raises DamagedIndexError."""
+    with translated():
+        if not isinstance(value, int):
+            raise TypeError(f"{type(value).__name__} in place of a number")
+    return value

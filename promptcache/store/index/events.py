@@ -1,0 +1,231 @@
+"""The history: what happened to prefixes, which blobs cannot tell again."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from promptcache.errors import DamagedIndexError
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.segments.types import Origin
+from promptcache.store.index.database import (
+    DAMAGED,
+    Database,
+    checked,
+    translated,
+    within,
+)
+from promptcache.store.index.fingerprints import Fingerprints
+from promptcache.store.reports import Usage, Written
+from promptcache.store.types import Eviction, Receipt
+
+# A prompt is tried with so many other arguments of its template.
+MOST_CONFIGS = 4
+# So many evictions are remembered of each fingerprint, to say later why a prompt
+# missed: of each, so that what others lose makes nobody forget.
+MOST_EVICTIONS = 10_000
+# What a measured speed still counts for after the next one.
+SPEED_DECAY = 0.5
+Deed = Literal["prefill", "load"]
+
+
+class History:
+    """Speeds, receipts, bytes written, evictions, and arguments of templates."""
+
+    def __init__(self, database: Database, fingerprints: Fingerprints) -> None:
+        """Take the database that it is in, and the fingerprints it refers to."""
+        self._database = database
+        self._fingerprints = fingerprints
+
+    def add_speed(
+        self,
+        fingerprint: Fingerprint,
+        deed: Deed,
+        num_tokens: int,
+        seconds: float,
+        *,
+        now: float,
+    ) -> None:
+        """Note how long it took to do something to so many tokens at once.
+
+        What was noted before counts half as much each time.
+        """
+        sql = f"""
+            INSERT INTO speeds (fingerprint_id, deed, num_tokens, seconds, measured_at)
+            VALUES (?, ?, ?, ?, ?)
+            ON CONFLICT (fingerprint_id, deed) DO UPDATE SET
+                num_tokens = num_tokens * {SPEED_DECAY} + excluded.num_tokens,
+                seconds = seconds * {SPEED_DECAY} + excluded.seconds,
+                measured_at = excluded.measured_at
+        """
+        with self._database.writing():
+            fingerprint_id = self._fingerprints.add(fingerprint)
+            self._database.execute(
+                sql, [fingerprint_id, deed, num_tokens, seconds, now]
+            )
+
+    def speed(
+        self, fingerprint: str, deed: Deed, *, now: float, since: float = 0.0
+    ) -> float | None:
+        """Return how many tokens a second it takes, or None if that is not known.
+
+        Args:
+            fingerprint: What the tokens' KV values depend on.
+            deed: What is done to them.
+            now: Unix time; measured later, by a clock that was ahead, it counts as
+                not known.
+            since: Measured before, it does neither.
+        """
+        sql = """
+            SELECT num_tokens / seconds FROM speeds
+            JOIN fingerprints f ON f.id = fingerprint_id
+            WHERE digest = ? AND deed = ? AND measured_at BETWEEN ? AND ?
+        """
+        rows = checked(
+            self._database.rows(sql, [fingerprint, deed, since, now]), int | float
+        )
+        for [speed] in rows:
+            if not 0 < speed < math.inf:
+                raise DamagedIndexError(DAMAGED)
+            return float(speed)
+        return None
+
+    def add_receipt(
+        self, receipt: Receipt, key: str | None, saved_seconds: float
+    ) -> None:
+        """Add what a request got to what is known of a prefix, or of misses."""
+        columns = (
+            "requests, cached_tokens, prefilled_tokens, load_seconds, prefill_seconds, "
+            "saved_seconds"
+        )
+        sums = ", ".join(f"{c} = {c} + excluded.{c}" for c in columns.split(", "))
+        sql = f"""
+            INSERT INTO usage (fingerprint_id, key, {columns})
+            VALUES (?, ?, 1, ?, ?, ?, ?, ?)
+            ON CONFLICT (fingerprint_id, key) DO UPDATE SET {sums}
+        """
+        figures = [
+            receipt.cached_tokens,
+            receipt.prefilled_tokens,
+            receipt.load_seconds,
+            receipt.prefill_seconds,
+            saved_seconds,
+        ]
+        with self._database.writing():
+            fingerprint_id = self._fingerprints.add(receipt.fingerprint)
+            self._database.execute(sql, [fingerprint_id, key or "", *figures])
+
+    def usage(self, namespace: str | None = None) -> list[Usage]:
+        """Return what requests of a namespace, or of all, got, the most saved first."""
+        condition, values = within(namespace, "f")
+        sql = f"""
+            SELECT f.model, NULLIF(u.key, ''), p.name, u.requests, u.cached_tokens,
+                u.prefilled_tokens, u.load_seconds, u.prefill_seconds, u.saved_seconds,
+                f.namespace
+            FROM usage u JOIN fingerprints f ON f.id = u.fingerprint_id
+            LEFT JOIN prefixes p ON p.key = u.key
+            WHERE {condition}
+            ORDER BY u.saved_seconds DESC, u.key
+        """
+        seconds = [int | float] * 3
+        kinds = (str, str | None, str | None, int, int, int, *seconds, str)
+        rows = checked(self._database.rows(sql, values), *kinds)
+        return [Usage(*row) for row in rows]
+
+    def add_written(self, nbytes: int, *, now: float) -> None:
+        """Note that so many bytes of a blob were written."""
+        sql = """
+            INSERT INTO writes (day, nbytes) VALUES (?, ?)
+            ON CONFLICT (day) DO UPDATE SET nbytes = nbytes + excluded.nbytes
+        """
+        with self._database.writing():
+            self._database.execute(sql, [_day(now), nbytes])
+
+    def written(self) -> Written:
+        """Return how many bytes of blobs were written, in all and today."""
+        sql = """
+            SELECT coalesce(sum(nbytes), 0),
+                coalesce(sum(nbytes) FILTER (WHERE day = ?), 0) FROM writes
+        """
+        rows = self._database.rows(sql, [_day(time.time())])
+        return Written(*checked(rows, int, int)[0])
+
+    def note_eviction(
+        self, segment_key: str, keys: Mapping[int, str], reason: str, *, now: float
+    ) -> None:
+        """Remember that a segment is being taken away, and why.
+
+        `keys` are those of the prefixes that it is needed for, by their ends.
+        """
+        add = """
+            INSERT INTO evictions
+                (fingerprint_id, number, key, end, reason, removed_at)
+            SELECT fingerprint_id, 1 + coalesce(
+                (SELECT max(number) FROM evictions e
+                WHERE e.fingerprint_id = s.fingerprint_id), 0), ?, ?, ?, ?
+            FROM segments s WHERE key = ?
+        """
+        forget = """
+            WITH own(id) AS (SELECT fingerprint_id FROM segments WHERE key = ?)
+            DELETE FROM evictions WHERE fingerprint_id = (SELECT id FROM own)
+            AND number <= (
+                SELECT max(number) FROM evictions
+                WHERE fingerprint_id = (SELECT id FROM own)
+            ) - ?
+        """
+        with self._database.writing():
+            for end, key in keys.items():
+                self._database.execute(add, [key, end, reason, now, segment_key])
+            self._database.execute(forget, [segment_key, MOST_EVICTIONS])
+
+    def evictions(self, fingerprint: str) -> Iterator[tuple[str, Eviction]]:
+        """Yield the keys of what was taken away, the longest prefixes first."""
+        sql = """
+            SELECT e.key, e.end, e.reason, e.removed_at FROM evictions e
+            JOIN fingerprints f ON f.id = e.fingerprint_id
+            WHERE f.digest = ? ORDER BY e.end DESC, e.number DESC
+        """
+        rows = self._database.rows(sql, [fingerprint])
+        for key, end, *rest in checked(rows, str, int, str, int | float):
+            if end < 0:
+                raise DamagedIndexError(DAMAGED)
+            yield key, Eviction(end, *rest)
+
+    def add_config(self, key: str, origin: Origin) -> None:
+        """Note with which arguments of its template a listed prefix was rendered."""
+        sql = """
+            INSERT OR REPLACE INTO configs (namespace, template, config)
+            SELECT namespace, ?, ? FROM prefixes WHERE key = ?
+        """
+        with self._database.writing():
+            config = json.dumps(dict(origin.config))
+            self._database.execute(sql, [origin.template, config, key])
+
+    def configs(self, template: str, namespace: str) -> list[dict[str, Any]]:
+        """Return with which arguments of a template prompts were rendered last."""
+        sql = f"""
+            SELECT config FROM configs WHERE namespace = ? AND template = ?
+            ORDER BY rowid DESC LIMIT {MOST_CONFIGS}
+        """
+        rows = checked(self._database.rows(sql, [namespace, template]), str)
+        with translated():
+            return [dict(json.loads(config)) for [config] in rows]
+
+    def forget_configs(self) -> None:
+        """Forget arguments of templates that no prompt is listed with any more."""
+        sql = """
+            DELETE FROM configs WHERE NOT EXISTS (
+                SELECT 1 FROM prefixes
+                WHERE namespace = configs.namespace
+                AND json_extract(origin, '$.template') = configs.template
+                AND json_extract(origin, '$.config') = json(configs.config)
+            )
+        """
+        with self._database.writing():
+            self._database.execute(sql)
+
+
+def _day(now: float) -> str:
+    return datetime.fromtimestamp(now, UTC).date().isoformat()

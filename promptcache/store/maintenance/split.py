@@ -1,0 +1,133 @@
+"""Splitting: a segment is cut where others hang on it, and what is after that goes.
+
+The head is written anew as a segment of its own, crash-safe like a save; then the row
+is changed to it, and the old blob goes. No child is touched: it names its parent by the
+chain hash where it starts.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from promptcache.errors import DamagedBlobError, StoreError
+from promptcache.segments.chain import Chain
+from promptcache.segments.cut import first_tokens
+from promptcache.segments.types import EncodedSegment, SegmentInfo
+from promptcache.store.blobs.folder import BlobFolder, StagedBlob
+from promptcache.store.index import Index
+from promptcache.store.reports import Removal
+
+
+class Head(NamedTuple):
+    """The head of a segment, which is complete in `tmp/`.
+
+    Attributes:
+        key: The segment that it is the head of.
+        nbytes: The size of that one's blob.
+        info: The head.
+        chain: The token ids up to its end.
+        staged: Its blob.
+    """
+
+    key: str
+    nbytes: int
+    info: SegmentInfo
+    chain: Chain
+    staged: StagedBlob
+
+    @property
+    def freed_nbytes(self) -> int:
+        """Return what is freed once it has taken the place of the segment."""
+        return self.nbytes - self.staged.nbytes
+
+    def can_replace(self, index: Index) -> bool:
+        """Return whether nothing hangs on what would go."""
+        return index.can_cut(self.key, self.info)
+
+    def replace(self, index: Index) -> None:
+        """Put it in the place of the segment, whose blob is garbage then.
+
+        In the transaction that is open. The list of prefixes beside the index may lag
+        behind: it is by their own keys that they are found. Raises OSError.
+        """
+        self.staged.publish()
+        index.cut(self.key, self.info, self.chain, nbytes=self.staged.nbytes)
+        index.history.add_written(self.staged.nbytes, now=time.time())
+
+
+@contextlib.contextmanager
+def staged_heads(
+    index: Index, blobs: BlobFolder, removals: Iterable[Removal]
+) -> Iterator[list[Head]]:
+    """Write the heads of the segments that removals cut to `tmp/`.
+
+    Segments that have changed meanwhile are left out.
+
+    Raises:
+        DamagedBlobError: A segment does not hold what was written.
+        StoreError: It cannot be read, or its head not be written.
+    """
+    cuts = [(r.key, r.cut_at) for r in removals if r.cut_at is not None]
+    with contextlib.ExitStack() as stack:
+        staged = (stack.enter_context(_staged(index, blobs, *cut)) for cut in cuts)
+        yield [head for head in staged if head is not None]
+
+
+@contextlib.contextmanager
+def _staged(
+    index: Index, blobs: BlobFolder, key: str, position: int
+) -> Iterator[Head | None]:
+    found = _chain(index, key, position)
+    if found is None:
+        yield None
+        return
+    chain, nbytes, is_prefix = found
+    try:
+        header = blobs.read_header(key)
+        start = header.info.start
+        tensors = blobs.read_tensors(
+            header, lambda tensor: first_tokens(tensor, position - start)
+        )
+    except DamagedBlobError:
+        if index.segment_id(key) is None:
+            yield None
+            return
+        raise
+    info = replace(
+        header.info,
+        key=chain.tagged_key_at(position, header.info.tag),
+        end=position,
+        is_prefix=is_prefix,
+    )
+    segment = EncodedSegment(header.layout, tensors, info.resumption)
+    with _told(blobs), blobs.staged(info, segment, whole=header) as staged:
+        yield Head(key, nbytes, info, chain, staged)
+
+
+def _chain(index: Index, key: str, position: int) -> tuple[Chain, int, bool] | None:
+    """Return the chain up to a position of a segment, its size, and if it is listed."""
+    with index.database.reading():
+        segment_id = index.segment_id(key)
+        if segment_id is None:
+            return None
+        *_, row = index.path_to(segment_id)
+        if not row.start < position < row.end:
+            return None
+        token_ids = index.token_ids(segment_id, position)
+        chain = Chain(index.fingerprints.of_segment(segment_id).digest, token_ids)
+        ends = index.prefixes.ends()
+        is_prefix = any(e[:2] == (segment_id, position) for e in ends)
+        return chain, row.nbytes, is_prefix
+
+
+@contextlib.contextmanager
+def _told(blobs: BlobFolder) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"what is shared cannot be written to the store {blobs.root} "
+            f"({error.strerror})"
+        ) from error

@@ -1,0 +1,111 @@
+"""What runs get from a store, and report to it, all frozen."""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.segments.types import Match, Origin
+
+
+class StoredPrompt(NamedTuple):
+    """A prompt whose end is listed, and how it came about.
+
+    Attributes:
+        key: The prefix's key.
+        fingerprint: What it was computed under.
+        token_ids: All of it.
+        origin: How it was rendered, if that is known.
+    """
+
+    key: str
+    fingerprint: Fingerprint
+    token_ids: tuple[int, ...]
+    origin: Origin | None
+
+
+class Eviction(NamedTuple):
+    """A segment that was taken away.
+
+    Attributes:
+        end: Where its range of tokens ended.
+        reason: Why it went.
+        removed_at: Unix time.
+    """
+
+    end: int
+    reason: str
+    removed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbourhood:
+    """What the store has, and had, that is close to a prompt.
+
+    Attributes:
+        match: What a run would reuse.
+        num_rows: Up to which token rows are stored, whether or not a run can take
+            over there.
+        nearest: The stored prompts that share the most tokens, the last used first.
+        alike: Other prompts with the same system prompt or tools, under any
+            fingerprint, the last used first.
+        elsewhere: By how many tokens a prompt with the same ids would be matched under
+            other fingerprints, the best first.
+        eviction: The longest prefix of the prompt that was taken away, if any.
+        num_prompts: How many prompts are listed under the same fingerprint.
+    """
+
+    match: Match
+    num_rows: int
+    nearest: tuple[StoredPrompt, ...]
+    alike: tuple[StoredPrompt, ...]
+    elsewhere: tuple[tuple[Fingerprint, int], ...]
+    eviction: Eviction | None
+    num_prompts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What one request got from the store.
+
+    Attributes:
+        fingerprint: What its KV values depend on.
+        match: What the store has of it.
+        cached_tokens: How many tokens of its prompt were reused, in memory perhaps.
+        prefilled_tokens: How many tokens of its prompt were processed.
+        load_seconds: Time to match the prompt and to load what is cached.
+        prefill_seconds: From then to the first token.
+    """
+
+    fingerprint: Fingerprint
+    match: Match
+    cached_tokens: int
+    prefilled_tokens: int
+    load_seconds: float
+    prefill_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadEstimate:
+    """What it takes here to load cached tokens, and to read them again with the model.
+
+    Attributes:
+        load_seconds: From disk, as the last loads of this model's prefixes went.
+        prefill_seconds: By the model, as its last prefills went.
+    """
+
+    load_seconds: float
+    prefill_seconds: float
+
+    # Less is not worth a decision, and not known that well.
+    LEAST_GAIN_SECONDS: ClassVar[float] = 0.02
+
+    @property
+    def favours_prefill(self) -> bool:
+        """Return whether to read the tokens again."""
+        return self.load_seconds - self.prefill_seconds > self.LEAST_GAIN_SECONDS
+
+    def __str__(self) -> str:
+        return (
+            f"loading them takes {self.load_seconds:.2f} s here, "
+            f"reading them {self.prefill_seconds:.2f} s"
+        )
