@@ -31,9 +31,9 @@ from benchmarks.harness import (
 from benchmarks.random_llama import NARROW, SMOLLM2_VOCABULARY, make_random_llama
 from promptcache import CachedGenerator
 from promptcache.kvcache.kv_quantization import KVSettings
-from promptcache.models.prefill_plan import Cuts
+from promptcache.models.prefill_plan import PrefillPlan
 from promptcache.store import PrefixStore
-from promptcache.tiers.disk_tier import resume
+from promptcache.tiers.disk_tier import restore_prefix
 
 TURN_TOKENS, ANSWER_TOKENS = 80, 16
 # Every so many turns the answer is compared with plain mlx-lm's, and a line printed.
@@ -127,12 +127,12 @@ class Chat:
         """Return a cache that has read what was saved."""
         store, cache = self._generator.store, caches.fresh_cache()
         assert store is not None
-        resumed = resume(
+        resumed = restore_prefix(
             store,
             self.fingerprint,
             cache,
             self.saved,
-            cuts=Cuts(),
+            plan=PrefillPlan(),
             kv=KVSettings(),
             generating=False,
         )

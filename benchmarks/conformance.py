@@ -194,7 +194,7 @@ class Subject:
             # What is read from disk is what is tried.
             memory_limit=0,
         )
-        self.cuts = LoadedModel(model).cuts(Settings(step_size=STEP_SIZE))
+        self.plan = LoadedModel(model).plan(Settings(step_size=STEP_SIZE))
 
     def close(self) -> None:
         """Close the store."""
@@ -269,7 +269,7 @@ class Subject:
         for length in LENGTHS:
             prompt = self.continued(length, length, seed=ASKED)
             num_tokens = len(prompt.token_ids)
-            whole = kept.checkpoint_nbytes or not self.cuts.can_resume(num_tokens)
+            whole = kept.checkpoint_nbytes or not self.plan.can_resume(num_tokens)
             expected = num_tokens if whole else num_tokens - 1
             yield self._trial("again", prompt, num_tokens, expected)
 
@@ -291,14 +291,14 @@ class Subject:
         for length in (SAVED_ANSWER_TOKENS - 1, SAVED_ANSWER_TOKENS // 2):
             stored = len(asked) + length
             ids = [*asked, *cold[:length], *token_ids(SUFFIX_TOKENS, NEW)]
-            is_kept = self.cuts.is_divisible(len(asked) + SAVED_ANSWER_TOKENS - 1)
+            is_kept = self.plan.is_sliceable(len(asked) + SAVED_ANSWER_TOKENS - 1)
             is_whole = length == SAVED_ANSWER_TOKENS - 1 or not kept.checkpoint_nbytes
             expected = stored if is_kept and is_whole else self._last_cut(len(asked))
             yield self._trial("answer", RenderedPrompt(ids), stored, expected)
 
     def _last_cut(self, position: int) -> int:
         """Return the last position up to one at which a run may take over."""
-        while not self.cuts.can_resume(position):
+        while not self.plan.can_resume(position):
             position -= 1
         return position
 
@@ -323,14 +323,14 @@ class Subject:
         """Return what is kept of a prefix of this model."""
         ids = token_ids(LENGTHS[0], 1)
         cache = make_prompt_cache(self.model)
-        captures: list[snapshot.Capture] = []
+        captures: list[snapshot.Snapshot] = []
         prefill(
             self.model,
             cache,
             ids,
             start=0,
             end=len(ids),
-            cuts=self.cuts,
+            plan=self.plan,
             on_piece=lambda start, end: captures.append(
                 snapshot.capture(cache, start, end)
             ),
@@ -348,7 +348,7 @@ class Subject:
     def _mlx_lm_difference(self, prompt: list[int], length: int) -> float | None:
         """Return how much mlx-lm's own file changes the logits, None if it fails."""
         cache = make_prompt_cache(self.model)
-        prefill(self.model, cache, prompt, start=0, end=length, cuts=self.cuts)
+        prefill(self.model, cache, prompt, start=0, end=length, plan=self.plan)
         with tempfile.TemporaryDirectory() as folder:
             file = str(Path(folder) / "cache.safetensors")
             try:

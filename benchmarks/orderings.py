@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from promptcache.store.index.rows import Leaf
+from promptcache.store.index.rows import SegmentNode
 
 # At this position a token of Qwen3-8B costs twice as much as the first: its attention
 # then takes as many operations (4 × 36 layers × 32 heads × 128 each) as its 8.2 billion
@@ -45,48 +45,48 @@ class Past:
 
 
 # Ranks a segment at a time; of all leaves the one with the least rank goes first.
-Ordering = Callable[[Leaf, Past, int], float]
+Ordering = Callable[[SegmentNode, Past, int], float]
 # More than there are requests: weighs the first of two criteria.
 FIRST = 1e9
 
 
-def lru(leaf: Leaf, past: Past, now: int) -> float:
+def lru(leaf: SegmentNode, past: Past, now: int) -> float:
     """Rank by the last use, as the store does."""
     return leaf.used_at
 
 
-def fifo(leaf: Leaf, past: Past, now: int) -> float:
+def fifo(leaf: SegmentNode, past: Past, now: int) -> float:
     """Rank by age."""
     return past.created_at
 
 
-def lfu(leaf: Leaf, past: Past, now: int) -> float:
+def lfu(leaf: SegmentNode, past: Past, now: int) -> float:
     """Rank by the number of uses, then by the last."""
     return past.num_uses * FIRST + past.used_at
 
 
-def lru_2(leaf: Leaf, past: Past, now: int) -> float:
+def lru_2(leaf: SegmentNode, past: Past, now: int) -> float:
     """Rank by the last use but one (O'Neil et al., 1993), then by the last."""
     return past.used_before * FIRST + past.used_at
 
 
-def twice(leaf: Leaf, past: Past, now: int) -> float:
+def twice(leaf: SegmentNode, past: Past, now: int) -> float:
     """Rank by the last use, but those never reused first, as a segmented LRU does."""
     return (past.num_uses > 1) * FIRST + past.used_at
 
 
-def gds(leaf: Leaf, past: Past, now: int) -> float:
+def gds(leaf: SegmentNode, past: Past, now: int) -> float:
     """Rank by what a byte saves, and age (GreedyDual-Size, Cao and Irani, 1997)."""
     return past.floor + work(past.start, past.end) / (past.end - past.start)
 
 
-def gdsf(leaf: Leaf, past: Past, now: int) -> float:
+def gdsf(leaf: SegmentNode, past: Past, now: int) -> float:
     """Rank by what a byte has saved, and age (Cherkasova, 1998)."""
     value = work(past.start, past.end) / (past.end - past.start)
     return past.floor + past.num_uses * value
 
 
-def belady(leaf: Leaf, past: Past, now: int) -> float:
+def belady(leaf: SegmentNode, past: Past, now: int) -> float:
     """Rank by the next use, which nobody can know (Belady, 1966)."""
     i = bisect_right(past.asked_at, now)
     return -past.asked_at[i] if i < len(past.asked_at) else -math.inf

@@ -22,7 +22,7 @@ from promptcache import CachedGenerator
 from promptcache.prompts.chat import Message
 from promptcache.prompts.render import RenderedPrompt
 
-MOST_TOKENS = 4000
+MAX_TOKENS = 4000
 
 
 class Turn(NamedTuple):
@@ -80,10 +80,10 @@ def prompts(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
 
 
 def cut(prompt: RenderedPrompt) -> RenderedPrompt:
-    """Return a prompt without what is beyond `MOST_TOKENS`."""
-    boundaries = tuple(b for b in prompt.boundaries if b < MOST_TOKENS)
+    """Return a prompt without what is beyond `MAX_TOKENS`."""
+    boundaries = tuple(b for b in prompt.boundaries if b < MAX_TOKENS)
     return prompt._replace(
-        token_ids=prompt.token_ids[:MOST_TOKENS], boundaries=boundaries
+        token_ids=prompt.token_ids[:MAX_TOKENS], boundaries=boundaries
     )
 
 

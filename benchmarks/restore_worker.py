@@ -14,13 +14,13 @@ from mlx_lm.models.cache import load_prompt_cache
 
 from benchmarks import caches, page_cache
 from promptcache.kvcache.kv_quantization import KVSettings
-from promptcache.models.prefill_plan import Cuts
+from promptcache.models.prefill_plan import PrefillPlan
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.store import PrefixStore
-from promptcache.tiers.disk_tier import resume
+from promptcache.tiers.disk_tier import restore_prefix
 
 # What Linux reads at most in one call.
-MOST_READ = 0x7FFFF000
+MAX_READ = 0x7FFFF000
 
 
 class Restored(NamedTuple):
@@ -42,7 +42,7 @@ def read_raw(files: Sequence[Path], *, touched: bool) -> Restored:
     filled = 0
     for path in files:
         with open(path, "rb", buffering=0) as file:
-            while num_read := file.readinto(memory[filled : filled + MOST_READ]):
+            while num_read := file.readinto(memory[filled : filled + MAX_READ]):
                 filled += num_read
     seconds = time.perf_counter() - started
     return Restored(seconds, 0, xxhash.xxh3_128_hexdigest(memory[:filled]))
@@ -77,12 +77,12 @@ def resume_promptcache(
     with PrefixStore(folder) as store:
         cache = caches.fresh_cache()
         started = time.perf_counter()
-        resumed = resume(
+        resumed = restore_prefix(
             store,
             fingerprint,
             cache,
             token_ids,
-            cuts=Cuts(),
+            plan=PrefillPlan(),
             kv=KVSettings(),
             generating=True,
         )

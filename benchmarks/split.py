@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.harness import in_unit, machine, print_table
 from promptcache import PrefixStore
-from promptcache.files import make_durable
+from promptcache.files import fsync_file
 from promptcache.segments.chain import pack
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.segments.types import EncodedSegment, Tensor
@@ -96,7 +96,7 @@ def copy(path: Path, nbytes: int) -> float:
     with open(path.with_suffix(".copy"), "wb") as file:
         file.write(memoryview(data)[:nbytes])
         file.flush()
-        make_durable(file.fileno())
+        fsync_file(file.fileno())
     seconds = time.perf_counter() - started
     path.with_suffix(".copy").unlink()
     return seconds

@@ -17,9 +17,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from benchmarks.harness import in_unit, machine, print_table
 from promptcache import CachedGenerator
-from promptcache.models.prefill_plan import Cuts
+from promptcache.models.prefill_plan import PrefillPlan
 from promptcache.models.settings import Settings
-from promptcache.tiers.disk_tier import resume
+from promptcache.tiers.disk_tier import restore_prefix
 
 TEXT = Path(__file__).parents[1] / "docs" / "how-it-works.md"
 
@@ -75,12 +75,12 @@ def read(
     for _ in range(trials):
         cache = make_prompt_cache(generator.model)
         started = time.perf_counter()
-        resumed = resume(
+        resumed = restore_prefix(
             generator.store,
             fingerprint,
             cache,
             prefix,
-            cuts=Cuts(),
+            plan=PrefillPlan(),
             kv=settings.kv,
             generating=False,
         )

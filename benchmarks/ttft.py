@@ -35,7 +35,7 @@ from promptcache.models.load import load_tokenizer
 
 SUFFIX_TOKENS = 4
 # How much bigger mlx-lm's file may be: it has up to 255 rows of padding.
-MOST_PADDING = 256
+MAX_PADDING = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class Prompt:
     def check_nbytes(self) -> None:
         """Raise AssertionError if promptcache reads other rows than mlx-lm does."""
         own, others = self.nbytes[PROMPTCACHE], self.nbytes[MLX_LM]
-        padded = math.ceil(self.num_prefix / MOST_PADDING) * MOST_PADDING
+        padded = math.ceil(self.num_prefix / MAX_PADDING) * MAX_PADDING
         ratio = others / own / (padded / self.num_prefix)
         check_equal("same bytes in both files", round(ratio, 2), 1.0)
 

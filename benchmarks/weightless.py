@@ -22,10 +22,10 @@ from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.index import Index
 from promptcache.store.index.database import Opener
 from promptcache.store.index.events import History
-from promptcache.store.index.rows import Leaf
+from promptcache.store.index.rows import SegmentNode
 from promptcache.store.maintenance.disk_budget import Room
 from promptcache.store.reports import Garbage
-from promptcache.store.types import Receipt
+from promptcache.store.types import RequestUsage
 from promptcache.store.writer import SegmentWriter
 
 FINGERPRINT = Fingerprint("0" * 32, "model")
@@ -126,7 +126,7 @@ class RankingIndex(Index):
         namespace: str | None = None,
         *,
         protect: Mapping[str, int] | None = None,
-    ) -> list[Leaf]:
+    ) -> list[SegmentNode]:
         """Return all segments as eviction is to see them."""
         leaves = super().leaves(namespace, protect=protect)
         if self._ordering is lru:
@@ -280,7 +280,7 @@ class TraceStore(PrefixStore):
             is_saved = False
         num_new = len(token_ids) - match.cached_tokens
         cached = match.cached_tokens
-        self.record(Receipt(FINGERPRINT, match, cached, num_new, 0.0, 0.0))
+        self.record(RequestUsage(FINGERPRINT, match, cached, num_new, 0.0, 0.0))
         return match, is_saved
 
     def _encode(self, start: int, end: int) -> EncodedSegment:

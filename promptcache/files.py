@@ -16,7 +16,7 @@ PRIVATE_FOLDER = 0o700
 PRIVATE_FILE = 0o600
 
 
-class IrregularFileError(OSError):
+class NotRegularFileError(OSError):
     """What has a file's name is a folder, a link or a pipe."""
 
 
@@ -40,14 +40,14 @@ def open_file(path: Path) -> BinaryIO:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise IrregularFileError(errno.ELOOP, "a link") from None
+            raise NotRegularFileError(errno.ELOOP, "a link") from None
         raise
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
     kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-    raise IrregularFileError(errno.EISDIR, kind)
+    raise NotRegularFileError(errno.EISDIR, kind)
 
 
 def open_private(path: Path) -> int:
@@ -62,7 +62,7 @@ def open_private(path: Path) -> int:
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
-    raise IrregularFileError(errno.EISDIR, "no regular file")
+    raise NotRegularFileError(errno.EISDIR, "no regular file")
 
 
 def open_locked(
@@ -139,7 +139,7 @@ def is_locked(path: Path) -> bool:
     try:
         with open_file(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (IrregularFileError, FileNotFoundError):
+    except (NotRegularFileError, FileNotFoundError):
         return False
     except OSError:
         return True
@@ -151,7 +151,7 @@ def lock_at_once(file: BinaryIO | int) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def make_durable(descriptor: int) -> None:
+def fsync_file(descriptor: int) -> None:
     """Make a file durable; on a Mac `fsync` alone stops at the drive's cache."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is None:
@@ -164,7 +164,7 @@ def make_path_durable(path: Path) -> None:
     """Make a file, or the names in a folder, durable. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        make_durable(descriptor)
+        fsync_file(descriptor)
     finally:
         os.close(descriptor)
 
@@ -211,7 +211,7 @@ def check_private(path: Path, *, may_be_link: bool = False) -> None:
     """
     if path.is_symlink() and not may_be_link:
         raise StoreError(f"{path} is a link, put what it leads to in its place")
-    if reason := intruder(path):
+    if reason := foreign_access(path):
         advice = (
             "run `chmod go-w` on it"
             if "written" in reason
@@ -220,7 +220,7 @@ def check_private(path: Path, *, may_be_link: bool = False) -> None:
         raise StoreError(f"the store is not private: {path} {reason}, {advice}")
 
 
-def intruder(path: Path) -> str | None:
+def foreign_access(path: Path) -> str | None:
     """Return what others could do to a file or folder that is there, or None."""
     try:
         status = path.stat()

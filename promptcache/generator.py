@@ -11,7 +11,7 @@ from typing import Any, Self
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from promptcache.engine.build import Building
+from promptcache.engine.build import Build
 from promptcache.engine.decode import LogitsProcessor, penalties_of, sampler_of
 from promptcache.engine.generation import Generation
 from promptcache.engine.request import DEFAULT_DRAFT_TOKENS, Progress, Request
@@ -35,8 +35,8 @@ from promptcache.store import PrefixStore
 from promptcache.store.names import check_name
 from promptcache.store.reports import Prefix
 from promptcache.tiers import memory_limits
-from promptcache.tiers.background_writer import Writer
-from promptcache.tiers.memory_tier import HotTier
+from promptcache.tiers.background_writer import BackgroundWriter
+from promptcache.tiers.memory_tier import MemoryTier
 from promptcache.tiers.prompt_read import PromptRead, SavePolicy
 
 
@@ -115,8 +115,8 @@ class CachedGenerator:
         self._loaded = LoadedModel(
             model, identity=identity, namespace=namespace, announce=announce
         )
-        self._writer = Writer()
-        self._hot = HotTier(memory_limits.cache_limit(memory_limit))
+        self._writer = BackgroundWriter()
+        self._hot = MemoryTier(memory_limits.cache_limit(memory_limit))
         self._store_error: StoreError | None = None
         self._owns_store = not isinstance(store, PrefixStore)
         if isinstance(store, PrefixStore):
@@ -367,9 +367,9 @@ class CachedGenerator:
         rendered = self.render(prompt, tools, chat_template_config)
         fingerprint = self.fingerprint(Settings.of(**settings))
         store = self._usable_store()
-        around = store.neighbourhood(rendered.token_ids, fingerprint, rendered.origin)
+        around = store.nearby(rendered.token_ids, fingerprint, rendered.origin)
         estimate = store.estimate(fingerprint, around.match.cached_tokens)
-        declines = estimate is not None and estimate.favours_prefill
+        declines = estimate is not None and estimate.prefill_is_faster
         return explain.explain(
             self.tokenizer,
             rendered,
@@ -450,7 +450,7 @@ class CachedGenerator:
             self._loaded.check_token_ids(rendered.token_ids, draft_model=draft_model)
         store = self._usable_store()
         started = time.perf_counter()
-        building = Building(self._loaded, store, self._writer, rendered, settings)
+        building = Build(self._loaded, store, self._writer, rendered, settings)
         cached_tokens = building.run(
             prompt_progress_callback or (lambda done, total: None), on_wait
         )
@@ -500,7 +500,7 @@ class CachedGenerator:
         """
         store = self._usable_store()
         wanted = Settings.of(**settings)
-        building = Building(self._loaded, store, self._writer, prompt, wanted)
+        building = Build(self._loaded, store, self._writer, prompt, wanted)
         return building.key, building.is_stored()
 
     def lint(self, prompt: RenderedPrompt) -> list[VolatileText]:
@@ -617,7 +617,7 @@ class CachedGenerator:
         )
         read = PromptRead(
             rendered.token_ids,
-            self._loaded.cuts(settings, rendered.boundaries, rendered.answer),
+            self._loaded.plan(settings, rendered.boundaries, rendered.answer),
             settings,
             origin=rendered.origin,
             reuse=self._reuse if reuse is None else reuse,

@@ -17,7 +17,7 @@ NBYTES_BY_UNIT = {
     "": 1,
 }
 # No calendar goes on after the year 9999.
-MOST_SECONDS = 253_402_300_800.0
+MAX_SECONDS = 253_402_300_800.0
 SECONDS_BY_UNIT = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 

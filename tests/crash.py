@@ -52,7 +52,7 @@ Prompts = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Job:
+class TensorRead:
     """Something that is done to a store.
 
     Attributes:
@@ -195,18 +195,18 @@ def build(folder: Path, done: Done) -> None:
 
 
 JOBS = {
-    "save": Job(save_new, adds=(("new", NEW), ("longer", LONGER))),
+    "save": TensorRead(save_new, adds=(("new", NEW), ("longer", LONGER))),
     # The least recently used goes, so the pinned one may be all that is left.
-    "evict": Job(evict, keeps=(PINNED,), adds=(("new", NEW),), garbage=4),
-    "pin": Job(pin),
-    "rm": Job(remove, keeps=(PINNED, KEPT, FORK, STATE)),
-    "split": Job(split, share, (PINNED, KEPT, FORK, STATE, SHARING)),
-    "prune": Job(prune, make_garbage, (PINNED, OLD, FORK, STATE), garbage=4),
-    "verify": Job(fix, damage_some, (PINNED, KEPT, FORK, STATE), garbage=3),
-    "rebuild": Job(rebuild, lose_index),
-    "replace": Job(rebuild, spoil_index, garbage=3),
-    "create": Job(create, shutil.rmtree, (), (("new", NEW),)),
-    "build": Job(build),
+    "evict": TensorRead(evict, keeps=(PINNED,), adds=(("new", NEW),), garbage=4),
+    "pin": TensorRead(pin),
+    "rm": TensorRead(remove, keeps=(PINNED, KEPT, FORK, STATE)),
+    "split": TensorRead(split, share, (PINNED, KEPT, FORK, STATE, SHARING)),
+    "prune": TensorRead(prune, make_garbage, (PINNED, OLD, FORK, STATE), garbage=4),
+    "verify": TensorRead(fix, damage_some, (PINNED, KEPT, FORK, STATE), garbage=3),
+    "rebuild": TensorRead(rebuild, lose_index),
+    "replace": TensorRead(rebuild, spoil_index, garbage=3),
+    "create": TensorRead(create, shutil.rmtree, (), (("new", NEW),)),
+    "build": TensorRead(build),
 }
 
 
@@ -259,7 +259,7 @@ def killed_at(number: int, act: Callable[[Done], None]) -> tuple[int, list[str]]
     return forked(run)
 
 
-def check(folder: Path, job: Job, told: Sequence[str]) -> None:
+def check(folder: Path, job: TensorRead, told: Sequence[str]) -> None:
     """Assert that a store is as good as before, and as it was told to be."""
     adds = dict(job.adds)
     if job.prepare is damage_some:
@@ -284,7 +284,7 @@ def check(folder: Path, job: Job, told: Sequence[str]) -> None:
         assert store.verify().is_sound
 
 
-def check_split(folder: Path, job: Job, told: Sequence[str]) -> None:
+def check_split(folder: Path, job: TensorRead, told: Sequence[str]) -> None:
     """Assert that the index can be lost while both a segment and its head are there."""
     lost = folder.with_name("lost")
     shutil.copytree(folder, lost)

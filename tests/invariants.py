@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from segments import expected_digests, expected_key
 
-from promptcache.segments.types import Resumption, Worth
+from promptcache.segments.types import Priority, ResumeRules
 from promptcache.store import PrefixStore
 from promptcache.store.blobs.folder import BlobFolder
 
@@ -25,8 +25,8 @@ class Row(NamedTuple):
     end: int
     first_token: int
     nbytes: int
-    resumption: Resumption
-    worth: Worth
+    resumption: ResumeRules
+    priority: Priority
     token_ids: bytes
 
     @property
@@ -59,14 +59,14 @@ def read_rows(folder: Path) -> dict[int, Row]:
     """Return all segments by id."""
     sql = f"""
         SELECT s.id, key, parent_id, digest, start, end, first_token, nbytes,
-            {", ".join(Resumption._fields)}, worth, token_ids
+            {", ".join(ResumeRules._fields)}, priority, token_ids
         FROM segments s JOIN fingerprints f ON f.id = fingerprint_id
     """
     num_segments = query(folder, "SELECT count(*) FROM segments")[0][0]
     rows: dict[int, Row] = {}
-    for *fields, worth, token_ids in query(folder, sql):
-        resumption = Resumption(*map(bool, fields[8:]))
-        row = Row._make([*fields[:8], resumption, Worth(worth), token_ids])
+    for *fields, priority, token_ids in query(folder, sql):
+        resumption = ResumeRules(*map(bool, fields[8:]))
+        row = Row._make([*fields[:8], resumption, Priority(priority), token_ids])
         rows[row.id] = row
     assert len(rows) == num_segments, "a segment without a fingerprint"
     return rows
@@ -100,7 +100,7 @@ def check_blobs(folder: Path, rows: dict[int, Row]) -> None:
         assert info.start_hash == expected_key(row.digest, before)
         assert (info.start, info.end) == (row.start, row.end)
         assert info.fingerprint.digest == row.digest
-        assert (info.resumption, info.worth) == (row.resumption, row.worth)
+        assert (info.resumption, info.priority) == (row.resumption, row.priority)
         assert blobs.path(row.key).stat().st_size == row.nbytes
 
 
@@ -118,7 +118,7 @@ def check_tree(rows: dict[int, Row]) -> None:
             assert not parent.is_checkpoint
             assert parent.start < row.start <= parent.end
             assert parent.digest == row.digest
-            if row.resumption.divisible and not row.is_checkpoint:
+            if row.resumption.sliceable and not row.is_checkpoint:
                 # What its parent has of the tokens there is something else.
                 place = slice(4 * (row.start - parent.start), None)
                 assert parent.token_ids[place][:4] != row.token_ids[:4]
@@ -127,7 +127,7 @@ def check_tree(rows: dict[int, Row]) -> None:
     edges = Counter(
         (row.parent_id, row.digest, row.start, row.first_token)
         for row in rows.values()
-        if row.resumption.divisible
+        if row.resumption.sliceable
     )
     assert not edges or max(edges.values()) == 1, "two segments for the same tokens"
 

@@ -20,17 +20,17 @@ from promptcache.segments.types import (
     AT_ANY_TOKEN,
     EncodedSegment,
     Match,
-    Resumption,
+    Priority,
+    ResumeRules,
     SegmentInfo,
     Tensor,
-    Worth,
 )
 from promptcache.store import Encode, PrefixStore
 from promptcache.store.blobs.folder import BlobFolder
 
-NEEDS_CHECKPOINT = Resumption(needs_checkpoint=True)
+NEEDS_CHECKPOINT = ResumeRules(needs_checkpoint=True)
 # One for all segments, or a function that tells it from start and end.
-ResumptionOf = Resumption | Callable[[int, int], Resumption]
+ResumptionOf = ResumeRules | Callable[[int, int], ResumeRules]
 
 
 def fingerprint(model: str = "tiny") -> Fingerprint:
@@ -70,7 +70,9 @@ def encoder(
             Tensor("rows", "F32", (end - start, width), memoryview(rows).cast("B")),
         ]
         allowed = (
-            resumption if isinstance(resumption, Resumption) else resumption(start, end)
+            resumption
+            if isinstance(resumption, ResumeRules)
+            else resumption(start, end)
         )
         return EncodedSegment('[{"kind":"delta"}]', tensors, allowed)
 
@@ -96,7 +98,7 @@ def checkpoint(
         Tensor("token_ids", "U32", (0,), memoryview(b"")),
         Tensor("state", "U32", (4 * width,), data),
     ]
-    resumption = Resumption(
+    resumption = ResumeRules(
         extendable=extendable, needs_checkpoint=True, has_logits=has_logits
     )
     return EncodedSegment('[{"kind":"checkpoint"}]', tensors, resumption)
@@ -138,14 +140,14 @@ def save_checkpoint(
     extendable: bool = True,
     has_logits: bool = False,
     is_prefix: bool = False,
-    worth: Worth = Worth.STEP,
+    priority: Priority = Priority.STEP,
 ) -> str:
     """Save a fake checkpoint at the end of a prefix whose rows are stored."""
     segment = checkpoint(
         token_ids, width=width, extendable=extendable, has_logits=has_logits
     )
     return store.save_checkpoint(
-        token_ids, model, segment, is_prefix=is_prefix, worth=worth
+        token_ids, model, segment, is_prefix=is_prefix, priority=priority
     )
 
 

@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from promptcache.store.index.rows import Leaf
+from promptcache.store.index.rows import SegmentNode
 
 any_token = st.integers(0, 2**32 - 1)
 
@@ -28,12 +28,12 @@ def prompts(draw: st.DrawFn, *, max_tokens: int = 200) -> list[int]:
 
 
 @st.composite
-def trees(draw: st.DrawFn, *, max_segments: int = 25) -> list[Leaf]:
+def trees(draw: st.DrawFn, *, max_segments: int = 25) -> list[SegmentNode]:
     """Draw the segments of a store, parents before children."""
-    segments: list[Leaf] = []
+    segments: list[SegmentNode] = []
     for id_ in range(1, draw(st.integers(0, max_segments)) + 1):
         segments.append(
-            Leaf(
+            SegmentNode(
                 id=id_,
                 key=f"{id_:032x}",
                 parent_id=draw(st.integers(0, id_ - 1)),

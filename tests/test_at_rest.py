@@ -21,7 +21,7 @@ from promptcache import DamagedBlobError
 from promptcache.kvcache import restore, snapshot
 from promptcache.kvcache.encode import encode_checkpoint, encode_rows
 from promptcache.kvcache.layout import describe, is_quantized
-from promptcache.kvcache.row_quantization import RowFormat
+from promptcache.kvcache.row_quantization import QuantizedFormat
 from promptcache.segments.types import EncodedSegment
 from promptcache.store.blobs.folder import BlobFolder
 
@@ -358,4 +358,4 @@ def test_missing_piece_is_damage(blobs: BlobFolder, missing: str) -> None:
 
 
 def test_format_is_what_a_blob_says() -> None:
-    assert RowFormat.of([8, 64, "float32"]) == RowFormat(8, 64, "float32")
+    assert QuantizedFormat.of([8, 64, "float32"]) == QuantizedFormat(8, 64, "float32")

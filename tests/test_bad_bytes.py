@@ -33,17 +33,17 @@ from segments import (
 from promptcache import CachedGenerator, PrefixStore, PromptCacheError
 from promptcache.errors import DamagedBlobError, DamagedIndexError, StoreError
 from promptcache.segments.blob_format import _header_checksum, _safetensors_header
-from promptcache.segments.types import Match, Origin, TensorSpec
+from promptcache.segments.types import Match, PromptOrigin, TensorSpec
 from promptcache.store.index import SCHEMA_VERSION
 from promptcache.store.reports import PrunePolicy
-from promptcache.store.types import Receipt
+from promptcache.store.types import RequestUsage
 
 TIMES = int(os.environ.get("FUZZ", "1"))
 PROMPT = [i % 250 for i in range(70)]
 STATE = [7, *tokens(45)]
-ORIGIN = Origin("template", {"thinking": True}, "system", (("look", "hash"),), 5)
-# More is a hang, or memory that no blob of these tests is worth.
-MOST_SECONDS, MOST_NBYTES = 20, 4 * 1024**3
+ORIGIN = PromptOrigin("template", {"thinking": True}, "system", (("look", "hash"),), 5)
+# More is a hang, or memory that no blob of these tests is priority.
+MAX_SECONDS, MAX_NBYTES = 20, 4 * 1024**3
 
 
 def fuzz(examples: int) -> Any:
@@ -70,8 +70,8 @@ def watched() -> Iterator[None]:
     limits = resource.getrlimit(resource.RLIMIT_AS)
     if sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
-        resource.setrlimit(resource.RLIMIT_AS, (used + MOST_NBYTES, limits[1]))
-    signal.alarm(MOST_SECONDS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + MAX_NBYTES, limits[1]))
+    signal.alarm(MAX_SECONDS)
     try:
         yield
     finally:
@@ -96,11 +96,11 @@ def use(folder: Path, outside: Path) -> None:
                 store.usage,
                 store.pins,
                 lambda: [store.report(p.key) for p in store.prefixes()],
-                lambda: store.neighbourhood([9, *PROMPT], TINY, ORIGIN),
+                lambda: store.nearby([9, *PROMPT], TINY, ORIGIN),
                 lambda: store.estimate(TINY, 100),
                 lambda: store.configs(ORIGIN.template),
                 lambda: [store.listed_at(p.key) for p in store.prefixes()],
-                lambda: store.record(Receipt(TINY, Match(), 0, 10, 0.1, 0.1)),
+                lambda: store.record(RequestUsage(TINY, Match(), 0, 10, 0.1, 0.1)),
                 store.written,
                 store.verify,
                 lambda: store.verify(fix=True),
@@ -148,7 +148,7 @@ def fill_history(store: PrefixStore) -> None:
     store.set_origin(store.resolve("name").key, ORIGIN)
     store.add_speed(TINY, 1000, 0.5)
     store.add_load(TINY, 1000, 0.5)
-    store.record(Receipt(TINY, store.lookup(PROMPT, TINY), 40, 10, 0.1, 0.1))
+    store.record(RequestUsage(TINY, store.lookup(PROMPT, TINY), 40, 10, 0.1, 0.1))
 
 
 @contextmanager
@@ -198,8 +198,8 @@ ODD = st.sampled_from(
         *("", "0", "-1", "3", "1e999", "nan", str(2**63), str(2**64), "9" * 5000),
         *("null", "[]", "{}", "[1]", '{"a": 1}', "true", '"', "[" * 100_000),
         *("../../outside/it", "/etc/passwd", "a" * 32, "\x00", "🦊", "os.system"),
-        '{"divisible": 7}',
-        '{"divisible": [], "extendable": {}}',
+        '{"sliceable": 7}',
+        '{"sliceable": [], "extendable": {}}',
         '{"0": ["os.system", "rows"]}',
         '{"0": ["KVCache", "rows", 64, 3, {"object": "X", "attributes": {}}]}',
         '{"layers": null}',
@@ -208,7 +208,7 @@ ODD = st.sampled_from(
 FIELDS = (
     *("format_version", "key", "start_hash", "fingerprint", "fingerprint_parts"),
     *("model", "source", "start", "end", "is_prefix", "created_at", "resumption"),
-    *("worth", "layout", "data_checksum"),
+    *("priority", "layout", "data_checksum"),
 )
 
 
@@ -520,10 +520,10 @@ def test_checksum_is_compared_before_bytes_are_used(
     ("field", "text"),
     [
         *[("start", "-1"), ("start", "71"), ("end", str(2**63)), ("end", "nan")],
-        *[("fingerprint", "zz"), ("fingerprint", "ab"), ("worth", "9")],
+        *[("fingerprint", "zz"), ("fingerprint", "ab"), ("priority", "9")],
         *[("fingerprint_parts", "[]"), ("fingerprint_parts", '{"a": 1}')],
         *[("created_at", "nan"), ("created_at", "1e999"), ("created_at", "-1")],
-        *[("resumption", '{"divisible": 7}'), ("resumption", '{"more": true}')],
+        *[("resumption", '{"sliceable": 7}'), ("resumption", '{"more": true}')],
     ],
 )
 def test_field_of_the_wrong_kind_is_damage(filled: Path, field: str, text: str) -> None:

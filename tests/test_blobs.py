@@ -253,7 +253,7 @@ def make_newer(path: Path) -> None:
 
 def make_older(path: Path) -> None:
     """Write a blob again as the first promptcache did, which knew no checkpoints."""
-    change_metadata(path, format_version="1", resumption=None, worth=None)
+    change_metadata(path, format_version="1", resumption=None, priority=None)
 
 
 def change_metadata(path: Path, **changes: str | None) -> None:

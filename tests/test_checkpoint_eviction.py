@@ -20,7 +20,7 @@ from segments import (
 from benchmarks import architectures
 from promptcache import CachedGenerator, PromptCacheWarning
 from promptcache.errors import StoreFullError
-from promptcache.segments.types import Worth
+from promptcache.segments.types import Priority
 from promptcache.store import PrefixStore
 from promptcache.store.reports import PrunePolicy
 
@@ -32,12 +32,12 @@ def save_turn(
     store: PrefixStore,
     prompt: Sequence[int],
     *,
-    worth: Worth = Worth.ANSWER,
+    priority: Priority = Priority.ANSWER,
     is_prefix: bool = True,
 ) -> None:
     """Save a prompt with the checkpoint at its end."""
     save(store, prompt, is_prefix=False, width=100, resumption=NEEDS_CHECKPOINT)
-    save_checkpoint(store, prompt, width=600, worth=worth, is_prefix=is_prefix)
+    save_checkpoint(store, prompt, width=600, priority=priority, is_prefix=is_prefix)
 
 
 def question(first: int, num_turns: int = 1) -> list[int]:
@@ -51,12 +51,12 @@ def prune_to(store: PrefixStore, share: float) -> None:
     store.execute(store.plan_prune(PrunePolicy(max_nbytes=nbytes)))
 
 
-@pytest.mark.parametrize("worth", [Worth.BUILT, Worth.BOUNDARY])
+@pytest.mark.parametrize("priority", [Priority.BUILT, Priority.BOUNDARY])
 def test_system_prompt_goes_after_the_conversations_that_go_through_it(
-    store: PrefixStore, worth: Worth
+    store: PrefixStore, priority: Priority
 ) -> None:
     """Each resumes at a checkpoint of its own, past the system prompt's."""
-    save_turn(store, SYSTEM, worth=worth, is_prefix=False)
+    save_turn(store, SYSTEM, priority=priority, is_prefix=False)
     for num_turns in (1, 2):
         for first in range(1000, 7000, 1000):
             save_turn(store, question(first, num_turns))
@@ -66,11 +66,11 @@ def test_system_prompt_goes_after_the_conversations_that_go_through_it(
     assert cached_tokens(store, question(9000)) == len(SYSTEM)
 
 
-@pytest.mark.parametrize("worth", [Worth.BUILT, Worth.BOUNDARY])
+@pytest.mark.parametrize("priority", [Priority.BUILT, Priority.BOUNDARY])
 def test_hit_counts_for_the_system_prompt_that_it_goes_through(
-    store: PrefixStore, worth: Worth
+    store: PrefixStore, priority: Priority
 ) -> None:
-    save_turn(store, SYSTEM, worth=worth, is_prefix=False)
+    save_turn(store, SYSTEM, priority=priority, is_prefix=False)
     save_turn(store, question(1000))
     for first in range(2000, 5000, 1000):
         save_turn(store, tokens(300, first=first))

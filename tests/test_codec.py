@@ -37,7 +37,7 @@ from promptcache.segments.fingerprint import Fingerprint
 from promptcache.segments.types import (
     AT_ANY_TOKEN,
     EncodedSegment,
-    Resumption,
+    ResumeRules,
     SegmentInfo,
     SegmentSlice,
 )
@@ -165,8 +165,8 @@ def test_layer_comes_back_from_several_segments_the_last_in_part(
     blobs: BlobFolder, make_layer: Any, dtype: mx.Dtype
 ) -> None:
     cache = [filled(make_layer(), 90, dtype), filled(make_layer(), 90, dtype)]
-    cuts = [(0, 1), (1, 40), (40, 90)]
-    published = [publish(blobs, encode(cache, *c), *c) for c in cuts]
+    plan = [(0, 1), (1, 40), (40, 90)]
+    published = [publish(blobs, encode(cache, *c), *c) for c in plan]
 
     is_concatenate = isinstance(cache[0], ConcatenateKVCache)
     fresh = [ConcatenateKVCache() if is_concatenate else KVCache() for _ in cache]
@@ -303,7 +303,7 @@ def read(layer: Any, start: int, end: int, dtype: mx.Dtype = mx.float32) -> Any:
 
 def read_pieces(
     cache: Sequence[Any], pieces: Sequence[int], dtype: mx.Dtype = mx.float32
-) -> list[snapshot.Capture]:
+) -> list[snapshot.Snapshot]:
     """Let a cache read pieces of so many tokens; return what was captured of each."""
     captures, start = [], 0
     for num_tokens in pieces:
@@ -497,7 +497,7 @@ def mixed_cache() -> list[Any]:
     ]
 
 
-def read_mixed(*pieces: int) -> tuple[list[Any], list[snapshot.Capture]]:
+def read_mixed(*pieces: int) -> tuple[list[Any], list[snapshot.Snapshot]]:
     """Return such a cache that has read pieces, the last part unused."""
     cache = mixed_cache()
     arrays, inner = cache[1].caches
@@ -525,9 +525,9 @@ def test_cache_of_every_treatment_comes_back_from_rows_and_a_checkpoint(
 ) -> None:
     cache, captures = read_mixed(*pieces)
     num_tokens = sum(pieces)
-    cuts = [(0, 3), (3, num_tokens)]
+    plan = [(0, 3), (3, num_tokens)]
     parts = [
-        publish(blobs, encode_rows(cache, captures, TOKEN_IDS, *c), *c) for c in cuts
+        publish(blobs, encode_rows(cache, captures, TOKEN_IDS, *c), *c) for c in plan
     ]
     checkpoint = encode_checkpoint(captures[-1])
     parts.append(publish(blobs, checkpoint, num_tokens, num_tokens))
@@ -641,7 +641,7 @@ def test_rows_tell_whether_they_are_enough(
 
     segment = encode_rows(cache, captures, TOKEN_IDS, 0, 10)
 
-    assert segment.resumption == Resumption(needs_checkpoint=needs_checkpoint)
+    assert segment.resumption == ResumeRules(needs_checkpoint=needs_checkpoint)
     assert captures[0].needs_checkpoint is needs_checkpoint
 
 
@@ -881,10 +881,10 @@ def test_restored_cache_gives_the_logits_of_the_live_one_to_the_bit(
     if bits:
         live[:] = [layer.to_quantized(32, bits) for layer in live]
     model(mx.array(token_ids[60:90])[None], cache=live)
-    cuts = [(0, 33), (33, 90)]
+    plan = [(0, 33), (33, 90)]
 
     restored = make_prompt_cache(model)
-    parts = [publish(blobs, encode(live, *c, token_ids), *c) for c in cuts]
+    parts = [publish(blobs, encode(live, *c, token_ids), *c) for c in plan]
     restored[:] = restore.restore(
         restored, [load(p, token_ids=token_ids) for p in parts], 100
     )

@@ -80,12 +80,12 @@ def test_prefix_that_is_being_loaded_survives_prune(
 
 def prune_while_loading(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Let another process evict everything once all files of a load are open."""
-    from promptcache.kvcache.loading.segment_loader import LoadedSegment, Reading
+    from promptcache.kvcache.loading.segment_loader import LoadedSegment, SegmentLoad
 
     pruned: list[bool] = []
-    finish = Reading.finish
+    finish = SegmentLoad.finish
 
-    def pruned_first(reading: Reading) -> LoadedSegment:
+    def pruned_first(reading: SegmentLoad) -> LoadedSegment:
         if not pruned:
             code = (
                 "import sys; from promptcache import PrefixStore, PrunePolicy\n"
@@ -96,7 +96,7 @@ def prune_while_loading(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[boo
             pruned.append(not list(path.glob("blobs/*/*.safetensors")))
         return finish(reading)
 
-    monkeypatch.setattr(Reading, "finish", pruned_first)
+    monkeypatch.setattr(SegmentLoad, "finish", pruned_first)
     return pruned
 
 

@@ -13,7 +13,7 @@ from benchmarks.conformance import Result, Subject
 from promptcache.kvcache import encode, restore
 from promptcache.prompts.render import RenderedPrompt
 from promptcache.segments.types import EncodedSegment, Match
-from promptcache.tiers.disk_tier import resume
+from promptcache.tiers.disk_tier import restore_prefix
 
 # Of the last bits, where the last token is read alone: see docs/models.md.
 ROUNDING = 1e-4
@@ -122,7 +122,7 @@ FILLED_ROWS = restore.filled_in_place
 FILLED_WINDOW = restore.filled_window
 PUT_STATE = restore.put_state
 ENCODED = encode._encoded
-RESTORE_WINDOW = restore._RESTORE[restore.Treatment.WINDOW]
+RESTORE_WINDOW = restore._RESTORE[restore.LayerKind.WINDOW]
 
 SABOTAGE: dict[str, tuple[ModuleType, str, Callable[..., Any]]] = {
     "llama": (restore, "filled_in_place", without_offset),
@@ -167,7 +167,7 @@ def test_a_codec_that_loses_something_is_seen(
 def test_a_codec_that_trims_a_wrapped_window_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(restore._RESTORE, restore.Treatment.WINDOW, by_trimming)  # type: ignore[arg-type]
+    monkeypatch.setitem(restore._RESTORE, restore.LayerKind.WINDOW, by_trimming)  # type: ignore[arg-type]
 
     broken = result_of("gemma3_text", tmp_path)
 
@@ -180,7 +180,7 @@ def test_a_hit_that_reads_everything_is_seen(
 ) -> None:
     monkeypatch.setattr(
         "promptcache.tiers.prefix_cache.resume",
-        lambda store, fingerprint, cache, token_ids, **options: resume(
+        lambda store, fingerprint, cache, token_ids, **options: restore_prefix(
             store, fingerprint, list(cache), token_ids, **options
         )._replace(match=Match(), cached_tokens=0),
     )

@@ -12,7 +12,7 @@ from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.kvcache import encode, restore, snapshot
 from promptcache.kvcache.classes import parts_of
 from promptcache.kvcache.loading import segment_loader
-from promptcache.kvcache.loading.row_buffers import Destination
+from promptcache.kvcache.loading.row_buffers import RowBuffers
 from promptcache.segments.chain import pack
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.segments.types import SegmentInfo, SegmentSlice
@@ -51,7 +51,7 @@ def save(blobs: BlobFolder, cache: list[KVCache], start: int, end: int) -> str:
 
 
 def load(
-    blobs: BlobFolder, key: str, part: tuple[int, int, int], destination: Destination
+    blobs: BlobFolder, key: str, part: tuple[int, int, int], destination: RowBuffers
 ) -> segment_loader.LoadedSegment:
     start, stop, end = part
     ids = pack(TOKEN_IDS[start:stop])
@@ -71,7 +71,7 @@ def test_rows_of_segments_come_back_to_the_bit(
     keys = save(blobs, live, 0, 100), save(blobs, live, first, 300)
     fresh = [KVCache() for _ in range(3)]
 
-    with Destination(dict(parts_of(fresh)), ROOM) as destination:
+    with RowBuffers(dict(parts_of(fresh)), ROOM) as destination:
         segments = [
             load(blobs, keys[0], (0, first, 100), destination),
             load(blobs, keys[1], (first, last, 300), destination),
@@ -96,7 +96,7 @@ def address(array: mx.array) -> int:
 def test_cache_goes_on_in_the_memory_that_was_read_to(blobs: BlobFolder) -> None:
     key = save(blobs, filled(300), 0, 300)
     fresh = [KVCache() for _ in range(3)]
-    with Destination(dict(parts_of(fresh)), ROOM) as destination:
+    with RowBuffers(dict(parts_of(fresh)), ROOM) as destination:
         loaded = load(blobs, key, (0, 300, 300), destination)
         restored = restore.restore(fresh, [loaded], ROOM)
     del loaded
@@ -121,7 +121,7 @@ def test_parts_of_another_kind_are_read_as_before(blobs: BlobFolder) -> None:
     blobs.publish(info, segment)
     fresh = [KVCache(), RotatingKVCache(512)]
 
-    with Destination(dict(parts_of(fresh)), ROOM) as destination:
+    with RowBuffers(dict(parts_of(fresh)), ROOM) as destination:
         loaded = load(blobs, info.key, (0, 40, 40), destination)
         restored = restore.restore(fresh, [loaded], ROOM)
 
@@ -137,7 +137,7 @@ def test_changed_byte_is_seen(blobs: BlobFolder) -> None:
     blobs.path(key).write_bytes(content)
 
     with (
-        Destination({"0": KVCache(), "1": KVCache(), "2": KVCache()}, ROOM) as place,
+        RowBuffers({"0": KVCache(), "1": KVCache(), "2": KVCache()}, ROOM) as place,
         pytest.raises(DamagedBlobError, match="checksum"),
     ):
         load(blobs, key, (0, 20, 300), place)
@@ -150,7 +150,7 @@ def test_blob_that_ends_early_is_damaged(blobs: BlobFolder) -> None:
     part = SegmentSlice(key, 0, 300, 300)
 
     with (
-        Destination({"0": KVCache(), "1": KVCache(), "2": KVCache()}, ROOM) as place,
+        RowBuffers({"0": KVCache(), "1": KVCache(), "2": KVCache()}, ROOM) as place,
         pytest.raises((DamagedBlobError, StoreError)),
     ):
         segment_loader.load(blobs.path(key), header, part, pack(TOKEN_IDS), place)
@@ -162,7 +162,7 @@ def test_rows_of_another_shape_are_not_taken(blobs: BlobFolder) -> None:
     large[0].update_and_fetch(*mx.random.normal((2, 1, 2, 40, 16)))
     keys = save(blobs, small, 0, 20), save(blobs, large, 20, 40)
 
-    with Destination({"0": KVCache()}, ROOM) as destination:
+    with RowBuffers({"0": KVCache()}, ROOM) as destination:
         one = load(blobs, keys[0], (0, 20, 20), destination)
         other = load(blobs, keys[1], (20, 40, 40), destination)
 

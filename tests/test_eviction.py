@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import trees
 
-from promptcache.segments.types import Worth
-from promptcache.store.index.rows import CheckpointRow, Leaf
+from promptcache.segments.types import Priority
+from promptcache.store.index.rows import CheckpointRow, SegmentNode
 from promptcache.store.maintenance.eviction import (
     CHECKPOINT_SPACING,
     CHECKPOINTS_BESIDE,
@@ -22,11 +22,11 @@ sets_of_ids = st.sets(st.integers(1, 25), max_size=3)
 
 def leaf(
     id_: int, parent_id: int = 0, *, used_at: float = 0, pinned: bool = False
-) -> Leaf:
-    return Leaf(id_, f"{id_:032x}", parent_id, 10, used_at, pinned, "a")
+) -> SegmentNode:
+    return SegmentNode(id_, f"{id_:032x}", parent_id, 10, used_at, pinned, "a")
 
 
-def lineage(segments: Iterable[Leaf], ids: Collection[int]) -> set[int]:
+def lineage(segments: Iterable[SegmentNode], ids: Collection[int]) -> set[int]:
     """Return these ids and those of all ancestors."""
     by_id = {segment.id: segment for segment in segments}
     found = set()
@@ -37,7 +37,7 @@ def lineage(segments: Iterable[Leaf], ids: Collection[int]) -> set[int]:
     return found
 
 
-def leaves_of(segments: Collection[Leaf]) -> list[Leaf]:
+def leaves_of(segments: Collection[SegmentNode]) -> list[SegmentNode]:
     parents = {segment.parent_id for segment in segments}
     return [segment for segment in segments if segment.id not in parents]
 
@@ -45,7 +45,7 @@ def leaves_of(segments: Collection[Leaf]) -> list[Leaf]:
 @anything
 @given(trees(), st.none() | st.integers(0, 500), sets_of_ids)
 def test_pinned_and_protected_segments_and_their_ancestors_stay(
-    segments: list[Leaf], nbytes: int | None, protected: set[int]
+    segments: list[SegmentNode], nbytes: int | None, protected: set[int]
 ) -> None:
     evicted = plan_eviction(segments, nbytes=nbytes, protected=protected)
 
@@ -57,7 +57,7 @@ def test_pinned_and_protected_segments_and_their_ancestors_stay(
 @anything
 @given(trees(), st.none() | st.integers(0, 500), sets_of_ids)
 def test_each_evicted_segment_is_the_oldest_leaf_that_may_go(
-    segments: list[Leaf], nbytes: int | None, protected: set[int]
+    segments: list[SegmentNode], nbytes: int | None, protected: set[int]
 ) -> None:
     evicted = plan_eviction(segments, nbytes=nbytes, protected=protected)
 
@@ -74,7 +74,7 @@ def test_each_evicted_segment_is_the_oldest_leaf_that_may_go(
 @anything
 @given(trees(), st.integers(-10, 500), sets_of_ids)
 def test_eviction_stops_as_soon_as_it_is_enough(
-    segments: list[Leaf], nbytes: int, protected: set[int]
+    segments: list[SegmentNode], nbytes: int, protected: set[int]
 ) -> None:
     evicted = plan_eviction(segments, nbytes=nbytes, protected=protected)
 
@@ -87,7 +87,7 @@ def test_eviction_stops_as_soon_as_it_is_enough(
 @anything
 @given(trees(), sets_of_ids)
 def test_without_a_size_all_that_may_go_goes_once(
-    segments: list[Leaf], protected: set[int]
+    segments: list[SegmentNode], protected: set[int]
 ) -> None:
     evicted = plan_eviction(segments, protected=protected)
 
@@ -100,7 +100,7 @@ def test_without_a_size_all_that_may_go_goes_once(
 
 @anything
 @given(trees())
-def test_what_may_not_go_keeps_its_ancestors(segments: list[Leaf]) -> None:
+def test_what_may_not_go_keeps_its_ancestors(segments: list[SegmentNode]) -> None:
     evicted = plan_eviction(segments, may_go=lambda segment: segment.model == "a")
 
     kept = {s.id for s in segments if s.model == "b" or s.pinned}
@@ -131,7 +131,7 @@ def test_recently_used_parent_goes_after_older_leaves() -> None:
 
 def test_deepest_of_those_used_at_once_goes_first() -> None:
     segments = [
-        Leaf(id_, f"{id_:032x}", 0, 10, 1.0, False, "a", True, start)
+        SegmentNode(id_, f"{id_:032x}", 0, 10, 1.0, False, "a", True, start)
         for id_, start in ((1, 300), (2, 900), (3, 600))
     ]
 
@@ -141,7 +141,7 @@ def test_deepest_of_those_used_at_once_goes_first() -> None:
 def test_rows_that_no_run_can_resume_from_go_first() -> None:
     """Unless they are so new that their checkpoint may be on its way."""
 
-    def rows(id_: int, used_at: float) -> Leaf:
+    def rows(id_: int, used_at: float) -> SegmentNode:
         return leaf(id_, used_at=used_at)._replace(needs_checkpoint=True)
 
     state = leaf(3, 2, used_at=600)._replace(needs_checkpoint=True, is_checkpoint=True)
@@ -167,7 +167,7 @@ def test_nothing_goes_when_nothing_is_needed(nbytes: int) -> None:
 
 
 def checkpoint(
-    position: int, *, is_prefix: bool = False, worth: Worth = Worth.BOUNDARY
+    position: int, *, is_prefix: bool = False, priority: Priority = Priority.BOUNDARY
 ) -> CheckpointRow:
     return CheckpointRow(
         key=f"{position:032x}",
@@ -175,19 +175,19 @@ def checkpoint(
         position=position,
         extendable=True,
         has_logits=False,
-        worth=worth,
+        priority=priority,
         is_prefix=is_prefix,
     )
 
 
 any_checkpoints = st.dictionaries(
     st.integers(1, 100_000) | st.integers(1, 400),
-    st.tuples(st.booleans(), st.sampled_from(Worth)),
+    st.tuples(st.booleans(), st.sampled_from(Priority)),
     min_size=1,
     max_size=40,
 ).map(
     lambda found: [
-        checkpoint(position, is_prefix=flags[0], worth=flags[1])
+        checkpoint(position, is_prefix=flags[0], priority=flags[1])
         for position, flags in sorted(found.items())
     ]
 )
@@ -216,7 +216,7 @@ def test_newest_checkpoint_and_the_first_boundary_stay(
 ) -> None:
     surplus = surplus_checkpoints(on_way)
 
-    first = [c for c in on_way if c.worth > Worth.STEP or c.is_prefix][:1]
+    first = [c for c in on_way if c.priority > Priority.STEP or c.is_prefix][:1]
     assert not {on_way[-1], *first} & set(surplus)
     assert len(set(surplus)) == len(surplus)
     assert set(surplus) < set(on_way)
@@ -232,8 +232,8 @@ def test_checkpoint_goes_for_another_one_about_as_far_away(
     kept = [c for c in on_way[:-1] if c not in surplus]
     for gone in surplus:
         rivals = [c for c in kept if bucket(on_way[-1], c) == bucket(on_way[-1], gone)]
-        worth = (gone.is_prefix, gone.worth)
-        assert any((c.is_prefix, c.worth) >= worth for c in rivals)
+        priority = (gone.is_prefix, gone.priority)
+        assert any((c.is_prefix, c.priority) >= priority for c in rivals)
 
 
 @anything
@@ -245,7 +245,7 @@ def test_number_of_checkpoints_grows_with_the_logarithm_of_the_length(
 
     length = on_way[-1].position - on_way[0].position
     num_buckets = (length // CHECKPOINT_SPACING).bit_length() + 1
-    num_built = sum(checkpoint.worth == Worth.BUILT for checkpoint in on_way)
+    num_built = sum(checkpoint.priority == Priority.BUILT for checkpoint in on_way)
     assert num_kept <= num_buckets + 3 + num_built
 
 
@@ -297,9 +297,9 @@ def test_long_conversation_keeps_few_checkpoints(turn: int) -> None:
 
 
 def test_end_of_a_prefix_stays_rather_than_a_boundary_and_that_than_a_step() -> None:
-    step = checkpoint(1000, worth=Worth.STEP)
+    step = checkpoint(1000, priority=Priority.STEP)
     boundary = checkpoint(1010)
-    prefix = checkpoint(1020, is_prefix=True, worth=Worth.STEP)
+    prefix = checkpoint(1020, is_prefix=True, priority=Priority.STEP)
     first, newest = checkpoint(5), checkpoint(1600)
 
     def surplus(*others: CheckpointRow) -> list[CheckpointRow]:
@@ -312,7 +312,7 @@ def test_end_of_a_prefix_stays_rather_than_a_boundary_and_that_than_a_step() -> 
 
 
 def test_first_step_goes_where_a_boundary_is_as_far_away() -> None:
-    step = checkpoint(1000, worth=Worth.STEP)
+    step = checkpoint(1000, priority=Priority.STEP)
 
     surplus = surplus_checkpoints([step, checkpoint(1010), checkpoint(1600)])
 
@@ -344,7 +344,10 @@ def test_last_checkpoint_before_the_next_turn_parts_stays(
 
 
 def test_earlier_starts_of_answers_go_by_powers_of_two() -> None:
-    places = [checkpoint(5), *(checkpoint(i, worth=Worth.ANSWER) for i in range(9, 60))]
+    places = [
+        checkpoint(5),
+        *(checkpoint(i, priority=Priority.ANSWER) for i in range(9, 60)),
+    ]
 
     surplus = surplus_checkpoints([*places, checkpoint(70)], next_turn=59)
 
@@ -353,7 +356,7 @@ def test_earlier_starts_of_answers_go_by_powers_of_two() -> None:
 
 def test_places_where_other_conversations_go_on_stay_beside_the_way() -> None:
     """What is left of turns of this one does not take theirs."""
-    answer = checkpoint(10, worth=Worth.ANSWER)
+    answer = checkpoint(10, priority=Priority.ANSWER)
     ends = [checkpoint(position) for position in range(20, 60, 10)]
 
     surplus = surplus_checkpoints([checkpoint(5), checkpoint(90)], [answer, *ends])

@@ -87,7 +87,7 @@ def look_everywhere(folder: Path) -> None:
     with PrefixStore(folder) as store:
         for part in store.lookup(tokens(70), TINY).slices:
             store.open_blob(part)
-        store.neighbourhood(tokens(60), TINY)
+        store.nearby(tokens(60), TINY)
         for prefix in store.prefixes():
             store.report(prefix.key)
         store.plan_prune(PrunePolicy(max_nbytes=0))

@@ -7,14 +7,14 @@ from typing import Any
 import mlx.core as mx
 from test_hot_tier import PLENTY, ids, read, rows
 
-from promptcache.tiers.memory_tier import MOST_PIECES, HotTier
+from promptcache.tiers.memory_tier import MAX_PIECES, MemoryTier
 
 
-def add(tier: HotTier, token_ids: list[int]) -> None:
+def add(tier: MemoryTier, token_ids: list[int]) -> None:
     tier.add("f", token_ids, read(token_ids)[0])
 
 
-def shared(tier: HotTier, prompt: list[int]) -> tuple[int, list[Any]]:
+def shared(tier: MemoryTier, prompt: list[int]) -> tuple[int, list[Any]]:
     """Share what there is of a prompt, and check that it is what a cold run reads."""
     found = tier.find("f", prompt, lambda position: position)
     assert found is not None
@@ -27,7 +27,7 @@ def shared(tier: HotTier, prompt: list[int]) -> tuple[int, list[Any]]:
 
 
 def test_shared_prefix_stays_and_is_not_written_to() -> None:
-    tier = HotTier(PLENTY)
+    tier = MemoryTier(PLENTY)
     prompt = ids(300, 1)
     tier.put("f", prompt, read(prompt)[0])
 
@@ -42,7 +42,7 @@ def test_shared_prefix_stays_and_is_not_written_to() -> None:
 
 
 def test_added_rows_are_those_that_are_new() -> None:
-    tier = HotTier(PLENTY)
+    tier = MemoryTier(PLENTY)
     system = ids(200, 1)
     add(tier, system)
     before = tier.nbytes
@@ -56,7 +56,7 @@ def test_added_rows_are_those_that_are_new() -> None:
 
 
 def test_adding_again_holds_nothing_twice() -> None:
-    tier = HotTier(PLENTY)
+    tier = MemoryTier(PLENTY)
     add(tier, ids(100, 1))
     before = tier.nbytes
 
@@ -67,21 +67,21 @@ def test_adding_again_holds_nothing_twice() -> None:
 
 
 def test_many_pieces_become_one() -> None:
-    tier = HotTier(PLENTY)
+    tier = MemoryTier(PLENTY)
     prompt = ids(200, 1)
 
     for end in range(10, 201, 10):
         add(tier, prompt[:end])
 
     found = tier.find("f", [*prompt, 5], lambda position: position)
-    assert found is not None and len(found.pieces) <= MOST_PIECES
+    assert found is not None and len(found.pieces) <= MAX_PIECES
     assert shared(tier, [*prompt, 5])[0] == 200
     whole = sum(layer.nbytes for layer in read(prompt)[0])
     assert tier.nbytes <= 2 * whole
 
 
 def test_trunk_outlives_its_branches() -> None:
-    tier = HotTier(PLENTY)
+    tier = MemoryTier(PLENTY)
     system = ids(200, 1)
     add(tier, system)
     for seed in range(2, 8):
@@ -96,7 +96,7 @@ def test_trunk_outlives_its_branches() -> None:
 
 def test_random_uses_give_the_rows_of_a_cold_run() -> None:
     choose = random.Random(0)
-    tier = HotTier(400_000)
+    tier = MemoryTier(400_000)
     prompts: list[list[int]] = [ids(80, 0)]
     add(tier, prompts[0])
 

@@ -15,7 +15,7 @@ from benchmarks import architectures
 from benchmarks.conformance import CountingModel
 from promptcache import CachedGenerator, PrefixStore
 from promptcache.kvcache.classes import parts_of
-from promptcache.tiers.memory_tier import HotTier
+from promptcache.tiers.memory_tier import MemoryTier
 
 MODEL = architectures.build("llama")
 PLENTY = 10**9
@@ -43,11 +43,11 @@ def rows(cache: list[Any]) -> list[mx.array]:
     ]
 
 
-def put(tier: HotTier, token_ids: list[int]) -> None:
+def put(tier: MemoryTier, token_ids: list[int]) -> None:
     tier.put("f", token_ids, read(token_ids)[0])
 
 
-def taken(tier: HotTier, prompt: list[int]) -> tuple[int, list[Any]]:
+def taken(tier: MemoryTier, prompt: list[int]) -> tuple[int, list[Any]]:
     """Take what there is of a prompt, and check that it is what a cold run computes."""
     found = tier.find("f", prompt, lambda position: position)
     if found is None:
@@ -61,7 +61,7 @@ def taken(tier: HotTier, prompt: list[int]) -> tuple[int, list[Any]]:
 
 
 def test_prompt_that_continues_gets_the_very_arrays() -> None:
-    tier = HotTier(PLENTY)
+    tier = MemoryTier(PLENTY)
     prompt = ids(300, 1)
     cache, _ = read(prompt)
     before = cache[0].keys
@@ -75,21 +75,21 @@ def test_prompt_that_continues_gets_the_very_arrays() -> None:
 
 
 def test_at_least_one_token_is_left_to_read() -> None:
-    tier = HotTier(PLENTY)
+    tier = MemoryTier(PLENTY)
     put(tier, ids(50, 1))
 
     assert taken(tier, ids(50, 1))[0] == 49
 
 
 def test_other_fingerprint_finds_nothing() -> None:
-    tier = HotTier(PLENTY)
+    tier = MemoryTier(PLENTY)
     put(tier, ids(50, 1))
 
     assert tier.find("g", [*ids(50, 1), 1], lambda position: position) is None
 
 
 def test_first_question_survives_the_second_one() -> None:
-    tier = HotTier(PLENTY)
+    tier = MemoryTier(PLENTY)
     system, one, two = ids(200, 1), ids(30, 2), ids(40, 3)
     put(tier, [*system, *one])
 
@@ -101,7 +101,7 @@ def test_first_question_survives_the_second_one() -> None:
 
 
 def test_short_shared_part_of_a_long_prompt_is_copied() -> None:
-    tier = HotTier(PLENTY)
+    tier = MemoryTier(PLENTY)
     system, long = ids(40, 1), ids(300, 2)
     put(tier, [*system, *long])
 
@@ -116,7 +116,7 @@ def test_short_shared_part_of_a_long_prompt_is_copied() -> None:
 def test_conversations_in_turn_equal_cold_runs(seed: int) -> None:
     """Prompts fork and go on at random; nothing is ever lost while there is room."""
     random_ = random.Random(seed)
-    tier = HotTier(PLENTY)
+    tier = MemoryTier(PLENTY)
     known: list[list[int]] = []
     for step in range(40):
         base = random_.choice(known) if known else []
@@ -141,7 +141,7 @@ def _common(left: list[int], right: list[int]) -> int:
 def test_limit_holds_and_the_least_recently_used_goes_first() -> None:
     one, two, three = ids(200, 1), ids(200, 2), ids(200, 3)
     size = sum(layer.nbytes for layer in read(one)[0])
-    tier = HotTier(2 * size)
+    tier = MemoryTier(2 * size)
     for prompt in (one, two):
         put(tier, prompt)
     num_tokens, cache = taken(tier, [*one, 5])
@@ -156,14 +156,14 @@ def test_limit_holds_and_the_least_recently_used_goes_first() -> None:
 
 
 def test_nothing_is_kept_without_room() -> None:
-    tier = HotTier(0)
+    tier = MemoryTier(0)
     put(tier, ids(50, 1))
 
     assert len(tier) == 0
 
 
 def test_cache_that_has_read_more_is_cut_to_what_is_known() -> None:
-    tier = HotTier(PLENTY)
+    tier = MemoryTier(PLENTY)
     prompt = ids(60, 1)
 
     tier.put("f", prompt, read(prompt)[0], good_to=50)
@@ -172,7 +172,7 @@ def test_cache_that_has_read_more_is_cut_to_what_is_known() -> None:
 
 
 def test_what_another_thread_has_taken_is_gone() -> None:
-    tier = HotTier(PLENTY)
+    tier = MemoryTier(PLENTY)
     prompt = ids(50, 1)
     put(tier, prompt)
     found = tier.find("f", [*prompt, 1], lambda position: position)
@@ -183,7 +183,7 @@ def test_what_another_thread_has_taken_is_gone() -> None:
 
 
 def test_window_that_has_read_more_than_is_known_is_not_kept() -> None:
-    tier = HotTier(PLENTY)
+    tier = MemoryTier(PLENTY)
     prompt = ids(60, 1)
     cache = [RotatingKVCache(32) for _ in make_prompt_cache(MODEL)]
     MODEL(mx.array(prompt)[None], cache=cache)

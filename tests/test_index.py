@@ -25,7 +25,7 @@ from segments import (
 from promptcache.errors import DamagedIndexError, StoreError, StoreFormatError
 from promptcache.segments.chain import Chain
 from promptcache.segments.fingerprint import Fingerprint
-from promptcache.segments.types import AT_ANY_TOKEN, Resumption, SegmentInfo, Worth
+from promptcache.segments.types import AT_ANY_TOKEN, Priority, ResumeRules, SegmentInfo
 from promptcache.store import PrefixStore
 from promptcache.store.index import ROOT_ID, SCHEMA_VERSION, Index
 from promptcache.store.index.rows import CheckpointRow
@@ -53,7 +53,7 @@ def add(
     model: Fingerprint = TINY,
     is_prefix: bool = True,
     now: float = 1.0,
-    resumption: Resumption = AT_ANY_TOKEN,
+    resumption: ResumeRules = AT_ANY_TOKEN,
     parent_key: str | None = None,
 ) -> str:
     """Add the row of a segment `[start, len(token_ids))`; return its key."""
@@ -71,9 +71,9 @@ def add_checkpoint(
     token_ids: list[int],
     parent_key: str,
     *,
-    resumption: Resumption = NEEDS_CHECKPOINT,
+    resumption: ResumeRules = NEEDS_CHECKPOINT,
     is_prefix: bool = False,
-    worth: Worth = Worth.STEP,
+    priority: Priority = Priority.STEP,
 ) -> str:
     """Add the row of a checkpoint after token ids; return its key."""
     chain = Chain(TINY.digest, token_ids)
@@ -88,7 +88,7 @@ def add_checkpoint(
         is_prefix=is_prefix,
         created_at=1.0,
         resumption=resumption,
-        worth=worth,
+        priority=priority,
     )
     index.add_segment(info, chain, parent_key=parent_key, nbytes=7, created_at=1.0)
     return key
@@ -373,7 +373,7 @@ def test_children_are_found_by_start_token_and_fingerprint(index: Index) -> None
 
 
 def test_flags_of_a_segment_come_back(index: Index) -> None:
-    tail = Resumption(divisible=False, extendable=False, needs_checkpoint=True)
+    tail = ResumeRules(sliceable=False, extendable=False, needs_checkpoint=True)
     first = add(index, tokens(40))
     second = add(index, tokens(80), start=40, resumption=tail)
     segment_id = index.segment_id(second)
@@ -382,7 +382,7 @@ def test_flags_of_a_segment_come_back(index: Index) -> None:
     path = index.path_to(segment_id)
 
     assert [row.key for row in path] == [first, second]
-    assert [(row.divisible, row.extendable, row.needs_checkpoint) for row in path] == [
+    assert [(row.sliceable, row.extendable, row.needs_checkpoint) for row in path] == [
         (True, True, False),
         (False, False, True),
     ]
@@ -391,8 +391,8 @@ def test_flags_of_a_segment_come_back(index: Index) -> None:
 def test_checkpoints_are_found_by_the_segments_they_hang_on(index: Index) -> None:
     first = add(index, tokens(40))
     second = add(index, tokens(80), start=40, is_prefix=False)
-    inside = add_checkpoint(index, tokens(20), first, worth=Worth.BOUNDARY)
-    with_logits = Resumption(extendable=False, needs_checkpoint=True, has_logits=True)
+    inside = add_checkpoint(index, tokens(20), first, priority=Priority.BOUNDARY)
+    with_logits = ResumeRules(extendable=False, needs_checkpoint=True, has_logits=True)
     end = add_checkpoint(
         index, tokens(80), second, resumption=with_logits, is_prefix=True
     )
@@ -403,8 +403,8 @@ def test_checkpoints_are_found_by_the_segments_they_hang_on(index: Index) -> Non
     by_parent = [index.checkpoints([id_]) for id_ in ids if id_ is not None]
 
     assert by_parent == [
-        [CheckpointRow(inside, ids[0], 20, True, False, Worth.BOUNDARY, False)],
-        [CheckpointRow(end, ids[1], 80, False, True, Worth.STEP, True)],
+        [CheckpointRow(inside, ids[0], 20, True, False, Priority.BOUNDARY, False)],
+        [CheckpointRow(end, ids[1], 80, False, True, Priority.STEP, True)],
     ]
     assert index.checkpoints([]) == []
 
@@ -543,13 +543,13 @@ def test_checkpoints_that_were_passed_count_as_used(index: Index) -> None:
     """What was built, what is listed, and the first boundary; nothing off the way."""
     root = add(index, tokens(100), is_prefix=False)
     child = add(index, [*tokens(80), *tokens(80, first=500)], start=80, parent_key=root)
-    worths = [Worth.STEP, Worth.BOUNDARY, Worth.BOUNDARY, Worth.BUILT]
+    worths = [Priority.STEP, Priority.BOUNDARY, Priority.BOUNDARY, Priority.BUILT]
     passed = [
-        add_checkpoint(index, tokens(position), root, worth=worth)
-        for position, worth in zip((10, 20, 30, 40), worths, strict=True)
+        add_checkpoint(index, tokens(position), root, priority=priority)
+        for position, priority in zip((10, 20, 30, 40), worths, strict=True)
     ]
     listed = add_checkpoint(index, tokens(50), root, is_prefix=True)
-    add_checkpoint(index, tokens(90), root, worth=Worth.BUILT)
+    add_checkpoint(index, tokens(90), root, priority=Priority.BUILT)
 
     index.touch_passed([(root, 80), (child, 120)], now=5.0)
 

@@ -13,7 +13,7 @@ import pytest
 from promptcache import CachedGenerator, ModelError, PrefixStore, config
 from promptcache.models import load as loading
 from promptcache.models.identity.known_models import (
-    MOST_STATES,
+    MAX_STATES,
     FileState,
     KnownModels,
     state_of,
@@ -176,13 +176,13 @@ def test_memo_does_not_grow_without_end(
     gone = Path(shutil.copytree(folder, tmp_path / "gone"))
     known.remember(state(gone), "loader", WEIGHTS)
     shutil.rmtree(gone)
-    for number in range(3 * MOST_STATES):
+    for number in range(3 * MAX_STATES):
         known.remember(state(folder), f"loader {number}", WEIGHTS)
 
     memo = json.loads((tmp_path / "cache" / "known.json").read_text())
 
     assert memo.keys() == {str(folder)}
-    assert len(memo[str(folder)]) == MOST_STATES
+    assert len(memo[str(folder)]) == MAX_STATES
 
 
 def test_files_that_cannot_be_read_have_no_state(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_old_load_is_tried_again(
 def test_prefill_is_favoured_where_it_wins_enough(
     load: float, prefill: float, favours: bool
 ) -> None:
-    assert LoadEstimate(load, prefill).favours_prefill is favours
+    assert LoadEstimate(load, prefill).prefill_is_faster is favours
 
 
 @pytest.mark.parametrize(("load", "cached"), [(3.0, 0), (0.3, 1500)])

@@ -29,10 +29,10 @@ from segments import (
 from strategies import prompts
 
 from promptcache.segments.chain import Chain
-from promptcache.segments.types import AT_ANY_TOKEN, EncodedSegment, Match, Resumption
+from promptcache.segments.types import AT_ANY_TOKEN, EncodedSegment, Match, ResumeRules
 from promptcache.store import PrefixStore
 from promptcache.store.index import Index
-from promptcache.store.lookup import longest_rows
+from promptcache.store.lookup import longest_stored
 from promptcache.store.writer import SegmentWriter
 
 OTHER = fingerprint("other")
@@ -74,7 +74,7 @@ def test_match_is_the_longest_common_prefix_with_anything_stored(
 
 def rows_of(store: PrefixStore, prompt: list[int], limit: int) -> Match:
     """Return what is stored of the first tokens of a prompt."""
-    return longest_rows(store._index, Chain(TINY.digest, prompt), limit=limit)
+    return longest_stored(store._index, Chain(TINY.digest, prompt), limit=limit)
 
 
 @settings(deadline=None, max_examples=15)
@@ -263,7 +263,7 @@ def save_and_record(
     store: PrefixStore,
     token_ids: list[int],
     *,
-    resumption: Resumption = AT_ANY_TOKEN,
+    resumption: ResumeRules = AT_ANY_TOKEN,
     cut_at: tuple[int, ...] = (),
 ) -> list[tuple[int, int]]:
     """Save a prefix and return the ranges that were asked for."""
@@ -453,7 +453,7 @@ def test_checkpoint_without_logits_leaves_a_token_to_read(store: PrefixStore) ->
 def test_checkpoint_of_one_prompt_gives_other_prompts_nothing(
     store: PrefixStore,
 ) -> None:
-    tail = Resumption(divisible=False, extendable=False, needs_checkpoint=True)
+    tail = ResumeRules(sliceable=False, extendable=False, needs_checkpoint=True)
     save(store, tokens(100), resumption=tail)
     save_checkpoint(store, tokens(100), extendable=False, has_logits=True)
 
@@ -468,7 +468,7 @@ def test_checkpoint_of_one_prompt_gives_other_prompts_nothing(
 
 
 def test_tail_of_one_prompt_is_no_start_of_a_longer_one(store: PrefixStore) -> None:
-    tail = Resumption(divisible=False, extendable=False, needs_checkpoint=True)
+    tail = ResumeRules(sliceable=False, extendable=False, needs_checkpoint=True)
     save(store, tokens(64))
     save(store, tokens(100), resumption=tail)
 
@@ -481,7 +481,7 @@ def test_tail_of_one_prompt_is_no_start_of_a_longer_one(store: PrefixStore) -> N
     check_invariants(store)
 
 
-INDIVISIBLE = Resumption(divisible=False)
+INDIVISIBLE = ResumeRules(sliceable=False)
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 95, 96, 97, 99, 100])
@@ -654,32 +654,32 @@ def prompts_of_pieces(draw: st.DrawFn) -> list[int]:
     return [*draw(prompts(max_tokens=140)), *[0] * 140][:length]
 
 
-def save_exact(store: PrefixStore, stored: Exact, exact_from: int) -> None:
+def save_exact(store: PrefixStore, stored: Exact, exact_after: int) -> None:
     prompt, is_answered = stored
 
-    def resumption(start: int, end: int) -> Resumption:
+    def resumption(start: int, end: int) -> ResumeRules:
         is_own = is_answered and end == len(prompt)
-        extendable = end <= exact_from or (end % STEP == 0 and not is_own)
-        return Resumption(
-            divisible=end <= exact_from,
+        extendable = end <= exact_after or (end % STEP == 0 and not is_own)
+        return ResumeRules(
+            sliceable=end <= exact_after,
             extendable=extendable,
             needs_checkpoint=not extendable,
         )
 
-    cut_at = {exact_from, *range(STEP, len(prompt), STEP)}
+    cut_at = {exact_after, *range(STEP, len(prompt), STEP)}
     is_tail = not resumption(0, len(prompt)).extendable
     save(store, prompt, resumption=resumption, is_tail=is_tail, cut_at=cut_at)
-    if is_answered and len(prompt) > exact_from:
+    if is_answered and len(prompt) > exact_after:
         save_checkpoint(store, prompt, extendable=False, has_logits=True)
 
 
 def exactly_resumable_at(
-    stored: list[Exact], prompt: list[int], exact_from: int
+    stored: list[Exact], prompt: list[int], exact_after: int
 ) -> tuple[int, bool]:
     """Return where a generation may take over, and whether logits are known there."""
     best = 0
     for token_ids, is_answered in stored:
-        is_own = is_answered and len(token_ids) > exact_from
+        is_own = is_answered and len(token_ids) > exact_after
         if is_own and token_ids == prompt:
             return len(prompt), True
         shared = min(shared_length(token_ids, prompt), len(prompt) - 1)
@@ -687,7 +687,7 @@ def exactly_resumable_at(
             is_whole = position % STEP == 0
             if is_own and position == len(token_ids):
                 is_whole = False
-            if is_whole or position <= exact_from:
+            if is_whole or position <= exact_after:
                 best = max(best, position)
     return best, False
 
@@ -703,16 +703,16 @@ def exactly_resumable_at(
     st.sampled_from([0, STEP, 2 * STEP]),
 )
 def test_exact_match_is_at_a_whole_piece_or_the_very_prompt(
-    stored: list[Exact], others: list[list[int]], exact_from: int
+    stored: list[Exact], others: list[list[int]], exact_after: int
 ) -> None:
     with new_store() as store:
         for one in stored:
-            save_exact(store, one, exact_from)
+            save_exact(store, one, exact_after)
 
         for wanted in [*(one.token_ids for one in stored), *others]:
             match = store.lookup(wanted, TINY, generating=True)
 
             found = (match.cached_tokens, match.has_logits)
-            assert found == exactly_resumable_at(stored, wanted, exact_from)
+            assert found == exactly_resumable_at(stored, wanted, exact_after)
             check_match(store, match, wanted)
         check_invariants(store)

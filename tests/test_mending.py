@@ -285,10 +285,10 @@ def test_odd_list_of_names_is_mended(filled: Path, text: str) -> None:
 
 
 CONTRADICTIONS = (
-    "UPDATE segments SET worth = 2 - worth",
+    "UPDATE segments SET priority = 2 - priority",
     "UPDATE segments SET nbytes = nbytes + 1",
     "UPDATE segments SET first_token = first_token + 1",
-    "UPDATE segments SET divisible = 1 - divisible",
+    "UPDATE segments SET sliceable = 1 - sliceable",
     "DELETE FROM blocks",
     "UPDATE blocks SET segment_id = 99",
     "UPDATE prefixes SET num_tokens = num_tokens - 1",

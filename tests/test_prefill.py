@@ -12,7 +12,7 @@ from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
 from promptcache.engine.prefill import prefill
 from promptcache.kvcache.kv_quantization import KVSettings
-from promptcache.models.prefill_plan import Cuts
+from promptcache.models.prefill_plan import PrefillPlan
 
 TOKEN_IDS = [(31 * i + i * i) % 256 for i in range(300)]
 
@@ -82,14 +82,14 @@ def plain_cache(model: Any, num_tokens: int, **options: Any) -> list[Any]:
 def test_pieces_end_at_multiples_of_the_step_counted_from_the_first_token(
     start: int, end: int, expected: list[tuple[int, int]]
 ) -> None:
-    assert list(Cuts(8).pieces(start, end)) == expected
+    assert list(PrefillPlan(8).pieces(start, end)) == expected
 
 
 @pytest.mark.parametrize("start", [0, 1, 63, 64, 65, 200])
 def test_resumed_prefill_cuts_where_a_cold_one_does(start: int) -> None:
-    cold = {stop for _, stop in Cuts(64).pieces(0, 300)}
+    cold = {stop for _, stop in PrefillPlan(64).pieces(0, 300)}
 
-    resumed = {stop for _, stop in Cuts(64).pieces(start, 300)}
+    resumed = {stop for _, stop in PrefillPlan(64).pieces(start, 300)}
 
     assert resumed == {stop for stop in cold if stop > start}
 
@@ -103,7 +103,7 @@ def test_cache_equals_that_of_plain_mlx_lm_to_the_bit(
 ) -> None:
     cache = make_prompt_cache(model)
 
-    prefill(model, cache, TOKEN_IDS, start=0, end=num_tokens, cuts=Cuts(64))
+    prefill(model, cache, TOKEN_IDS, start=0, end=num_tokens, plan=PrefillPlan(64))
 
     expected = plain_cache(model, num_tokens, prefill_step_size=64)
     assert_equal_caches(cache, expected)
@@ -117,7 +117,7 @@ def test_quantized_cache_equals_that_of_plain_mlx_lm_to_the_bit(
     cache = make_prompt_cache(model)
     kv = KVSettings(bits=bits, group_size=32, start=start)
 
-    prefill(model, cache, TOKEN_IDS, start=0, end=250, cuts=Cuts(64), kv=kv)
+    prefill(model, cache, TOKEN_IDS, start=0, end=250, plan=PrefillPlan(64), kv=kv)
 
     expected = plain_cache(
         model,
@@ -136,10 +136,10 @@ def test_prefill_in_two_calls_at_a_piece_equals_one_to_the_bit(
 ) -> None:
     cache, expected = make_prompt_cache(model), make_prompt_cache(model)
 
-    prefill(model, cache, TOKEN_IDS, start=0, end=cut, cuts=Cuts(64))
-    prefill(model, cache, TOKEN_IDS, start=cut, end=250, cuts=Cuts(64))
+    prefill(model, cache, TOKEN_IDS, start=0, end=cut, plan=PrefillPlan(64))
+    prefill(model, cache, TOKEN_IDS, start=cut, end=250, plan=PrefillPlan(64))
 
-    prefill(model, expected, TOKEN_IDS, start=0, end=250, cuts=Cuts(64))
+    prefill(model, expected, TOKEN_IDS, start=0, end=250, plan=PrefillPlan(64))
     assert_equal_caches(cache, expected)
 
 
@@ -179,7 +179,7 @@ def test_pieces_are_told_before_they_are_quantized_and_progress_after(
         TOKEN_IDS,
         start=0,
         end=100,
-        cuts=Cuts(64),
+        plan=PrefillPlan(64),
         kv=KVSettings(bits=8, group_size=32, start=64),
         on_piece=recorder("piece"),
         on_progress=recorder("progress"),
@@ -210,4 +210,4 @@ def test_next_turn_parts_where_the_answer_begins(
     boundaries: tuple[int, ...], answer: int | None, expected: int
 ) -> None:
     """Where nobody knows that, at a boundary just before the end, or there."""
-    assert Cuts(boundaries=boundaries, answer=answer).next_turn(451) == expected
+    assert PrefillPlan(boundaries=boundaries, answer=answer).next_turn(451) == expected

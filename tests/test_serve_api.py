@@ -368,11 +368,11 @@ def test_key_is_answered_as_if_it_were_the_only_one(
     mine = _answer(server, "/v1/cache")[1]["data"][0]["key"]
     # Each guess is closer by a word, or only a token from the whole.
     words = secret.split(" ")
-    cuts = [" ".join(words[:n]) for n in range(1, 12)]
-    guesses = [system_and(cut, "Hello") for cut in [*cuts, secret, secret[:-9] + "x"]]
+    plan = [" ".join(words[:n]) for n in range(1, 12)]
+    guesses = [system_and(cut, "Hello") for cut in [*plan, secret, secret[:-9] + "x"]]
     questions: list[tuple[str, Any]] = [
         *(("/v1/cache/explain", {"messages": guess}) for guess in guesses),
-        *(("/v1/cache/explain", {"prompt": cut}) for cut in cuts),
+        *(("/v1/cache/explain", {"prompt": cut}) for cut in plan),
         ("/v1/cache", None),
         ("/v1/cache/pin", {"key": mine, "name": "anna's"}),
         ("/v1/cache/unpin", {"name": "anna's"}),

@@ -10,10 +10,10 @@ import pytest
 from benchmarks import architectures
 from promptcache.engine.prefill import prefill
 from promptcache.models.loaded import LoadedModel
-from promptcache.models.prefill_plan import Cuts
+from promptcache.models.prefill_plan import PrefillPlan
 from promptcache.models.settings import DEFAULT_SETTINGS
-from promptcache.server.backend.prompt_cache import ServedCache
-from promptcache.server.backend.request_state import Reading, ServedPrompt
+from promptcache.server.backend.prompt_cache import ServerPromptCache
+from promptcache.server.backend.request_state import RequestState, RequestTokens
 from promptcache.server.backend.single_flight import SingleFlight
 from promptcache.store import PrefixStore
 
@@ -25,14 +25,14 @@ def reading(
     *boundaries: int,
     model: LoadedModel = MODEL,
     **options: Any,
-) -> Reading:
-    cuts = Cuts(step_size=options.pop("step_size", 64), boundaries=boundaries)
-    return Reading(
+) -> RequestState:
+    plan = PrefillPlan(step_size=options.pop("step_size", 64), boundaries=boundaries)
+    return RequestState(
         token_ids,
         model,
         DEFAULT_SETTINGS,
         model.fingerprint(),
-        cuts,
+        plan,
         None,
         0,
         16,
@@ -42,27 +42,27 @@ def reading(
 
 
 def test_slices_know_whose_they_are() -> None:
-    prompt = ServedPrompt(range(10), reading([*range(10)]))
+    prompt = RequestTokens(range(10), reading([*range(10)]))
 
     part = prompt[2:7]
     part += [1, 2]
     again = part[:]
     again.append(5)
 
-    assert isinstance(part, ServedPrompt) and isinstance(again, ServedPrompt)
+    assert isinstance(part, RequestTokens) and isinstance(again, RequestTokens)
     assert again.reading is prompt.reading
     assert again == [2, 3, 4, 5, 6, 1, 2, 5]
     assert prompt[3] == 3
 
 
 @pytest.mark.parametrize(
-    ("shared", "is_divisible", "expected"),
+    ("shared", "is_sliceable", "expected"),
     [(150, True, 150), (150, False, 128), (30, True, 30), (30, False, 0)],
 )
 def test_others_take_over_where_a_piece_ends(
-    shared: int, is_divisible: bool, expected: int
+    shared: int, is_sliceable: bool, expected: int
 ) -> None:
-    leader = reading([1] * 200, is_divisible=is_divisible)
+    leader = reading([1] * 200, is_sliceable=is_sliceable)
     other = reading([1] * shared + [2] * 50)
 
     assert leader.usable_by(other) == expected
@@ -107,10 +107,10 @@ def test_those_whose_client_is_gone_do_not_wait() -> None:
 
 
 def test_trouble_of_the_cache_is_a_cold_prompt(store: PrefixStore) -> None:
-    cache = ServedCache(store, memory_limit=10**6)
-    prompt = ServedPrompt([1] * 40, reading([1] * 40))
+    cache = ServerPromptCache(store, memory_limit=10**6)
+    prompt = RequestTokens([1] * 40, reading([1] * 40))
     # Nothing expects this.
-    prompt.reading.cuts = None  # type: ignore[assignment]
+    prompt.reading.plan = None  # type: ignore[assignment]
 
     with pytest.warns(UserWarning, match="going on without the cache"):
         found = cache.fetch_nearest_cache(("model", None, None), prompt)
@@ -124,7 +124,7 @@ def test_trouble_of_the_cache_is_a_cold_prompt(store: PrefixStore) -> None:
 
 
 def test_tokens_of_nobody_are_not_cached(store: PrefixStore) -> None:
-    cache = ServedCache(store, memory_limit=10**6)
+    cache = ServerPromptCache(store, memory_limit=10**6)
 
     assert cache.fetch_nearest_cache(("model", None, None), [1, 2]) == (None, [1, 2])
     cache.insert_cache(("model", None, None), [1, 2], [], cache_type="user")
@@ -136,9 +136,9 @@ def test_tokens_of_nobody_are_not_cached(store: PrefixStore) -> None:
 
 def test_answer_leaves_the_place_where_the_next_turn_parts(store: PrefixStore) -> None:
     hybrid = LoadedModel(architectures.build("qwen3_next"))
-    cache = ServedCache(store, memory_limit=10**8)
-    prompt = reading([*range(5, 46)], 1, 39, model=hybrid, is_divisible=False)
-    token_ids = ServedPrompt([*prompt.token_ids, *[7] * 70], prompt)
+    cache = ServerPromptCache(store, memory_limit=10**8)
+    prompt = reading([*range(5, 46)], 1, 39, model=hybrid, is_sliceable=False)
+    token_ids = RequestTokens([*prompt.token_ids, *[7] * 70], prompt)
     cache.fetch_nearest_cache(hybrid.model, token_ids[:41])
     read = hybrid.make_cache(DEFAULT_SETTINGS)
 
@@ -159,8 +159,8 @@ def test_model_that_changes_under_a_request_takes_and_leaves_nothing(
     store: PrefixStore,
 ) -> None:
     model = LoadedModel(architectures.build("llama"))
-    served, key = ServedCache(store, memory_limit=10**8), ("model", None, None)
-    prompt = ServedPrompt([1] * 40, reading([1] * 40, model=model))
+    served, key = ServerPromptCache(store, memory_limit=10**8), ("model", None, None)
+    prompt = RequestTokens([1] * 40, reading([1] * 40, model=model))
     read = model.make_cache(DEFAULT_SETTINGS)
     prefill(model.model, read, [1] * 40, start=0, end=39)
     served.insert_cache(key, prompt[:39], read, cache_type="user")

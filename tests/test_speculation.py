@@ -19,7 +19,7 @@ from test_generator import (
 )
 
 from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning, UsageError
-from promptcache.models.draft import DraftedModel
+from promptcache.models.draft import DraftPair
 
 MAX_TOKENS = 12
 
@@ -420,7 +420,7 @@ def test_pair_has_one_cache_and_splits_it(
 ) -> None:
     windowed = make_generator(tiny.GEMMA3).model
     draft = mlx_lm.load(str(model_dir))[0]
-    pair = DraftedModel(windowed, draft)
+    pair = DraftPair(windowed, draft)
 
     cache = pair.make_cache()
     logits = pair(mx.array(PROMPT[:5])[None], cache=cache)

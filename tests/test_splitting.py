@@ -32,7 +32,7 @@ from strategies import prompts
 
 from promptcache.errors import DamagedBlobError, PromptCacheWarning
 from promptcache.segments.chain import pack
-from promptcache.segments.types import Resumption, SegmentInfo
+from promptcache.segments.types import ResumeRules, SegmentInfo
 from promptcache.store import PrefixStore
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.reports import PrunePolicy
@@ -267,7 +267,7 @@ def test_checkpoints_of_what_goes_go_and_those_of_what_is_shared_stay(
 
 
 def test_segment_that_cannot_be_cut_is_not_split(store: PrefixStore) -> None:
-    whole = Resumption(divisible=False)
+    whole = ResumeRules(sliceable=False)
     save(store, SECRET, resumption=whole)
     save(store, [*SECRET, *tokens(40, first=500)], resumption=whole)
 

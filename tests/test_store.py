@@ -57,7 +57,7 @@ from promptcache.errors import (
     UsageError,
 )
 from promptcache.segments.fingerprint import Fingerprint
-from promptcache.segments.types import EncodedSegment, Match, SegmentSlice, Worth
+from promptcache.segments.types import EncodedSegment, Match, Priority, SegmentSlice
 from promptcache.store import PrefixStore
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.index import Index
@@ -971,7 +971,7 @@ def resumable(store: PrefixStore) -> Iterator[PrefixStore]:
     There are checkpoints on the way at 40, which is a boundary, and at 300.
     """
     save(store, TURNS[1], is_prefix=False, resumption=NEEDS_CHECKPOINT)
-    save_checkpoint(store, tokens(40), worth=Worth.BOUNDARY)
+    save_checkpoint(store, tokens(40), priority=Priority.BOUNDARY)
     save_checkpoint(store, tokens(300))
     save_checkpoint(store, TURNS[0], has_logits=True, is_prefix=True)
     save_checkpoint(store, TURNS[1], has_logits=True, is_prefix=True)
@@ -1212,7 +1212,7 @@ def test_thinning_keeps_pins_the_first_boundary_and_the_newest(
     store: PrefixStore,
 ) -> None:
     save(store, tokens(2000), is_prefix=False, resumption=NEEDS_CHECKPOINT)
-    save_checkpoint(store, tokens(40), worth=Worth.BOUNDARY)
+    save_checkpoint(store, tokens(40), priority=Priority.BOUNDARY)
     for position in range(1000, 1120, 10):
         key = save_checkpoint(store, tokens(position), is_prefix=True)
         if position == 1050:

@@ -377,14 +377,14 @@ def test_parity_measures_the_loss(generator: CachedGenerator) -> None:
         for bits in (None, 8, 4)
     }
     loss = {
-        bits: sum(cut.kl_divergence for cut in report.cuts)
+        bits: sum(cut.kl_divergence for cut in report.plan)
         for bits, report in reports.items()
     }
 
     assert 0 <= loss[None] < loss[8] < loss[4]
     assert reports[8].store_bits == 8
     assert reports[4].verdict.startswith("stored in 4 bits: KL divergence ")
-    assert reports[4].verdict.count(f"of {8 * len(reports[4].cuts)} positions") == 1
+    assert reports[4].verdict.count(f"of {8 * len(reports[4].plan)} positions") == 1
 
 
 def test_parity_with_other_tokens_is_no_failure(generator: CachedGenerator) -> None:

@@ -10,7 +10,7 @@ from mlx_lm.utils import load_tokenizer
 from test_rendering import REAL_TEMPLATES, SYSTEM, TOOLS
 
 from promptcache import CachedGenerator, PrefixStore, UsageError
-from promptcache.prompts.chat import make_chat
+from promptcache.prompts.chat import parse_chat
 from promptcache.prompts.parts import compose
 from promptcache.prompts.render import RenderedPrompt, render_prompt
 
@@ -124,7 +124,7 @@ def test_built_system_prompt_is_reused_to_its_end_by_every_question(
 def test_next_turn_shares_the_end_of_the_users_message(
     generator: CachedGenerator,
 ) -> None:
-    chat = make_chat(messages(QUESTIONS[0]), tools_for(generator))
+    chat = parse_chat(messages(QUESTIONS[0]), tools_for(generator))
     options = {"tools": chat.tools, "every_message": True}
     one = render_prompt(generator.tokenizer, chat.messages, **options)
     try:

@@ -30,14 +30,14 @@ from promptcache import (
 )
 from promptcache.errors import PromptCacheError
 from promptcache.segments.fingerprint import Fingerprint, make_fingerprint
-from promptcache.segments.types import Origin
+from promptcache.segments.types import PromptOrigin
 from promptcache.server.http.auth import ApiKeys
 from promptcache.store import PrefixStore
 from promptcache.store.index import events
-from promptcache.store.index.events import MOST_CONFIGS
-from promptcache.store.names import MOST_NAME_LENGTH
+from promptcache.store.index.events import MAX_CONFIGS
+from promptcache.store.names import MAX_NAME_LENGTH
 from promptcache.store.reports import Prefix, PrunePolicy
-from promptcache.store.types import Neighbourhood, Receipt
+from promptcache.store.types import NearbyPrefixes, RequestUsage
 
 ANNA, BERT = "anna", "bert"
 NAMES = ("narrator", "keeper", "0", "anna/narrator")
@@ -61,11 +61,11 @@ class Deed(NamedTuple):
     prompt: list[int]
     weights: str
     name: str
-    origin: Origin
+    origin: PromptOrigin
 
 
 origins = st.builds(
-    Origin,
+    PromptOrigin,
     template=st.sampled_from(["t1", "t2"]),
     config=st.sampled_from([{}, {"thinking": True}]),
     system=st.sampled_from(["", "s"]),
@@ -101,7 +101,9 @@ def do(store: PrefixStore, deed: Deed) -> object:
         match = store.lookup(deed.prompt, model, generating=True)
         new = len(deed.prompt) - match.cached_tokens
         store.add_speed(model, 100 + new, 1.0)
-        return store.record(Receipt(model, match, match.cached_tokens, new, 0.1, 0.2))
+        return store.record(
+            RequestUsage(model, match, match.cached_tokens, new, 0.1, 0.2)
+        )
     return len(store.remove(store.resolve(key, namespace=namespace).key).removals)
 
 
@@ -117,7 +119,7 @@ def answers(store: PrefixStore, asked: Sequence[Deed], namespace: str) -> list[o
         key = store.key_of(deed.prompt, model)
         told += [
             store.lookup(deed.prompt, model),
-            store.neighbourhood(deed.prompt, model, deed.origin),
+            store.nearby(deed.prompt, model, deed.origin),
             store.configs(deed.origin.template, namespace=namespace),
             store.estimate(model, 100),
             store.listed_at(key) is None,
@@ -141,7 +143,7 @@ def timeless(answer: Any) -> Any:
         return [timeless(item) for item in answer]
     if isinstance(answer, Prefix):
         return replace(answer, created_at=0.0, used_at=0.0, nbytes=0)
-    if isinstance(answer, Neighbourhood) and answer.eviction is not None:
+    if isinstance(answer, NearbyPrefixes) and answer.eviction is not None:
         return replace(answer, eviction=answer.eviction._replace(removed_at=0.0))
     return answer
 
@@ -190,13 +192,13 @@ def num_steps(store: PrefixStore, ask: Callable[[], object]) -> int:
 
 def test_answers_take_no_longer_with_others(store: PrefixStore) -> None:
     prompt, own = tokens(100), of(BERT)
-    origin = Origin("t", system="s")
+    origin = PromptOrigin("t", system="s")
     key = save(store, prompt, own)
     store.set_origin(key, origin)
 
     def steps() -> list[int]:
         questions = [
-            lambda: store.neighbourhood([*prompt[:90], 5], own, origin),
+            lambda: store.nearby([*prompt[:90], 5], own, origin),
             lambda: store.prefixes(namespace=BERT),
             lambda: store.resolve(key[:6], namespace=BERT),
             lambda: store.pins(namespace=BERT),
@@ -213,7 +215,7 @@ def test_answers_take_no_longer_with_others(store: PrefixStore) -> None:
             store.set_origin(key, origin)
             store.pin(key, f"name {number}")
             match = store.lookup([number, *prompt], other)
-            store.record(Receipt(other, match, 100, 1, 0.1, 0.2))
+            store.record(RequestUsage(other, match, 100, 1, 0.1, 0.2))
             store.remove(save(store, [*prompt, number], other))
 
     add_others(0)
@@ -227,7 +229,7 @@ def test_answers_take_no_longer_with_others(store: PrefixStore) -> None:
 def test_what_others_lose_makes_nobody_forget_an_eviction(
     store: PrefixStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(events, "MOST_EVICTIONS", 20)
+    monkeypatch.setattr(events, "MAX_EVICTIONS", 20)
     store.remove(save(store, tokens(100), of(BERT)))
     theirs = save(store, tokens(100), of(ANNA))
     noted = store._index.history
@@ -235,16 +237,16 @@ def test_what_others_lose_makes_nobody_forget_an_eviction(
     for end in range(23):
         noted.note_eviction(theirs, {end: theirs}, "makes room", now=1.0)
 
-    around = store.neighbourhood(tokens(100), of(BERT))
+    around = store.nearby(tokens(100), of(BERT))
     assert around.eviction is not None and around.eviction.reason == "removed"
     ends = [eviction.end for _, eviction in noted.evictions(of(ANNA).digest)]
     assert ends == [*range(22, 2, -1)]
 
 
 def test_arguments_of_templates_are_those_of_the_namespace(store: PrefixStore) -> None:
-    for namespace in (BERT, *[ANNA] * MOST_CONFIGS, ""):
+    for namespace in (BERT, *[ANNA] * MAX_CONFIGS, ""):
         key = save(store, tokens(40), of(namespace))
-        store.set_origin(key, Origin("t", {"whose": namespace}))
+        store.set_origin(key, PromptOrigin("t", {"whose": namespace}))
 
     configs = [store.configs("t", namespace=n) for n in (ANNA, BERT, "")]
 
@@ -416,7 +418,7 @@ def test_long_names_are_refused(
     store: PrefixStore, model_dir: Path, tmp_path: Path
 ) -> None:
     key = save(store, tokens(40), of(""))
-    longest, name = "n" * MOST_NAME_LENGTH, "n" * (MOST_NAME_LENGTH + 1)
+    longest, name = "n" * MAX_NAME_LENGTH, "n" * (MAX_NAME_LENGTH + 1)
     manifest = tmp_path / "promptcache.toml"
     manifest.write_text(f'[prompts.{name}]\nsystem = "You."\n')
 

@@ -23,7 +23,7 @@ import promptcache_cli
 from promptcache import PrefixStore, UsageError
 from promptcache.errors import PromptCacheWarning, warn
 from promptcache.printable import printable, printable_json, printable_text
-from promptcache.store.types import Receipt
+from promptcache.store.types import RequestUsage
 from promptcache_cli import output
 from promptcache_cli.main import cli
 
@@ -145,7 +145,7 @@ def hostile_store(tmp_path: Path) -> Path:
         key = segments.save(store, segments.tokens(40))
         store.pin(key, "name")
         found = store.lookup(segments.tokens(41), segments.TINY)
-        store.record(Receipt(segments.TINY, found, 40, 1, 0.1, 0.1))
+        store.record(RequestUsage(segments.TINY, found, 40, 1, 0.1, 0.1))
         segments.save(store, segments.tokens(9, first=500))
     with sqlite3.connect(path / "index.db") as index:
         index.execute("UPDATE prefixes SET name = ? WHERE name = 'name'", [HOSTILE])

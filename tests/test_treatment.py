@@ -22,12 +22,12 @@ from mlx_lm.models.cache import (
 
 from promptcache import UnsupportedCacheError
 from promptcache.kvcache.classes import (
-    TREATMENTS,
-    Treatment,
+    KINDS,
+    LayerKind,
     check_supported,
+    kind_of,
     needs_checkpoints,
     parts_of,
-    treatment_of,
     window_rows,
     window_size,
     with_parts,
@@ -96,24 +96,24 @@ def quantized() -> QuantizedKVCache:
 
 # The table
 
-FILLED: dict[str, tuple[Callable[[], Any], Treatment]] = {
-    "KVCache": (lambda: read_at_once(KVCache()), Treatment.ROWS),
+FILLED: dict[str, tuple[Callable[[], Any], LayerKind]] = {
+    "KVCache": (lambda: read_at_once(KVCache()), LayerKind.ROWS),
     "ConcatenateKVCache": (
         lambda: read_at_once(ConcatenateKVCache()),
-        Treatment.ROWS,
+        LayerKind.ROWS,
     ),
-    "QuantizedKVCache": (quantized, Treatment.ROWS),
-    "RotatingKVCache": (lambda: read_at_once(RotatingKVCache(8)), Treatment.WINDOW),
+    "QuantizedKVCache": (quantized, LayerKind.ROWS),
+    "RotatingKVCache": (lambda: read_at_once(RotatingKVCache(8)), LayerKind.WINDOW),
     "RotatingKVCache that keeps the first tokens": (
         lambda: read_at_once(RotatingKVCache(8, keep=4)),
-        Treatment.CHECKPOINT,
+        LayerKind.CHECKPOINT,
     ),
-    "ChunkedKVCache": (lambda: read_at_once(ChunkedKVCache(8)), Treatment.WINDOW),
-    "ArraysCache": (lambda: ArraysCache(2), Treatment.CHECKPOINT),
-    "class of the model": (OwnCache, Treatment.CHECKPOINT),
+    "ChunkedKVCache": (lambda: read_at_once(ChunkedKVCache(8)), LayerKind.WINDOW),
+    "ArraysCache": (lambda: ArraysCache(2), LayerKind.CHECKPOINT),
+    "class of the model": (OwnCache, LayerKind.CHECKPOINT),
     "class that inherits": (
         lambda: read_at_once(OwnKVCache()),
-        Treatment.CHECKPOINT,
+        LayerKind.CHECKPOINT,
     ),
 }
 
@@ -122,7 +122,7 @@ FILLED: dict[str, tuple[Callable[[], Any], Treatment]] = {
 def test_part_is_kept_as_its_class_allows(name: str) -> None:
     make_part, treatment = FILLED[name]
 
-    assert treatment_of(make_part(), 5) is treatment
+    assert kind_of(make_part(), 5) is treatment
 
 
 @pytest.mark.parametrize("name", ["KVCache", "RotatingKVCache", "ChunkedKVCache"])
@@ -132,7 +132,7 @@ def test_part_that_counts_tokens_in_its_own_way_is_a_checkpoint(
 ) -> None:
     make_part, _ = FILLED[name]
 
-    assert treatment_of(make_part(), position) is Treatment.CHECKPOINT
+    assert kind_of(make_part(), position) is LayerKind.CHECKPOINT
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_part_that_counts_tokens_in_its_own_way_is_a_checkpoint(
     ids=lambda value: type(value).__name__,
 )
 def test_part_that_the_model_did_not_use_is_empty(part: Any) -> None:
-    assert treatment_of(part, 5) is Treatment.EMPTY
+    assert kind_of(part, 5) is LayerKind.EMPTY
 
 
 def test_table_has_every_class_that_a_model_of_mlx_lm_can_return() -> None:
@@ -159,7 +159,7 @@ def test_table_has_every_class_that_a_model_of_mlx_lm_can_return() -> None:
     }
 
     others = {"_BaseCache", "CacheList", "BatchKVCache", "BatchRotatingKVCache"}
-    assert set(TREATMENTS) == classes - others
+    assert set(KINDS) == classes - others
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from mlx_lm.utils import load_tokenizer
 from benchmarks import architectures
 from promptcache import CachedGenerator, PromptCacheWarning
 from promptcache.kvcache.loading import cuda_buffers
-from promptcache.kvcache.loading.cuda_buffers import DeviceDestination, make_destination
-from promptcache.kvcache.loading.row_buffers import Destination
+from promptcache.kvcache.loading.cuda_buffers import CudaRowBuffers, make_buffers
+from promptcache.kvcache.loading.row_buffers import RowBuffers
 from promptcache.tiers import disk_tier
 
 PROMPT = [(13 * i) % 90 for i in range(400)]
@@ -27,17 +27,17 @@ PROMPT = [(13 * i) % 90 for i in range(400)]
 @pytest.fixture(autouse=True, params=[1 << 26, 1 << 14], ids=["roomy", "narrow"])
 def ring(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[list[DeviceDestination]]:
+) -> Iterator[list[CudaRowBuffers]]:
     """Let all rows go through a ring, in one case of less than one segment."""
-    used: list[DeviceDestination] = []
+    used: list[CudaRowBuffers] = []
 
-    def make(parts: Mapping[str, Any], room: int) -> Destination:
-        used.append(DeviceDestination(parts, room))
+    def make(parts: Mapping[str, Any], room: int) -> RowBuffers:
+        used.append(CudaRowBuffers(parts, room))
         return used[-1]
 
     cuda_buffers._ring.cache_clear()
-    monkeypatch.setattr(cuda_buffers, "RING_NBYTES", request.param)
-    monkeypatch.setattr(disk_tier, "make_destination", make)
+    monkeypatch.setattr(cuda_buffers, "STAGING_NBYTES", request.param)
+    monkeypatch.setattr(disk_tier, "make_buffers", make)
     yield used
     cuda_buffers._ring.cache_clear()
     assert cuda_buffers._loading.acquire(blocking=False)
@@ -64,7 +64,7 @@ def answered(generator: CachedGenerator, prompt: list[int], **options: Any) -> A
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_next", "mamba2"])
 def test_what_comes_through_the_ring_equals_a_cold_run(
-    name: str, tmp_path: Path, ring: list[DeviceDestination]
+    name: str, tmp_path: Path, ring: list[CudaRowBuffers]
 ) -> None:
     with generator_of(name, tmp_path) as generator:
         # Several segments, the last of which is cut.
@@ -139,4 +139,4 @@ def test_two_threads_load_one_after_the_other(tmp_path: Path) -> None:
 
 
 def test_cpu_backend_reads_in_place() -> None:
-    assert type(make_destination({}, 10)) is Destination
+    assert type(make_buffers({}, 10)) is RowBuffers

@@ -12,13 +12,13 @@ from mlx_lm.utils import load_tokenizer
 from benchmarks import architectures
 from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning
 from promptcache.kvcache import encode
-from promptcache.tiers.background_writer import Writer
+from promptcache.tiers.background_writer import BackgroundWriter
 
 PROMPT = [(7 * i) % 256 for i in range(2500)]
 
 
 def test_jobs_run_in_their_order_and_close_finishes_them() -> None:
-    writer = Writer()
+    writer = BackgroundWriter()
     done: list[int] = []
 
     for number in range(20):
@@ -30,7 +30,7 @@ def test_jobs_run_in_their_order_and_close_finishes_them() -> None:
 
 
 def test_submitting_waits_while_too_many_bytes_are_queued() -> None:
-    writer = Writer(max_nbytes=100)
+    writer = BackgroundWriter(max_nbytes=100)
     go_on = threading.Event()
     most = []
 
@@ -57,7 +57,7 @@ def test_submitting_waits_while_too_many_bytes_are_queued() -> None:
 
 
 def test_job_larger_than_the_bound_runs_alone() -> None:
-    writer = Writer(max_nbytes=100)
+    writer = BackgroundWriter(max_nbytes=100)
     seen: list[int] = []
 
     writer.submit(lambda: seen.append(writer.queued_nbytes), 60)

@@ -19,7 +19,7 @@ from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.index import Database, Index
 from promptcache.store.maintenance import verify
 from promptcache.store.reports import PrunePolicy
-from promptcache.store.types import Receipt
+from promptcache.store.types import RequestUsage
 
 
 def start(job: str, folder: Path, number: int = 0) -> "Popen[str]":
@@ -126,7 +126,9 @@ def live(folder: Path) -> None:
         with PrefixStore(folder) as store, PrefixStore(folder) as other:
             key = save(store, tokens(100))
             store.pin(key, "name")
-            other.record(Receipt(TINY, other.lookup(tokens(100), TINY), 1, 1, 0.1, 0.1))
+            other.record(
+                RequestUsage(TINY, other.lookup(tokens(100), TINY), 1, 1, 0.1, 0.1)
+            )
             store.verify(fix=True)
             store.remove(key)
             store.give_up(save(other, tokens(90)))

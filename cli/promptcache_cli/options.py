@@ -21,7 +21,7 @@ COMMAND_SECONDS = 60.0
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Converted(click.ParamType[Any]):
+class Parsed(click.ParamType[Any]):
     """A value that a function of the library reads, with its error message."""
 
     def __init__(self, name: str, convert: Callable[[str], Any]) -> None:
@@ -114,13 +114,13 @@ def read_json_list(path: str) -> list[dict[str, Any]]:
     return value
 
 
-SIZE = Converted("size", parse_size)
-AGE = Converted("age", parse_age)
-PROMPT = Converted("prompt", read_prompt)
-TEXT = Converted("text", read_text)
-TEXT_FILE = Converted("file", read_file)
-JSON_FILE = Converted("file", read_json_list)
-JSON_OBJECT = Converted("json", read_json_object)
+SIZE = Parsed("size", parse_size)
+AGE = Parsed("age", parse_age)
+PROMPT = Parsed("prompt", read_prompt)
+TEXT = Parsed("text", read_text)
+TEXT_FILE = Parsed("file", read_file)
+JSON_FILE = Parsed("file", read_json_list)
+JSON_OBJECT = Parsed("json", read_json_object)
 
 store_option = click.option(
     "--store",

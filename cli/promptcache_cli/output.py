@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from promptcache.explain.lint import VolatileText
 
 # Of one kind; more would hide what matters.
-MOST_WARNINGS = 5
+MAX_WARNINGS = 5
 
 
 def data(line: str) -> None:
@@ -224,10 +224,10 @@ def end() -> None:
 
 def warn_of_volatile_text(found: Sequence["VolatileText"]) -> None:
     """Print a warning for the first ones, and how many there are more."""
-    for text in found[:MOST_WARNINGS]:
+    for text in found[:MAX_WARNINGS]:
         warn(text.message)
-    if found[MOST_WARNINGS:]:
-        more = len(found) - MOST_WARNINGS
+    if found[MAX_WARNINGS:]:
+        more = len(found) - MAX_WARNINGS
         warn(f"and {more} more like these")
 
 

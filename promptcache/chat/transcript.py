@@ -18,8 +18,8 @@ from promptcache.errors import StoreError, UsageError
 from promptcache.files import (
     check_private,
     create_folder,
+    fsync_file,
     lock_at_once,
-    make_durable,
     make_path_durable,
     open_private,
 )
@@ -258,7 +258,7 @@ class _LineFile:
                 while line:
                     line = line[os.write(descriptor, line) :]
                 if durably:
-                    make_durable(descriptor)
+                    fsync_file(descriptor)
                 yield
             except BaseException:
                 os.ftruncate(descriptor, start)

@@ -12,12 +12,12 @@ from promptcache.models.loaded import LoadedModel
 from promptcache.models.settings import Settings
 from promptcache.prompts.render import RenderedPrompt
 from promptcache.store import PrefixStore
-from promptcache.tiers.background_writer import Writer
-from promptcache.tiers.disk_tier import check_blobs, resume
+from promptcache.tiers.background_writer import BackgroundWriter
+from promptcache.tiers.disk_tier import check_blobs, restore_prefix
 from promptcache.tiers.saver import Saver
 
 
-class Building:
+class Build:
     """Makes sure that one prefix is stored.
 
     Invariants:
@@ -29,7 +29,7 @@ class Building:
         self,
         model: LoadedModel,
         store: PrefixStore,
-        writer: Writer,
+        writer: BackgroundWriter,
         rendered: RenderedPrompt,
         settings: Settings,
     ) -> None:
@@ -43,7 +43,7 @@ class Building:
         self._store = store
         self._writer = writer
         self._settings = settings
-        self._cuts = model.cuts(settings, rendered.boundaries, rendered.answer)
+        self._plan = model.plan(settings, rendered.boundaries, rendered.answer)
         self._fingerprint = model.fingerprint(settings)
         self._needs_logits = self._is_prompt(rendered)
         self._origin = rendered.origin
@@ -59,7 +59,7 @@ class Building:
         """
         can_step_back = not self._model.needs_checkpoints(
             self._settings
-        ) and self._cuts.is_divisible(len(rendered.token_ids))
+        ) and self._plan.is_sliceable(len(rendered.token_ids))
         is_drafted = self._settings.draft_model is not None
         return not (rendered.is_open or can_step_back or is_drafted)
 
@@ -69,10 +69,10 @@ class Building:
         Raises UsageError if that is nothing.
         """
         token_ids = rendered.token_ids
-        end = self._cuts.last_resumable(len(token_ids))
-        if self._needs_logits and not self._cuts.is_divisible(len(token_ids)):
+        end = self._plan.last_resume_point(len(token_ids))
+        if self._needs_logits and not self._plan.is_sliceable(len(token_ids)):
             # The last token is read alone, and only cuts before it are kept.
-            end = self._cuts.last_before(len(token_ids))
+            end = self._plan.last_before(len(token_ids))
         if end == len(token_ids):
             return token_ids
         told = (
@@ -87,7 +87,7 @@ class Building:
 
     def _reason(self) -> str:
         if self._settings.exact:
-            return f"exact mode resumes at multiples of {self._cuts.step_size}"
+            return f"exact mode resumes at multiples of {self._plan.step_size}"
         if self._model.length_dependence is not None:
             return self._model.length_dependence.reason
         return "what is dropped beyond max_kv_size depends on where pieces end"
@@ -124,7 +124,7 @@ class Building:
             self._fingerprint,
             token_ids,
             cache,
-            self._cuts,
+            self._plan,
             kv,
             is_prompt=self._needs_logits,
             is_build=True,
@@ -135,12 +135,12 @@ class Building:
             # Lists the prefix also where nothing was missing.
             saver.save(self._num_tokens)
             return self._num_tokens
-        resumed = resume(
+        resumed = restore_prefix(
             self._store,
             self._fingerprint,
             cache,
             token_ids,
-            cuts=self._cuts,
+            plan=self._plan,
             kv=kv,
             generating=self._needs_logits,
         )
@@ -163,7 +163,7 @@ class Building:
                 token_ids,
                 start=num_cached,
                 end=end,
-                cuts=self._cuts,
+                plan=self._plan,
                 kv=kv,
                 on_piece=on_piece,
                 on_progress=lambda done, _: on_progress(done, self._num_tokens),
@@ -200,4 +200,4 @@ class Building:
         if not self._needs_logits or num_cached == self._num_tokens:
             return self._num_tokens
         kv = self._settings.kv
-        return self._cuts.end_of_prefill(self._num_tokens, num_cached, kv)
+        return self._plan.end_of_prefill(self._num_tokens, num_cached, kv)

@@ -16,14 +16,14 @@ from promptcache.engine.response import GenerationResponse
 from promptcache.engine.speculate import speculate
 from promptcache.errors import ModelError, PromptCacheError, StoreError
 from promptcache.kvcache.kv_quantization import check_quantizable, quantize
-from promptcache.models.draft import DraftedModel
+from promptcache.models.draft import DraftPair
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.store import PrefixStore
-from promptcache.store.types import Receipt
+from promptcache.store.types import RequestUsage
 from promptcache.tiers import prefix_cache
-from promptcache.tiers.background_writer import Writer
-from promptcache.tiers.memory_tier import HotTier
-from promptcache.tiers.prefix_cache import Start
+from promptcache.tiers.background_writer import BackgroundWriter
+from promptcache.tiers.memory_tier import MemoryTier
+from promptcache.tiers.prefix_cache import FetchedPrefix
 from promptcache.tiers.quiet_saver import QuietSaver
 from promptcache.tiers.saver import Saver
 
@@ -40,8 +40,8 @@ class Generation:
         model: Any,
         tokenizer: Any,
         store: PrefixStore | None,
-        writer: Writer,
-        hot: HotTier,
+        writer: BackgroundWriter,
+        hot: MemoryTier,
         fingerprint: Callable[[], Fingerprint],
         request: Request,
     ) -> None:
@@ -52,9 +52,9 @@ class Generation:
         """
         read = request.read
         self._model = model
-        self._drafted: DraftedModel | None = None
+        self._drafted: DraftPair | None = None
         if read.is_drafted:
-            self._drafted = DraftedModel(model, read.settings.draft_model)
+            self._drafted = DraftPair(model, read.settings.draft_model)
             most = read.num_tokens + request.max_tokens + request.num_draft_tokens
             unlimited = request.max_tokens == -1
             self._drafted.check_trimmable(sys.maxsize if unlimited else most)
@@ -129,12 +129,12 @@ class Generation:
             return contextlib.nullcontext()
         return self._store.patience.hurried()
 
-    def _begin(self, start: Start, end: int, *, is_listed: bool = True) -> None:
+    def _begin(self, start: FetchedPrefix, end: int, *, is_listed: bool = True) -> None:
         """Begin to save the prompt up to `end`."""
         self._check_model(start)
         self._saver.begin(end, is_listed=is_listed)
 
-    def _check_model(self, start: Start) -> None:
+    def _check_model(self, start: FetchedPrefix) -> None:
         """Save and keep nothing that was read by what the model is no longer."""
         if start.fingerprint is None or self._has_changed:
             return
@@ -146,7 +146,7 @@ class Generation:
         if self._has_changed and self._saver.is_saving:
             self._saver.stop("the model has changed meanwhile")
 
-    def _save(self, start: Start) -> str | None:
+    def _save(self, start: FetchedPrefix) -> str | None:
         """Save what is due, and return the key if that was done."""
         self._check_model(start)
         key = self._saver.finish(self._read.num_saved, self._kept_answer)
@@ -169,19 +169,19 @@ class Generation:
         """What reads the prompt: the model, or both of a pair."""
         return self._drafted or self._model
 
-    def _keep(self, start: Start) -> None:
+    def _keep(self, start: FetchedPrefix) -> None:
         """Keep the cache in memory, with as much of the answer as it has read."""
         read = self._read
         if not read.uses_memory or start.fingerprint is None or self._has_changed:
             return
         token_ids = [*read.token_ids, *self._answer[: self._num_read]]
         end = len(token_ids)
-        if not read.cuts.is_divisible(end):
-            end = read.cuts.last_resumable(read.num_tokens - 1)
+        if not read.plan.is_sliceable(end):
+            end = read.plan.last_resume_point(read.num_tokens - 1)
         digest = start.fingerprint.digest
         self._hot.put(digest, token_ids, start.cache, good_to=end)
 
-    def _make_saver(self, start: Start) -> QuietSaver:
+    def _make_saver(self, start: FetchedPrefix) -> QuietSaver:
         """Return what saves the prompt, or nothing if that is not due."""
         read = self._read
         if self._store is None or start.fingerprint is None:
@@ -195,7 +195,7 @@ class Generation:
             start.fingerprint,
             token_ids,
             start.cache,
-            read.cuts,
+            read.plan,
             read.kv,
             is_prompt=len(token_ids) == read.num_tokens,
             origin=read.origin,
@@ -205,7 +205,7 @@ class Generation:
         return QuietSaver(saver)
 
     def _record(
-        self, start: Start, last: GenerationResponse
+        self, start: FetchedPrefix, last: GenerationResponse
     ) -> tuple[str | None, float]:
         """Note what the request reused; return its key and the seconds saved."""
         nothing = (start.match.key, 0.0)
@@ -213,7 +213,7 @@ class Generation:
             return nothing
         if not self._read.reuse:
             return nothing
-        receipt = Receipt(
+        receipt = RequestUsage(
             start.fingerprint,
             start.match,
             start.cached_tokens,
@@ -230,7 +230,7 @@ class Generation:
 
     # Running the model
 
-    def _steps(self, start: Start) -> Iterator[Step]:
+    def _steps(self, start: FetchedPrefix) -> Iterator[Step]:
         """Read what is not cached and generate after it."""
         request, read = self._request, self._read
         if request.input_embeddings is not None:
@@ -264,12 +264,12 @@ class Generation:
             "kv": request.read.kv,
         }
 
-    def _logits(self, start: Start) -> mx.array:
+    def _logits(self, start: FetchedPrefix) -> mx.array:
         """Read the prompt to its end; return the logits of the next token."""
         if start.resumed.logits is not None:
             return start.resumed.logits
         read = self._read
-        num_read = read.cuts.end_of_prefill(
+        num_read = read.plan.end_of_prefill(
             read.num_tokens, start.cached_tokens, read.kv
         )
         self._prefill(start, num_read)
@@ -284,7 +284,7 @@ class Generation:
         quantize(start.cache, read.num_tokens, read.kv)
         return logits
 
-    def _prefill(self, start: Start, end: int) -> None:
+    def _prefill(self, start: FetchedPrefix, end: int) -> None:
         """Read the prompt up to `end`, and save full pieces on the way."""
         read, cache = self._read, start.cache
         on_progress = self._request.on_progress
@@ -293,7 +293,7 @@ class Generation:
         def on_piece(first: int, stop: int) -> None:
             nonlocal saved_at
             self._saver.capture(first, stop)
-            if stop % read.cuts.step_size or stop > read.num_saved:
+            if stop % read.plan.step_size or stop > read.num_saved:
                 return
             self._num_pieced = stop
             if time.perf_counter() - saved_at >= SAVE_SECONDS:
@@ -306,7 +306,7 @@ class Generation:
             read.token_ids,
             start=start.cached_tokens,
             end=end,
-            cuts=read.cuts,
+            plan=read.plan,
             kv=read.kv,
             on_piece=on_piece,
             on_progress=lambda done, _: on_progress(done, read.num_tokens),
@@ -325,7 +325,7 @@ class Generation:
             sampler=request.sampler,
             logits_processors=request.logits_processors or None,
             max_kv_size=read.settings.max_kv_size,
-            prefill_step_size=read.cuts.step_size,
+            prefill_step_size=read.plan.step_size,
             kv_bits=read.kv.bits,
             kv_group_size=read.kv.group_size,
             quantized_kv_start=read.kv.start,

@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
 from promptcache.kvcache.kv_quantization import KVSettings, quantize
-from promptcache.models.prefill_plan import DEFAULT_CUTS, Cuts
+from promptcache.models.prefill_plan import DEFAULT_PLAN, PrefillPlan
 
 
 def prefill(
@@ -18,7 +18,7 @@ def prefill(
     *,
     start: int,
     end: int,
-    cuts: Cuts = DEFAULT_CUTS,
+    plan: PrefillPlan = DEFAULT_PLAN,
     kv: KVSettings | None = None,
     on_piece: Callable[[int, int], object] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -33,7 +33,7 @@ def prefill(
         token_ids: The whole prompt.
         start: Where to begin.
         end: Where to stop.
-        cuts: Where pieces end.
+        plan: Where pieces end.
         kv: When to quantize keys and values, as mlx-lm does after a piece.
         on_piece: Called with each `[start, end)` done, before it is quantized.
         on_progress: Called with the number of tokens the cache holds, `start` at first,
@@ -47,14 +47,14 @@ def prefill(
     if on_progress:
         on_progress(start, end)
     with mx.stream(generation_stream):
-        for first, stop in cuts.pieces(start, end):
+        for first, stop in plan.pieces(start, end):
             started = time.perf_counter()
             model(mx.array(token_ids[first:stop])[None], cache=cache)
             mx.eval([layer.state for layer in cache])
             seconds += time.perf_counter() - started
             if on_piece:
                 on_piece(first, stop)
-            quantized_from = cuts.quantized_from(kv)
+            quantized_from = plan.quantized_from(kv)
             if quantized_from is not None and stop >= quantized_from:
                 quantize(cache, stop, kv)
             if on_progress:

@@ -8,11 +8,11 @@ from mlx_lm.generate import speculative_generate_step
 
 from promptcache.engine.decode import LogitsProcessor, Sampler, Step
 from promptcache.kvcache.kv_quantization import KVSettings
-from promptcache.models.draft import DraftedModel
+from promptcache.models.draft import DraftPair
 
 
 def speculate(
-    model: DraftedModel,
+    model: DraftPair,
     cache: list[Any],
     token_ids: Sequence[int],
     *,

@@ -23,9 +23,9 @@ from promptcache.prompts.render import RenderedPrompt
 from promptcache.prompts.template import render
 from promptcache.segments.chain import common_length, pack
 from promptcache.segments.fingerprint import Fingerprint
-from promptcache.segments.types import Origin
+from promptcache.segments.types import PromptOrigin
 from promptcache.store.nearby import is_alike, shares_tools
-from promptcache.store.types import Eviction, LoadEstimate, Neighbourhood, StoredPrompt
+from promptcache.store.types import Eviction, LoadEstimate, NearbyPrefixes, StoredPrompt
 from promptcache.units import format_age
 
 # How much of both sides of a divergence is shown.
@@ -36,7 +36,7 @@ def explain(
     tokenizer: Any,
     rendered: RenderedPrompt,
     fingerprint: Fingerprint,
-    neighbourhood: Neighbourhood,
+    nearby: NearbyPrefixes,
     *,
     declined: LoadEstimate | None = None,
     now: float | None = None,
@@ -47,16 +47,16 @@ def explain(
         tokenizer: The model's tokenizer.
         rendered: The prompt.
         fingerprint: What its KV values depend on.
-        neighbourhood: What the store has that is close to it.
+        nearby: What the store has that is close to it.
         declined: Why a run would not load what is cached of it, if it would not.
         now: Unix time.
     """
     now = time.time() if now is None else now
-    inquiry = _Inquiry(tokenizer, rendered, fingerprint, neighbourhood, now)
+    inquiry = _Diagnosis(tokenizer, rendered, fingerprint, nearby, now)
     return replace(inquiry.explain(), declined=declined)
 
 
-class _Inquiry:
+class _Diagnosis:
     """Looks for the cause of one miss, the surest evidence first."""
 
     def __init__(
@@ -64,7 +64,7 @@ class _Inquiry:
         tokenizer: Any,
         rendered: RenderedPrompt,
         fingerprint: Fingerprint,
-        neighbourhood: Neighbourhood,
+        nearby: NearbyPrefixes,
         now: float,
     ) -> None:
         self._tokenizer = tokenizer
@@ -73,12 +73,10 @@ class _Inquiry:
         self._packed = pack(rendered.token_ids)
         self._fingerprint = fingerprint
         self._own_digests = {reusable.digest for reusable in fingerprint.reusable}
-        self._around = neighbourhood
+        self._around = nearby
         self._now = now
-        self._cached = neighbourhood.match.cached_tokens
-        self._agreed = max(
-            neighbourhood.num_rows, *map(self._shared, neighbourhood.nearest), 0
-        )
+        self._cached = nearby.match.cached_tokens
+        self._agreed = max(nearby.num_rows, *map(self._shared, nearby.nearest), 0)
         # Up to where a prompt with the same beginning would have to agree.
         self._begin = rendered.head or len(self._token_ids) // 2
 
@@ -196,7 +194,7 @@ class _Inquiry:
         return same_model and prompt.origin == self._rendered.origin
 
     def _other_origin(
-        self, origin: Origin, prompt: StoredPrompt, *, is_nearest: bool
+        self, origin: PromptOrigin, prompt: StoredPrompt, *, is_nearest: bool
     ) -> Iterator[Divergence]:
         """Yield in what a stored prompt's origin differs, if that is the cause."""
         other = prompt.origin

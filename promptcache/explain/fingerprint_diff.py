@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from promptcache.segments.types import Origin
+from promptcache.segments.types import PromptOrigin
 
 # What the parts of a fingerprint are called, the most telling first.
 PART_NAMES = {
@@ -47,7 +47,7 @@ def values_of_parts(names: Sequence[str], parts: Any) -> str:
     return ", ".join(f"{PART_NAMES[n]}: {parts.get(n) or 'none'}" for n in names)
 
 
-def change_of_config(before: Origin, after: Origin) -> str:
+def change_of_config(before: PromptOrigin, after: PromptOrigin) -> str:
     """Return in one clause which arguments of a template are other ones."""
     names = sorted(
         name

@@ -21,17 +21,17 @@ class Difference(NamedTuple):
 
 
 # How far a position that comes from tokens may lie behind the first difference.
-MOST_LATE = 8
+MAX_LATE = 8
 # How far to look for what changed, on both sides.
 WINDOW = 200
 # Characters that have to agree to call a change one of form only.
-LEAST_EQUAL = 16
-MOST_QUOTED = 40
-MOST_WORDS = 30
+MIN_EQUAL = 16
+MAX_QUOTED = 40
+MAX_WORDS = 30
 # How long the beginning of a word may be to be quoted with it.
-MOST_OF_WORD = 15
+MAX_OF_WORD = 15
 # How far before the difference a thinking block may begin.
-MOST_THOUGHT = 40
+MAX_THOUGHT = 40
 # A byte order mark and what joins or parts words unseen count, too.
 _BLANKS = re.compile(r"[\s\ufeff\u200b\u2060]+")
 # Of DeepSeek and Qwen, Anthropic, Seed-OSS, Magistral, gpt-oss, Command, Gemma and
@@ -57,11 +57,11 @@ def compare(
     Args:
         expected: The whole text that is cached.
         found: The whole text of the new prompt.
-        position: Where they part, or up to `MOST_LATE` characters later.
+        position: Where they part, or up to `MAX_LATE` characters later.
         hostnames: As in `find_volatile`.
         directories: As in `find_volatile`.
     """
-    at = _first_difference(expected, found, max(position - MOST_LATE, 0))
+    at = _first_difference(expected, found, max(position - MAX_LATE, 0))
     expected, here = _around(expected, at)
     found, here = _around(found, at)
     names = {"hostnames": hostnames, "directories": directories}
@@ -123,9 +123,9 @@ def _quote_volatile(volatile: Volatile, at: int) -> str:
 
 def _quote(text: str, at: int) -> str:
     """Return what fits of a text, around a position where it is long."""
-    start = max(at - MOST_QUOTED // 2, 0) if len(text) > MOST_QUOTED else 0
-    shown = text[start : start + MOST_QUOTED]
-    while len(repr(shown)) > MOST_QUOTED + len("''"):
+    start = max(at - MAX_QUOTED // 2, 0) if len(text) > MAX_QUOTED else 0
+    shown = text[start : start + MAX_QUOTED]
+    while len(repr(shown)) > MAX_QUOTED + len("''"):
         shown = shown[:-1]
     return repr(shown)
 
@@ -166,7 +166,7 @@ def _agree(normal: Callable[[str], str], expected: str, found: str, at: int) -> 
     start = max(at - 1, 0)
     one, other = normal(expected[start:]), normal(found[start:])
     num_equal = _first_difference(one, other, 0)
-    return num_equal > LEAST_EQUAL or one == other
+    return num_equal > MIN_EQUAL or one == other
 
 
 def _change_of_thinking(expected: str, found: str, at: int) -> Difference | None:
@@ -180,7 +180,7 @@ def _change_of_thinking(expected: str, found: str, at: int) -> Difference | None
 def _thinks(text: str, at: int) -> bool:
     """Tell whether a thinking block begins at a position or shortly before it."""
     last = len(text) - len(text[at:].lstrip())
-    starts = (m.start() for m in _THINKING.finditer(text, max(at - MOST_THOUGHT, 0)))
+    starts = (m.start() for m in _THINKING.finditer(text, max(at - MAX_THOUGHT, 0)))
     return any(start <= last for start in starts)
 
 
@@ -196,7 +196,7 @@ def _change_of_text(expected: str, found: str, at: int) -> Difference:
 
 def _both(expected: str, found: str, at: int) -> str:
     """Return a clause that quotes both texts from the word that differs."""
-    begun = re.search(rf"\S{{0,{MOST_OF_WORD}}}\Z", expected[:at])
+    begun = re.search(rf"\S{{0,{MAX_OF_WORD}}}\Z", expected[:at])
     assert begun is not None
     start = begun.start()
     least = at - start + 1
@@ -206,7 +206,7 @@ def _both(expected: str, found: str, at: int) -> str:
 
 def _words(text: str, least: int) -> str:
     """Return the whole words that fit, with at least some characters."""
-    pattern = rf"(?s:.{{{least},{MOST_WORDS}}}(?!\S)|.{{0,{MOST_WORDS}}})"
+    pattern = rf"(?s:.{{{least},{MAX_WORDS}}}(?!\S)|.{{0,{MAX_WORDS}}})"
     words = re.match(pattern, text)
     assert words is not None
     return words[0]

@@ -1,4 +1,4 @@
-"""Treatments: how each of mlx-lm's cache classes is kept.
+"""Cache classes: how each of mlx-lm's cache classes is kept.
 
     rows        keys and values of every token: a segment keeps those of its range,
                 and a run can take over at any token
@@ -7,7 +7,7 @@
     checkpoint  the whole state, good at one position only
     empty       nothing: the model does not use this part
 
-`TREATMENTS` says which class is treated how. A `CacheList` is taken apart. A class
+`KINDS` says which class is treated how. A `CacheList` is taken apart. A class
 that the model's own modules define is kept as a checkpoint, any other is refused.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 
-class Treatment(StrEnum):
+class LayerKind(StrEnum):
     """How a part of a cache is kept."""
 
     ROWS = "rows"
@@ -32,14 +32,14 @@ class Treatment(StrEnum):
     EMPTY = "empty"
 
 
-TREATMENTS = {
-    "KVCache": Treatment.ROWS,
-    "ConcatenateKVCache": Treatment.ROWS,
-    "QuantizedKVCache": Treatment.ROWS,
+KINDS = {
+    "KVCache": LayerKind.ROWS,
+    "ConcatenateKVCache": LayerKind.ROWS,
+    "QuantizedKVCache": LayerKind.ROWS,
     # A checkpoint where it keeps the first tokens, as with `max_kv_size`.
-    "RotatingKVCache": Treatment.WINDOW,
-    "ChunkedKVCache": Treatment.WINDOW,
-    "ArraysCache": Treatment.CHECKPOINT,
+    "RotatingKVCache": LayerKind.WINDOW,
+    "ChunkedKVCache": LayerKind.WINDOW,
+    "ArraysCache": LayerKind.CHECKPOINT,
 }
 CACHE_MODULE = "mlx_lm.models.cache"
 PLAIN_TENSORS = ("keys", "values")
@@ -81,7 +81,7 @@ def check_supported(cache: Sequence[Any], *models: Any) -> None:
     """
     for _, part in parts_of(cache):
         cls = type(part)
-        is_known = cls.__module__ == CACHE_MODULE and cls.__name__ in TREATMENTS
+        is_known = cls.__module__ == CACHE_MODULE and cls.__name__ in KINDS
         if not is_known and cls.__module__ not in _modules_of(models):
             raise UnsupportedCacheError(
                 f"prefixes of this model cannot be stored: its cache class "
@@ -94,20 +94,20 @@ def _modules_of(models: Sequence[Any]) -> set[str]:
     return {type(part).__module__ for model in models for part in model.modules()}
 
 
-def treatment_of(part: Any, position: int) -> Treatment:
+def kind_of(part: Any, position: int) -> LayerKind:
     """Return how to keep a part of a cache that has read `position` tokens.
 
     What counts tokens in its own way, such as a compressor, is a checkpoint.
     """
-    treatment = Treatment.CHECKPOINT
+    treatment = LayerKind.CHECKPOINT
     if type(part).__module__ == CACHE_MODULE:
-        treatment = TREATMENTS[type(part).__name__]
-    if treatment is Treatment.CHECKPOINT:
+        treatment = KINDS[type(part).__name__]
+    if treatment is LayerKind.CHECKPOINT:
         return treatment
     if part.empty():
-        return Treatment.EMPTY
+        return LayerKind.EMPTY
     if part.offset != position or getattr(part, "keep", 0):
-        return Treatment.CHECKPOINT
+        return LayerKind.CHECKPOINT
     return treatment
 
 
@@ -115,7 +115,7 @@ def needs_checkpoints(cache: Sequence[Any]) -> bool:
     """Return whether a fresh cache has a part that rows alone do not restore."""
     return any(
         type(part).__module__ != CACHE_MODULE
-        or TREATMENTS.get(type(part).__name__) is Treatment.CHECKPOINT
+        or KINDS.get(type(part).__name__) is LayerKind.CHECKPOINT
         or getattr(part, "keep", 0)
         for _, part in parts_of(cache)
     )
@@ -179,7 +179,7 @@ def least_window(cache: Sequence[Any]) -> int | None:
     windows = (
         window_size(part)
         for _, part in parts_of(cache)
-        if TREATMENTS.get(type(part).__name__) is Treatment.WINDOW
+        if KINDS.get(type(part).__name__) is LayerKind.WINDOW
     )
     return min(windows, default=None)
 
@@ -302,7 +302,7 @@ def has_only_rows(cache: Sequence[Any]) -> bool:
     position = max((part.offset for part in row_parts(cache)), default=0)
     return position > 0 and all(
         type(part).__name__ == "KVCache"
-        and treatment_of(part, position) in (Treatment.ROWS, Treatment.EMPTY)
+        and kind_of(part, position) in (LayerKind.ROWS, LayerKind.EMPTY)
         for part in parts
     )
 

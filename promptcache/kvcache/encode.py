@@ -25,13 +25,13 @@ from promptcache.kvcache.layout import (
     without_state,
 )
 from promptcache.kvcache.row_quantization import (
-    can_be_restored,
-    packed_rows,
-    row_format,
+    is_finite,
+    quantize_rows,
+    quantized_format,
 )
-from promptcache.kvcache.snapshot import Capture
+from promptcache.kvcache.snapshot import Snapshot
 from promptcache.segments.dtypes import DTYPE_NAMES
-from promptcache.segments.types import EncodedSegment, Resumption, Tensor
+from promptcache.segments.types import EncodedSegment, ResumeRules, Tensor
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 def encode_rows(
     cache: Sequence[Any],
-    captures: Sequence[Capture],
+    captures: Sequence[Snapshot],
     token_ids: Sequence[int],
     start: int,
     end: int,
@@ -81,7 +81,7 @@ def encode_rows(
         arrays |= dict(zip(names, rows, strict=True))
     if store_bits is not None:
         layout, arrays = _packed(layout, arrays, store_bits)
-    resumption = Resumption(needs_checkpoint=last.needs_checkpoint)
+    resumption = ResumeRules(needs_checkpoint=last.needs_checkpoint)
     return _encoded(layout, arrays, resumption)
 
 
@@ -97,10 +97,12 @@ def _packed(
         for tensor in part.tensor_names
         if not part.bits
     }
-    formats = {place: row_format(arrays[place], bits) for place in places}
+    formats = {place: quantized_format(arrays[place], bits) for place in places}
     known = {place: kept for place, kept in formats.items() if kept is not None}
-    pieces = {place: packed_rows(arrays[place], kept) for place, kept in known.items()}
-    usable = {p: can_be_restored(arrays[p], packed) for p, packed in pieces.items()}
+    pieces = {
+        place: quantize_rows(arrays[place], kept) for place, kept in known.items()
+    }
+    usable = {p: is_finite(arrays[p], packed) for p, packed in pieces.items()}
     mx.eval(pieces, usable)
     parts, kept_arrays = dict(layout), dict(arrays)
     for place in (place for place in known if usable[place].item()):
@@ -117,7 +119,7 @@ def _evicted_meanwhile() -> StoreError:
 
 
 def _captured(
-    captures: Sequence[Capture], tensors: Sequence[str], start: int, end: int
+    captures: Sequence[Snapshot], tensors: Sequence[str], start: int, end: int
 ) -> list["mx.array"]:
     """Return the rows `[start, end)` of a part from the pieces they were read in."""
     import mlx.core as mx
@@ -127,7 +129,7 @@ def _captured(
     if not joined or pieces[0].start > start or pieces[-1].end < end:
         raise _evicted_meanwhile()
 
-    def rows(piece: Capture, tensor: str) -> "mx.array":
+    def rows(piece: Snapshot, tensor: str) -> "mx.array":
         first, last = max(start, piece.start), min(end, piece.end)
         array = piece.rows[tensor]
         return array[..., first - piece.start : last - piece.start, :]
@@ -139,7 +141,7 @@ def _captured(
 
 
 def encode_checkpoint(
-    taken: Capture, logits: "mx.array | None" = None
+    taken: Snapshot, logits: "mx.array | None" = None
 ) -> EncodedSegment:
     """Return the states of a capture as plain bytes.
 
@@ -152,12 +154,12 @@ def encode_checkpoint(
     arrays = {TOKEN_IDS: mx.zeros((0,), dtype=mx.uint32), **taken.states}
     if logits is not None:
         arrays[LOGITS] = logits
-    resumption = Resumption(needs_checkpoint=True, has_logits=logits is not None)
+    resumption = ResumeRules(needs_checkpoint=True, has_logits=logits is not None)
     return _encoded(taken.layout, arrays, resumption)
 
 
 def _encoded(
-    layout: Layout, arrays: Mapping[str, "mx.array"], resumption: Resumption
+    layout: Layout, arrays: Mapping[str, "mx.array"], resumption: ResumeRules
 ) -> EncodedSegment:
     import mlx.core as mx
 

@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 from promptcache.errors import DamagedBlobError
-from promptcache.kvcache.classes import Treatment, tensor_names
-from promptcache.kvcache.row_quantization import RowFormat
+from promptcache.kvcache.classes import LayerKind, tensor_names
+from promptcache.kvcache.row_quantization import QuantizedFormat
 
 # Tensors of a blob that belong to no part.
 TOKEN_IDS = "token_ids"
@@ -35,23 +35,23 @@ class PartLayout:
     """
 
     class_name: str
-    treatment: Treatment
+    treatment: LayerKind
     group_size: int | None = None
     bits: int | None = None
     state: Any = None
-    at_rest: Mapping[str, RowFormat] = field(default_factory=dict)
+    at_rest: Mapping[str, QuantizedFormat] = field(default_factory=dict)
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """Return the names of the tensors that hold its rows."""
-        has_rows = self.treatment in (Treatment.ROWS, Treatment.WINDOW)
+        has_rows = self.treatment in (LayerKind.ROWS, LayerKind.WINDOW)
         return tensor_names(self.class_name) if has_rows else ()
 
 
 Layout = Mapping[str, PartLayout]
 
 
-def layout_of(part: Any, treatment: Treatment, state: Any = None) -> PartLayout:
+def layout_of(part: Any, treatment: LayerKind, state: Any = None) -> PartLayout:
     """Return how a part of a cache is kept."""
     return PartLayout(
         type(part).__name__,
@@ -105,9 +105,9 @@ def _decode_part(
     state: Any = None,
     at_rest: Mapping[str, Any] = MappingProxyType({}),
 ) -> PartLayout:
-    formats = {tensor: RowFormat.of(f) for tensor, f in at_rest.items()}
+    formats = {tensor: QuantizedFormat.of(f) for tensor, f in at_rest.items()}
     return PartLayout(
-        class_name, Treatment(treatment), group_size, bits, state, formats
+        class_name, LayerKind(treatment), group_size, bits, state, formats
     )
 
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.kvcache.classes import (
-    TREATMENTS,
-    Treatment,
+    KINDS,
+    LayerKind,
     arrays_of,
     filled_in_place,
     filled_rows,
@@ -64,7 +64,7 @@ def restore(
 
 def _row_arrays(part: Any) -> list[Any]:
     """Return the arrays that were joined; those of a state were read as they are."""
-    has_rows = type(part).__name__ in TREATMENTS and hasattr(part, "values")
+    has_rows = type(part).__name__ in KINDS and hasattr(part, "values")
     return [] if not has_rows or part.keys is None else arrays_of(part)
 
 
@@ -142,12 +142,12 @@ def _restore_empty(
 
 
 _RESTORE: Mapping[
-    Treatment, Callable[[str, Any, Sequence[LoadedSegment], int], Any]
+    LayerKind, Callable[[str, Any, Sequence[LoadedSegment], int], Any]
 ] = {
-    Treatment.ROWS: _restore_rows,
-    Treatment.WINDOW: _restore_window,
-    Treatment.CHECKPOINT: _restore_checkpoint,
-    Treatment.EMPTY: _restore_empty,
+    LayerKind.ROWS: _restore_rows,
+    LayerKind.WINDOW: _restore_window,
+    LayerKind.CHECKPOINT: _restore_checkpoint,
+    LayerKind.EMPTY: _restore_empty,
 }
 
 

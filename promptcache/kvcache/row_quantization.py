@@ -19,7 +19,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 PIECES = ("weight", "scales", "biases")
 
 
-class RowFormat(NamedTuple):
+class QuantizedFormat(NamedTuple):
     """How a tensor of rows is kept in fewer bits.
 
     Attributes:
@@ -33,7 +33,7 @@ class RowFormat(NamedTuple):
     dtype: str
 
     @classmethod
-    def of(cls, value: Any) -> "RowFormat":
+    def of(cls, value: Any) -> "QuantizedFormat":
         """Return what a blob says. Raises ValueError for what is never written."""
         found = cls(*value)
         is_known = (
@@ -46,7 +46,7 @@ class RowFormat(NamedTuple):
         return found
 
 
-def row_format(rows: "mx.array", bits: int) -> RowFormat | None:
+def quantized_format(rows: "mx.array", bits: int) -> QuantizedFormat | None:
     """Return how to keep rows in so many bits, or None if only as they are.
 
     Keys and values of no width, of a width that no group divides, and of integers
@@ -57,10 +57,10 @@ def row_format(rows: "mx.array", bits: int) -> RowFormat | None:
     group_size = next((g for g in GROUP_SIZES if width and width % g == 0), None)
     if group_size is None or dtype not in DTYPES or not rows.size:
         return None
-    return RowFormat(bits, group_size, dtype)
+    return QuantizedFormat(bits, group_size, dtype)
 
 
-def packed_rows(rows: "mx.array", kept: RowFormat) -> dict[str, "mx.array"]:
+def quantize_rows(rows: "mx.array", kept: QuantizedFormat) -> dict[str, "mx.array"]:
     """Return rows in fewer bits, by the names of the pieces.
 
     Scales and biases are of float16, also for bfloat16: with its eight bits they would
@@ -75,7 +75,7 @@ def packed_rows(rows: "mx.array", kept: RowFormat) -> dict[str, "mx.array"]:
     return dict(zip(PIECES, pieces, strict=True))
 
 
-def can_be_restored(rows: "mx.array", pieces: Mapping[str, "mx.array"]) -> "mx.array":
+def is_finite(rows: "mx.array", pieces: Mapping[str, "mx.array"]) -> "mx.array":
     """Return whether packed rows can be restored, as an array that is not computed.
 
     They cannot where a value is no finite number, or too large for scales of float16.
@@ -86,7 +86,9 @@ def can_be_restored(rows: "mx.array", pieces: Mapping[str, "mx.array"]) -> "mx.a
     return mx.all(mx.stack([mx.all(mx.isfinite(array)) for array in arrays]))
 
 
-def unpacked_rows(pieces: Mapping[str, "mx.array"], kept: RowFormat) -> "mx.array":
+def unpacked_rows(
+    pieces: Mapping[str, "mx.array"], kept: QuantizedFormat
+) -> "mx.array":
     """Return rows in their own dtype. Raises ValueError if the pieces do not fit."""
     import mlx.core as mx
 

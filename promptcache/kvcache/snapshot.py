@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from promptcache.kvcache.classes import (
-    Treatment,
+    LayerKind,
+    kind_of,
     parts_of,
     rows_of,
-    treatment_of,
     turned_by,
     window_rows,
     window_size,
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Capture:
+class Snapshot:
     """What a cache loses when it reads on: windows' rows, and states.
 
     Attributes:
@@ -43,7 +43,7 @@ class Capture:
     @property
     def needs_checkpoint(self) -> bool:
         """Return whether rows alone do not restore this cache."""
-        return any(p.treatment is Treatment.CHECKPOINT for p in self.layout.values())
+        return any(p.treatment is LayerKind.CHECKPOINT for p in self.layout.values())
 
     @property
     def state_nbytes(self) -> int:
@@ -53,7 +53,7 @@ class Capture:
 
 def capture(
     cache: Sequence[Any], start: int, end: int, *, every_row: bool = False
-) -> Capture:
+) -> Snapshot:
     """Note what is lost of a cache that has just read the tokens `[start, end)`.
 
     Nothing is computed or copied.
@@ -71,25 +71,25 @@ def capture(
     rows: dict[str, mx.array] = {}
     states: dict[str, mx.array] = {}
     for name, part in parts_of(cache):
-        treatment = treatment_of(part, end)
+        treatment = kind_of(part, end)
         state: Any = None
-        if treatment is Treatment.CHECKPOINT:
+        if treatment is LayerKind.CHECKPOINT:
             state, arrays = take_state(part, name_in_blob(name, "state"))
             states |= arrays
-        elif treatment is Treatment.WINDOW:
+        elif treatment is LayerKind.WINDOW:
             state = turned_by(part) if part.offset > window_size(part) else 0
         layout[name] = layout_of(part, treatment, state)
         names = [name_in_blob(name, tensor) for tensor in layout[name].tensor_names]
-        if treatment is Treatment.WINDOW:
+        if treatment is LayerKind.WINDOW:
             rows |= zip(names, window_rows(part, start, end), strict=True)
-        elif treatment is Treatment.ROWS and every_row:
+        elif treatment is LayerKind.ROWS and every_row:
             rows |= zip(names, rows_of(part, start, end), strict=True)
-    return Capture(start, end, layout, rows, states)
+    return Snapshot(start, end, layout, rows, states)
 
 
-def capture_restored(
+def snapshot_restored(
     cache: Sequence[Any], segments: Sequence[LoadedSegment], end: int
-) -> Capture:
+) -> Snapshot:
     """Note all of a cache that was filled with segments, to save it elsewhere.
 
     Windows do not hold all of their rows any more, but the segments do.
@@ -99,7 +99,7 @@ def capture_restored(
     taken = capture(cache, end, end)
     rows: dict[str, mx.array] = {}
     for name, part in taken.layout.items():
-        if part.treatment is Treatment.WINDOW:
+        if part.treatment is LayerKind.WINDOW:
             found = [s.rows(name, 0, end) for s in with_rows(segments)]
             names = [name_in_blob(name, tensor) for tensor in part.tensor_names]
             columns = [mx.concatenate(c, axis=-2) for c in zip(*found, strict=True)]
@@ -107,7 +107,7 @@ def capture_restored(
     return replace(taken, start=0, rows=rows)
 
 
-def detached(taken: Capture) -> Capture:
+def copied(taken: Snapshot) -> Snapshot:
     """Return a capture with copies of its rows and without states.
 
     It keeps no memory of the cache alive, which goes on being written to.

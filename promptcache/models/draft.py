@@ -11,7 +11,7 @@ from promptcache.kvcache.classes import parts_of
 TRIMMABLE = {"KVCache", "ConcatenateKVCache", "QuantizedKVCache"}
 
 
-class DraftedModel:
+class DraftPair:
     """A main model and its draft as one model: what one reads, both read.
 
     Its cache is the main model's, followed by the draft's, as mlx-lm wants it.

@@ -138,7 +138,7 @@ def load_draft(
     return draft, identity
 
 
-def ensure_here(
+def ensure_downloaded(
     path_or_hf_repo: str | Path | None = None,
     *,
     adapter_path: str | Path | None = None,

@@ -12,14 +12,14 @@ from mlx_lm.models.cache import make_prompt_cache
 from promptcache.errors import UsageError
 from promptcache.kvcache.classes import check_supported, needs_checkpoints, parts_of
 from promptcache.models import load
-from promptcache.models.draft import DraftedModel
+from promptcache.models.draft import DraftPair
 from promptcache.models.identity.identity import (
     IdentifiedModel,
     ModelIdentity,
     hash_layout,
 )
 from promptcache.models.length_dependence import length_dependence
-from promptcache.models.prefill_plan import Cuts
+from promptcache.models.prefill_plan import PrefillPlan
 from promptcache.models.settings import DEFAULT_SETTINGS, Settings
 from promptcache.segments.fingerprint import Fingerprint, hash_json, make_fingerprint
 
@@ -93,7 +93,7 @@ class LoadedModel:
     def reader(self, settings: Settings) -> Any:
         """Return what reads a prompt: the model, or both of a pair."""
         draft = settings.draft_model
-        return self.model if draft is None else DraftedModel(self.model, draft)
+        return self.model if draft is None else DraftPair(self.model, draft)
 
     def make_cache(self, settings: Settings) -> list[Any]:
         """Return a fresh cache for what reads a prompt."""
@@ -106,7 +106,7 @@ class LoadedModel:
         """Return whether it can be resumed only where a checkpoint was taken."""
         return needs_checkpoints(self.make_cache(settings))
 
-    def is_divisible(self, settings: Settings = DEFAULT_SETTINGS) -> bool:
+    def is_sliceable(self, settings: Settings = DEFAULT_SETTINGS) -> bool:
         """Return whether its cache is nothing but rows, of which any are a prefix."""
         parts = parts_of(self.make_cache(settings))
         return all(type(part).__name__ == "KVCache" for _, part in parts)
@@ -115,7 +115,7 @@ class LoadedModel:
         """Raise UnsupportedCacheError if a part of the cache cannot be stored."""
         check_supported(self.make_cache(settings), self.reader(settings))
 
-    def exact_from(self, settings: Settings) -> int | None:
+    def exact_after(self, settings: Settings) -> int | None:
         """Return from which token on to resume only where plain pieces end, if any."""
         if settings.exact is not None:
             return 0 if settings.exact else None
@@ -129,16 +129,16 @@ class LoadedModel:
             starts.append(settings.max_kv_size - 1)
         return min(starts, default=None)
 
-    def cuts(
+    def plan(
         self,
         settings: Settings,
         boundaries: tuple[int, ...] = (),
         answer: int | None = None,
-    ) -> Cuts:
+    ) -> PrefillPlan:
         """Return where the pieces of a prompt with these boundaries end."""
         self._keep_up()
-        exact_from = self.exact_from(settings)
-        return Cuts(settings.step_size, boundaries, exact_from, answer)
+        exact_after = self.exact_after(settings)
+        return PrefillPlan(settings.step_size, boundaries, exact_after, answer)
 
     def _keep_up(self) -> None:
         """Look again at a model that has changed."""
@@ -184,8 +184,8 @@ class LoadedModel:
         )
 
     def _setting_parts(self, settings: Settings) -> dict[str, str]:
-        kv, exact_from = settings.kv, self.exact_from(settings)
-        exact = "" if exact_from is None else f"{exact_from}+{settings.step_size}"
+        kv, exact_after = settings.kv, self.exact_after(settings)
+        exact = "" if exact_after is None else f"{exact_after}+{settings.step_size}"
         # Named only where it is given, as it is younger than the other parts.
         at_rest = {"store_bits": str(settings.store_bits)}
         return {
@@ -201,10 +201,10 @@ class LoadedModel:
     def load_draft(self, path_or_hf_repo: str | Path, vocab_size: int) -> Any:
         """Load a draft model with a vocabulary of a given size. Raises ModelError."""
         draft, identity = load.load_draft(path_or_hf_repo, vocab_size)
-        self.know_draft(draft, identity)
+        self.register_draft(draft, identity)
         return draft
 
-    def know_draft(self, draft: Any, identity: ModelIdentity) -> None:
+    def register_draft(self, draft: Any, identity: ModelIdentity) -> None:
         """Note what a draft model is, so that it need not be hashed."""
         self._drafts[id(draft)] = IdentifiedModel(draft, identity, self._announce)
 

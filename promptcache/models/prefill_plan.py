@@ -18,41 +18,41 @@ DEFAULT_STEP_SIZE = 2048
 # all their tokens would be computed.
 JOINED_TOKENS = 64
 # Templates open an answer with fewer: the role, the start of its thinking.
-MOST_OPENING_TOKENS = 64
+MAX_OPENING_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Cuts:
+class PrefillPlan:
     """Where the pieces of a prompt end, and so where another run can take over.
 
-    From `exact_from` on a run repeats plain mlx-lm's arithmetic: pieces end at
+    From `exact_after` on a run repeats plain mlx-lm's arithmetic: pieces end at
     multiples of the step only, and only there can another prompt take over.
 
     Attributes:
         step_size: Most tokens in a piece.
         boundaries: Positions to cut at besides the multiples of `step_size`.
-        exact_from: Position after which boundaries do not count, None for never.
+        exact_after: Position after which boundaries do not count, None for never.
         answer: Where the prompt's answer begins in history, None if not known.
     """
 
     step_size: int = DEFAULT_STEP_SIZE
     boundaries: tuple[int, ...] = ()
-    exact_from: int | None = None
+    exact_after: int | None = None
     answer: int | None = None
 
-    def is_divisible(self, end: int) -> bool:
+    def is_sliceable(self, end: int) -> bool:
         """Return whether rows up to `end` may be cut at any token."""
-        return self.exact_from is None or end <= self.exact_from
+        return self.exact_after is None or end <= self.exact_after
 
     def can_resume(self, position: int) -> bool:
         """Return whether other prompts may take over at a position."""
-        return self.is_divisible(position) or position % self.step_size == 0
+        return self.is_sliceable(position) or position % self.step_size == 0
 
-    def last_resumable(self, end: int) -> int:
+    def last_resume_point(self, end: int) -> int:
         """Return the last position up to `end` at which other prompts may take over."""
         if self.can_resume(end):
             return end
-        return max(end - end % self.step_size, self.exact_from or 0)
+        return max(end - end % self.step_size, self.exact_after or 0)
 
     def is_cut(self, position: int) -> bool:
         """Return whether a piece of every longer prompt ends at a position."""
@@ -63,7 +63,7 @@ class Cuts:
         return position in self._places()
 
     def _places(self) -> list[int]:
-        return [b for b in self.boundaries if self.is_divisible(b)]
+        return [b for b in self.boundaries if self.is_sliceable(b)]
 
     def next_turn(self, end: int) -> int:
         """Return where the next turn is likely to part from a prompt read up to `end`.
@@ -74,16 +74,16 @@ class Cuts:
         """
         if self.answer is not None:
             return min(self.answer, end)
-        near = (b for b in self._places() if end - MOST_OPENING_TOKENS <= b < end)
+        near = (b for b in self._places() if end - MAX_OPENING_TOKENS <= b < end)
         return max(near, default=end)
 
     def segment_ends(self, end: int, kv: "KVSettings") -> tuple[int, ...]:
         """Return where segments of `[0, end)` have to end."""
-        if self.exact_from is None:
+        if self.exact_after is None:
             ends = {*range(DEFAULT_STEP_SIZE, end, DEFAULT_STEP_SIZE)}
         else:
             # Where `can_resume` is to hold.
-            ends = {self.exact_from, *range(self.step_size, end, self.step_size)}
+            ends = {self.exact_after, *range(self.step_size, end, self.step_size)}
         quantized_from = self.quantized_from(kv)
         return tuple(sorted(ends | ({quantized_from} if quantized_from else set())))
 
@@ -103,7 +103,7 @@ class Cuts:
         """Return where to stop a prefill, so that the rest can be read in one go."""
         end = num_tokens - 1
         # mlx-lm would quantize the last piece before it reads the last token.
-        if not self.is_divisible(num_tokens) or self.quantizes_at_end(num_tokens, kv):
+        if not self.is_sliceable(num_tokens) or self.quantizes_at_end(num_tokens, kv):
             return end
         begin = max(self.last_before(num_tokens), cached_tokens)
         is_short = num_tokens - begin <= JOINED_TOKENS
@@ -132,4 +132,4 @@ class Cuts:
             start = stop
 
 
-DEFAULT_CUTS = Cuts()
+DEFAULT_PLAN = PrefillPlan()

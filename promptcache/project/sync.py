@@ -11,7 +11,7 @@ from promptcache.project.manifest import Manifest, PromptSpec
 from promptcache.prompts.parts import PromptParts
 from promptcache.prompts.render import RenderedPrompt
 from promptcache.store import PrefixStore
-from promptcache.store.index.rows import ListedPrefix
+from promptcache.store.index.rows import PrefixRow
 
 Action = Literal["keep", "build", "pin", "unpin"]
 Load = Callable[[str | None, str | None], CachedGenerator]
@@ -47,7 +47,7 @@ class _Found(NamedTuple):
     missing: str | None
 
 
-class Syncing:
+class SyncPlanner:
     """Compares a manifest with a store, and does what is missing.
 
     Models are loaded once each, and without their weights as long as these are not
@@ -85,7 +85,7 @@ class Syncing:
         return [*kept, *unpins]
 
     def _look_up(self, spec: PromptSpec) -> "_Found":
-        with _told_of(self._manifest, spec):
+        with _error_context(self._manifest, spec):
             generator, prompt = self._rendered(spec)
             key, is_stored = generator.is_built(prompt, **spec.settings)
             if spec.pin:
@@ -123,11 +123,11 @@ class Syncing:
         # A prefix has one name, and another one keeps it as well.
         return "keep", f"pinned as {pin.name}"
 
-    def _pins(self) -> list[ListedPrefix]:
+    def _pins(self) -> list[PrefixRow]:
         """Return the pins of the default namespace, which manifests are about."""
         return self._store.pins(namespace="")
 
-    def _is_own(self, pin: ListedPrefix) -> bool:
+    def _is_own(self, pin: PrefixRow) -> bool:
         return pin.manifest == str(self._manifest.path)
 
     def _check_name_is_free(self, name: str, key: str) -> None:
@@ -180,7 +180,7 @@ class Syncing:
         ]
 
     def _made(self, step: SyncStep, spec: PromptSpec, build: Build) -> SyncStep:
-        with _told_of(self._manifest, spec):
+        with _error_context(self._manifest, spec):
             # Of what is stored already, this lists the end only.
             key = build(*self._rendered(spec), spec).key
         if spec.pin:
@@ -199,7 +199,7 @@ def _parts(spec: PromptSpec) -> PromptParts:
 
 
 @contextlib.contextmanager
-def _told_of(manifest: Manifest, spec: PromptSpec) -> Iterator[None]:
+def _error_context(manifest: Manifest, spec: PromptSpec) -> Iterator[None]:
     """Say of an error which prompt of which manifest it is about."""
     try:
         yield

@@ -13,7 +13,7 @@ from typing import Any
 from promptcache.errors import UsageError
 from promptcache.prompts.chat import (
     ChatPrompt,
-    texts_of,
+    text_parts,
 )
 from promptcache.prompts.template import (
     encode_rendered,
@@ -23,7 +23,7 @@ from promptcache.prompts.template import (
 from promptcache.segments.chain import common_length, pack
 
 # Of how many messages the beginnings are found.
-MOST_MESSAGES = 16
+MAX_MESSAGES = 16
 # Two user messages that share no first token, to find where a template stops
 # depending on what the user says.
 PROBES = ("Hello", "42 reasons why")
@@ -39,7 +39,7 @@ def _user_places(chat: ChatPrompt) -> list[int]:
 
 def _probed(chat: ChatPrompt, place: int, part: int, text: str) -> ChatPrompt:
     """Return a chat that ends with another text for a part of one of its messages."""
-    content = "".join([*texts_of(chat.messages[place])[:part], text])
+    content = "".join([*text_parts(chat.messages[place])[:part], text])
     message = {**chat.messages[place], "content": content}
     return replace(chat, messages=(*chat.messages[:place], message))
 
@@ -100,10 +100,10 @@ def _places(
     if not places:
         return
     last = places[-1]
-    wanted = {(last, part) for part in range(len(texts_of(chat.messages[last])))}
+    wanted = {(last, part) for part in range(len(text_parts(chat.messages[last])))}
     if every_message:
         end = len(chat.messages)
-        wanted |= {(place, 0) for place in range(max(end - MOST_MESSAGES, 0), end)}
+        wanted |= {(place, 0) for place in range(max(end - MAX_MESSAGES, 0), end)}
     # Found by its tokens, which is surer.
     for place, part in wanted - {(places[0], 0)}:
         with contextlib.suppress(UsageError):

@@ -39,7 +39,7 @@ def is_messages(prompt: Any) -> TypeGuard[Sequence[Message]]:
     )
 
 
-def make_chat(
+def parse_chat(
     messages: Sequence[Message],
     tools: Sequence[Message] | None = None,
     config: Mapping[str, Any] | None = None,
@@ -103,7 +103,7 @@ def _with_parsed_arguments(call: Message) -> Message:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def texts_of(message: Message) -> list[str]:
+def text_parts(message: Message) -> list[str]:
     """Return the parts of a message's text; most messages have one."""
     content = message.get("content") or ""
     if isinstance(content, str):
@@ -113,7 +113,7 @@ def texts_of(message: Message) -> list[str]:
 
 def message_texts(chat: ChatPrompt) -> list[str]:
     """Return what is said in each message, without blanks around it."""
-    texts = ("".join(texts_of(message)).strip() for message in chat.messages)
+    texts = ("".join(text_parts(message)).strip() for message in chat.messages)
     return [text for text in texts if text]
 
 
@@ -123,7 +123,7 @@ def system_text(chat: ChatPrompt) -> str:
         text
         for message in chat.messages
         if message["role"] in SYSTEM_ROLES
-        for text in texts_of(message)
+        for text in text_parts(message)
     )
 
 

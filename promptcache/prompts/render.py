@@ -21,8 +21,8 @@ from promptcache.prompts.chat import (
     ChatPrompt,
     Message,
     is_messages,
-    make_chat,
-    texts_of,
+    parse_chat,
+    text_parts,
 )
 from promptcache.prompts.template import (
     encode_rendered,
@@ -30,7 +30,7 @@ from promptcache.prompts.template import (
     origin_of,
     render_text,
 )
-from promptcache.segments.types import Origin
+from promptcache.segments.types import PromptOrigin
 
 
 class RenderedPrompt(NamedTuple):
@@ -56,7 +56,7 @@ class RenderedPrompt(NamedTuple):
     head: int = 0
     is_open: bool = False
     chat: ChatPrompt | None = None
-    origin: Origin | None = None
+    origin: PromptOrigin | None = None
     answer: int | None = None
 
 
@@ -81,7 +81,7 @@ def render_prompt(
         prompt: Text, token ids or chat messages.
         tools: Tools for the chat template.
         chat_template_config: Further arguments of the chat template.
-        every_message: Whether to find where the last `MOST_MESSAGES` begin, and the
+        every_message: Whether to find where the last `MAX_MESSAGES` begin, and the
             answer, too.
 
     Raises:
@@ -92,7 +92,7 @@ def render_prompt(
     elif isinstance(prompt, str):
         rendered = RenderedPrompt(encode_text(tokenizer, prompt))
     elif is_messages(prompt):
-        chat = make_chat(prompt, tools, chat_template_config)
+        chat = parse_chat(prompt, tools, chat_template_config)
         rendered = _rendered(tokenizer, chat, every_message=every_message)
     else:
         rendered = RenderedPrompt(_ids_of(prompt))
@@ -125,9 +125,9 @@ def render_open(
     Raises:
         UsageError: Nothing comes before the user's text.
     """
-    chat = make_chat(messages, tools, chat_template_config)
+    chat = parse_chat(messages, tools, chat_template_config)
     place = _user_places(chat)[-1]
-    last_part = len(texts_of(chat.messages[place])) - 1
+    last_part = len(text_parts(chat.messages[place])) - 1
     token_ids = _stable_prefix(tokenizer, chat, place, last_part)
     if not token_ids:
         raise UsageError("the prompt is empty before the user's text, nothing to build")

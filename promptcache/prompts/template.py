@@ -13,13 +13,13 @@ from promptcache.prompts.chat import (
     SEPARATOR,
     ChatPrompt,
     Message,
-    make_chat,
+    parse_chat,
     system_text,
-    texts_of,
+    text_parts,
     tool_name,
 )
 from promptcache.segments.fingerprint import hash_json
-from promptcache.segments.types import Origin
+from promptcache.segments.types import PromptOrigin
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -68,7 +68,7 @@ def render(
     Raises:
         UsageError: The messages are not such, or the template refuses them.
     """
-    chat = make_chat(messages, tools, chat_template_config)
+    chat = parse_chat(messages, tools, chat_template_config)
     text = render_text(tokenizer, chat, generation_prompt=generation_prompt)
     return encode_rendered(tokenizer, text)
 
@@ -84,7 +84,7 @@ def render_text(
     Raises:
         UsageError: The template refuses the messages.
     """
-    messages = [{**m, "content": "".join(texts_of(m))} for m in chat.messages]
+    messages = [{**m, "content": "".join(text_parts(m))} for m in chat.messages]
     if not has_template(tokenizer):
         return SEPARATOR.join(message["content"] for message in messages)
 
@@ -122,10 +122,10 @@ def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**first, "content": content}, *rest]
 
 
-def origin_of(tokenizer: Any, chat: ChatPrompt) -> Origin:
+def origin_of(tokenizer: Any, chat: ChatPrompt) -> PromptOrigin:
     """Return how a chat is rendered, so that it can be compared with others."""
     system = system_text(chat)
-    return Origin(
+    return PromptOrigin(
         template=hash_json(getattr(tokenizer, "chat_template", None) or ""),
         # From Python, templates may be given what JSON does not know.
         config=json.loads(json.dumps(chat.config, sort_keys=True, default=str)),

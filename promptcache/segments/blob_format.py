@@ -15,13 +15,13 @@ from promptcache.errors import DamagedBlobError, StoreFormatError
 from promptcache.files import open_file
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.segments.types import (
-    Resumption,
+    Priority,
+    ResumeRules,
     SegmentInfo,
     Tensor,
     TensorSpec,
-    Worth,
 )
-from promptcache.units import MOST_SECONDS
+from promptcache.units import MAX_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class BlobHeader:
         info: The segment.
         layout: The layers' layout, which only the codec understands.
         tensors: The tensors in the order of their bytes.
-        data_checksum: Of the data; see `combined`.
+        data_checksum: Of the data; see `combined_checksum`.
         data_start: Where the data begins in the file.
         versions: Of what computed it.
     """
@@ -47,7 +47,7 @@ class BlobHeader:
 
 FORMAT_VERSION = 4
 # More is no number of tokens, nor one that SQLite can keep.
-MOST_TOKENS = 2**40
+MAX_TOKENS = 2**40
 DIGEST_NBYTES = 16
 
 
@@ -77,10 +77,10 @@ def encode_header(
         "is_prefix": str(int(info.is_prefix)),
         "created_at": repr(info.created_at),
         "resumption": json.dumps(info.resumption._asdict()),
-        "worth": str(int(info.worth)),
+        "priority": str(int(info.priority)),
         "layout": layout,
         **(_versions() if whole is None else whole.versions),
-        "data_checksum": combined(digest([tensor.data]) for tensor in tensors),
+        "data_checksum": combined_checksum(digest([tensor.data]) for tensor in tensors),
     }
     metadata["checksum"] = _header_checksum(metadata, specs)
     return _safetensors_header(metadata, specs, whole.data_start if whole else 0)
@@ -174,7 +174,7 @@ def _check_format(metadata: dict[str, str]) -> None:
 
 def _decode_info(metadata: dict[str, str]) -> SegmentInfo:
     start, end = int(metadata["start"]), int(metadata["end"])
-    if not 0 <= start <= end <= MOST_TOKENS:
+    if not 0 <= start <= end <= MAX_TOKENS:
         raise ValueError(f"no range of tokens: [{start}, {end})")
     return SegmentInfo(
         key=metadata["key"],
@@ -190,7 +190,7 @@ def _decode_info(metadata: dict[str, str]) -> SegmentInfo:
         is_prefix=metadata["is_prefix"] == "1",
         created_at=_time(float(metadata["created_at"])),
         resumption=_resumption(json.loads(metadata["resumption"])),
-        worth=Worth(int(metadata["worth"])),
+        priority=Priority(int(metadata["priority"])),
     )
 
 
@@ -213,15 +213,15 @@ def _parts(parts: object) -> dict[str, str]:
 
 
 def _time(seconds: float) -> float:
-    if not 0 <= seconds < MOST_SECONDS:
+    if not 0 <= seconds < MAX_SECONDS:
         raise ValueError("no time")
     return seconds
 
 
-def _resumption(flags: Mapping[str, object]) -> Resumption:
+def _resumption(flags: Mapping[str, object]) -> ResumeRules:
     if not all(isinstance(flag, bool) for flag in flags.values()):
         raise TypeError("no flags of a resumption")
-    return Resumption(**{name: bool(flag) for name, flag in flags.items()})
+    return ResumeRules(**{name: bool(flag) for name, flag in flags.items()})
 
 
 def _header_checksum(metadata: dict[str, str], specs: list[TensorSpec]) -> str:
@@ -239,6 +239,6 @@ def digest(buffers: Iterable[memoryview | bytes]) -> bytes:
     return hash_.digest()
 
 
-def combined(digests: Iterable[bytes]) -> str:
+def combined_checksum(digests: Iterable[bytes]) -> str:
     """Return the checksum of a blob's data, in hex: of the digests of its tensors."""
     return xxhash.xxh3_128_hexdigest(b"".join(digests))

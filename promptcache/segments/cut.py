@@ -15,7 +15,7 @@ def token_nbytes(info: SegmentInfo, specs: Iterable[TensorSpec]) -> int:
     """Return what each token of a segment takes, or 0 if it cannot be cut."""
     num_tokens = info.end - info.start
     found = list(specs)
-    if not info.resumption.divisible or not num_tokens:
+    if not info.resumption.sliceable or not num_tokens:
         return 0
     if any(spec.shape[_axis(spec.shape) :][:1] != (num_tokens,) for spec in found):
         return 0

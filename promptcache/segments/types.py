@@ -10,7 +10,7 @@ from promptcache.segments.fingerprint import Fingerprint
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class PromptOrigin:
     """How a chat prompt was rendered, so that two can be compared.
 
     Attributes:
@@ -101,11 +101,11 @@ class TensorSpec(NamedTuple):
         return _nbytes(self.dtype, self.shape)
 
 
-class Resumption(NamedTuple):
+class ResumeRules(NamedTuple):
     """Where a run can take over from a segment.
 
     Attributes:
-        divisible: Whether its rows can be cut at any token, else it is taken as a
+        sliceable: Whether its rows can be cut at any token, else it is taken as a
             whole or not at all.
         extendable: Whether longer prompts can go on from its end, else it is good for
             its very prompt.
@@ -114,16 +114,16 @@ class Resumption(NamedTuple):
         has_logits: Whether a checkpoint tells the logits of the next token.
     """
 
-    divisible: bool = True
+    sliceable: bool = True
     extendable: bool = True
     needs_checkpoint: bool = False
     has_logits: bool = False
 
 
-AT_ANY_TOKEN = Resumption()
+AT_ANY_TOKEN = ResumeRules()
 
 
-class Worth(IntEnum):
+class Priority(IntEnum):
     """How much a checkpoint is worth when some are to be given up."""
 
     STEP = 0
@@ -133,7 +133,7 @@ class Worth(IntEnum):
     BUILT = 3
 
 
-def tag_of(resumption: Resumption, *, is_checkpoint: bool) -> str:
+def tag_of(resumption: ResumeRules, *, is_checkpoint: bool) -> str:
     """Return what tells a segment's key from others' that end at the same position."""
     kinds = {
         "checkpoint": is_checkpoint,
@@ -158,7 +158,7 @@ class SegmentInfo:
         is_prefix: Whether a prompt that was built or saved ends here.
         created_at: Unix time.
         resumption: Where a run can take over.
-        worth: How much a checkpoint is worth against others; of checkpoints only.
+        priority: How much a checkpoint is worth against others; of checkpoints only.
     """
 
     key: str
@@ -168,8 +168,8 @@ class SegmentInfo:
     end: int
     is_prefix: bool
     created_at: float
-    resumption: Resumption = AT_ANY_TOKEN
-    worth: Worth = Worth.STEP
+    resumption: ResumeRules = AT_ANY_TOKEN
+    priority: Priority = Priority.STEP
 
     @property
     def is_checkpoint(self) -> bool:
@@ -187,7 +187,7 @@ class EncodedSegment(NamedTuple):
 
     layout: str
     tensors: list[Tensor]
-    resumption: Resumption = AT_ANY_TOKEN
+    resumption: ResumeRules = AT_ANY_TOKEN
 
     @property
     def nbytes(self) -> int:

@@ -20,19 +20,19 @@ from promptcache.models.default import download
 from promptcache.server.backend.compat import changes, told
 from promptcache.server.backend.generator import CachedResponseGenerator
 from promptcache.server.backend.model_provider import IdentifiedModelProvider
-from promptcache.server.backend.prompt_cache import ServedCache
+from promptcache.server.backend.prompt_cache import ServerPromptCache
 from promptcache.server.http.auth import ApiKeys, is_loopback
 from promptcache.server.http.cache_routes import CacheApi
-from promptcache.server.http.handler import ApiHandler, Site
+from promptcache.server.http.handler import ApiHandler, ServerContext
 from promptcache.store import PrefixStore
 from promptcache.store.reports import PinQuota
 from promptcache.tiers import memory_limits
 
 # A prompt of a million tokens, with its tools.
-MOST_REQUEST_NBYTES = 32 * 10**6
+MAX_REQUEST_NBYTES = 32 * 10**6
 # What one API key may pin, which eviction keeps: so many names, and its part of this
 # share of the store. The rest is left to what is used.
-MOST_PINS = 100
+MAX_PINS = 100
 PINNED_SHARE = 2
 # MLX tidies up in a thread's last moments, when it has been joined already, and aborts
 # a process that ends before; see https://github.com/ml-explore/mlx/issues/4327.
@@ -59,7 +59,7 @@ class Server:
         insecure: bool = False,
         save_answers: bool = True,
         store_bits: int | None = None,
-        most_nbytes: int = MOST_REQUEST_NBYTES,
+        most_nbytes: int = MAX_REQUEST_NBYTES,
         most_tokens: int | None = None,
         announce: Callable[[str], None] | None = None,
     ) -> None:
@@ -108,14 +108,16 @@ class Server:
         self._store = store
         self._http = _listen(options.host, options.port)
         self.port: int = self._http.server_address[1]
-        self._cache = ServedCache(store, memory_limit=limit, save_answers=save_answers)
+        self._cache = ServerPromptCache(
+            store, memory_limit=limit, save_answers=save_answers
+        )
         self._generator = CachedResponseGenerator(provider, self._cache)
         provider.ready.wait()
         if provider.error is not None or provider.model is None:
             self.close()
             raise provider.error or ModelError(f"{provider.name} cannot be loaded")
         metrics = self._cache.metrics
-        site = Site(
+        site = ServerContext(
             self._generator,
             provider,
             keys,
@@ -189,7 +191,7 @@ def _quota(
         if store is None or not len(keys):
             return None
         nbytes = store.max_nbytes // PINNED_SHARE // len(keys)
-    return PinQuota(MOST_PINS, nbytes)
+    return PinQuota(MAX_PINS, nbytes)
 
 
 def _check(options: Namespace, keys: ApiKeys, *, insecure: bool) -> None:

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Levels(NamedTuple):
+class Gauges(NamedTuple):
     """What is read off when the metrics are asked for.
 
     Attributes:
@@ -37,7 +37,7 @@ class Levels(NamedTuple):
 class ServingMetrics(Collector):
     """Counts as things happen, and reads off the rest when asked."""
 
-    def __init__(self, levels: Callable[[], Levels]) -> None:
+    def __init__(self, levels: Callable[[], Gauges]) -> None:
         """Take what tells the levels."""
         self._levels = levels
         self._registry = CollectorRegistry()

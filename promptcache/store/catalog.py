@@ -8,7 +8,7 @@ from promptcache.errors import DamagedBlobError, KeyNotFoundError, QuotaError
 from promptcache.segments.chain import unpack
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.index import Index
-from promptcache.store.index.rows import ListedPrefix, SegmentRow
+from promptcache.store.index.rows import PrefixRow, SegmentRow
 from promptcache.store.maintenance import eviction, prefix_backup, prune, split
 from promptcache.store.names import check_name, full_name
 from promptcache.store.reports import (
@@ -32,14 +32,14 @@ def prefixes(index: Index, namespace: str | None) -> list[Prefix]:
         ]
 
 
-def _with_nbytes(prefix: Prefix, segment_id: int, tree: eviction.Tree) -> Prefix:
+def _with_nbytes(prefix: Prefix, segment_id: int, tree: eviction.PrefixTree) -> Prefix:
     freed = tree.freed(prefix, segment_id)
     return replace(prefix, nbytes=sum(leaf.nbytes for leaf in freed))
 
 
-def _tree(index: Index, namespace: str | None) -> eviction.Tree:
+def _tree(index: Index, namespace: str | None) -> eviction.PrefixTree:
     """Return the segments of a namespace; others are in trees of their own."""
-    return eviction.Tree(index.leaves(namespace), index.prefixes.all(namespace))
+    return eviction.PrefixTree(index.leaves(namespace), index.prefixes.all(namespace))
 
 
 def resolve(index: Index, key_or_name: str, namespace: str | None) -> Prefix:
@@ -52,7 +52,7 @@ def resolve(index: Index, key_or_name: str, namespace: str | None) -> Prefix:
         return _with_nbytes(prefix, segment_id, _tree(index, prefix.namespace))
 
 
-def _name_of(entry: Prefix | ListedPrefix, namespace: str | None) -> str | None:
+def _name_of(entry: Prefix | PrefixRow, namespace: str | None) -> str | None:
     """Return what a prefix is called in a namespace, or in the whole store."""
     if namespace is None:
         return full_name(entry.namespace, entry.name)

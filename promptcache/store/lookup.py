@@ -33,7 +33,7 @@ class _Path(NamedTuple):
     def usable(self) -> "_Path":
         """Drop a last segment that would have to be cut and cannot be."""
         rows, agreed = self
-        while rows and agreed < rows[-1].end and not rows[-1].divisible:
+        while rows and agreed < rows[-1].end and not rows[-1].sliceable:
             agreed = min(agreed, rows[-1].start)
             rows = rows[:-1]
         return _Path(rows, agreed)
@@ -45,7 +45,7 @@ class _Path(NamedTuple):
         where their own last one is read in two.
         """
         rows, _ = self
-        if not rows or rows[-1].divisible:
+        if not rows or rows[-1].sliceable:
             return self
         ends = rows[-1].end == limit
         fits = ends and not rows[-1].extendable if is_tail else rows[-1].extendable
@@ -62,7 +62,7 @@ class _Path(NamedTuple):
         )
 
 
-def longest_rows(
+def longest_stored(
     index: Index, chain: Chain, *, limit: int, is_tail: bool = False
 ) -> Match:
     """Return what is stored of the first `limit` tokens, wherever it ends.
@@ -158,7 +158,7 @@ def _deepest_checkpoint(
         return (
             position <= stop
             and (checkpoint.has_logits if is_end else checkpoint.extendable)
-            and (row.divisible or position == row.end)
+            and (row.sliceable or position == row.end)
             and checkpoint.key not in skip
         )
 

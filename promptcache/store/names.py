@@ -3,14 +3,14 @@
 from promptcache.errors import UsageError
 
 # Longer ones fill what lists them.
-MOST_NAME_LENGTH = 128
+MAX_NAME_LENGTH = 128
 
 
 def check_name(name: str) -> None:
     """Raise UsageError if this cannot name a prefix."""
-    if len(name) > MOST_NAME_LENGTH:
+    if len(name) > MAX_NAME_LENGTH:
         raise UsageError(
-            f"{name[:20]!r}… is too long for a name, use up to {MOST_NAME_LENGTH} "
+            f"{name[:20]!r}… is too long for a name, use up to {MAX_NAME_LENGTH} "
             "characters"
         )
     if not name.strip() or not name.isprintable():

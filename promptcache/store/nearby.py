@@ -9,14 +9,14 @@ from itertools import islice
 
 from promptcache.segments.chain import Chain, common_length, pack, unpack
 from promptcache.segments.fingerprint import Fingerprint
-from promptcache.segments.types import Origin
+from promptcache.segments.types import PromptOrigin
 from promptcache.store.index import Index
 from promptcache.store.index.rows import PromptRow
-from promptcache.store.lookup import longest_match, longest_rows
-from promptcache.store.types import Eviction, Neighbourhood, StoredPrompt
+from promptcache.store.lookup import longest_match, longest_stored
+from promptcache.store.types import Eviction, NearbyPrefixes, StoredPrompt
 
 # Of so many prompts, the last used ones, the tokens are compared.
-MOST_PROMPTS = 100
+MAX_PROMPTS = 100
 # What tells the key of other kinds of segments from a plain one; see `types.tag_of`.
 TAGS = ("", "tail", "checkpoint", "checkpoint logits", "checkpoint logits tail")
 
@@ -33,10 +33,10 @@ class _Finder:
         self._fingerprints = {f.digest: f for f in fingerprints}
         self._listed = index.prefixes.prompts(namespace)
 
-    def find(self, origin: Origin | None) -> Neighbourhood:
+    def find(self, origin: PromptOrigin | None) -> NearbyPrefixes:
         index, chain = self._index, self._chain
-        rows = longest_rows(index, chain, limit=len(chain), is_tail=True)
-        return Neighbourhood(
+        rows = longest_stored(index, chain, limit=len(chain), is_tail=True)
+        return NearbyPrefixes(
             match=longest_match(index, chain, generating=True),
             num_rows=rows.cached_tokens,
             nearest=self._nearest(rows.key),
@@ -71,12 +71,12 @@ class _Finder:
             p for p, length in zip(prompts, shared, strict=True) if length == most
         )
 
-    def _alike(self, origin: Origin) -> tuple[StoredPrompt, ...]:
+    def _alike(self, origin: PromptOrigin) -> tuple[StoredPrompt, ...]:
         rows = (r for r in self._listed if r.origin and is_alike(origin, r.origin))
         return tuple(self._with_tokens(rows))
 
     def _with_tokens(self, rows: Iterable[PromptRow]) -> Iterator[StoredPrompt]:
-        for row in islice(rows, MOST_PROMPTS):
+        for row in islice(rows, MAX_PROMPTS):
             token_ids = self._index.token_ids(row.segment_id, row.num_tokens)
             fingerprint = self._fingerprints[row.fingerprint]
             yield StoredPrompt(row.key, fingerprint, unpack(token_ids), row.origin)
@@ -86,7 +86,7 @@ class _Finder:
         for fingerprint in self._fingerprints.values():
             if fingerprint.digest != self._chain.fingerprint:
                 other = Chain(fingerprint.digest, self._chain.data)
-                rows = longest_rows(self._index, other, limit=len(other))
+                rows = longest_stored(self._index, other, limit=len(other))
                 found.append((fingerprint, rows.cached_tokens))
         return sorted((f for f in found if f[1]), key=lambda f: -f[1])
 
@@ -102,13 +102,13 @@ class _Finder:
 
 
 def find_neighbourhood(
-    index: Index, chain: Chain, origin: Origin | None, *, namespace: str
-) -> Neighbourhood:
+    index: Index, chain: Chain, origin: PromptOrigin | None, *, namespace: str
+) -> NearbyPrefixes:
     """Return what a namespace has close to a prompt. Raises StoreError."""
     return _Finder(index, chain, namespace).find(origin)
 
 
-def joined(found: Sequence[Neighbourhood], fingerprint: Fingerprint) -> Neighbourhood:
+def joined(found: Sequence[NearbyPrefixes], fingerprint: Fingerprint) -> NearbyPrefixes:
     """Return one neighbourhood from those of all fingerprints whose rows are reused.
 
     Of those with equal matches, the first counts.
@@ -126,13 +126,13 @@ def joined(found: Sequence[Neighbourhood], fingerprint: Fingerprint) -> Neighbou
     )
 
 
-def is_alike(left: Origin, right: Origin) -> bool:
+def is_alike(left: PromptOrigin, right: PromptOrigin) -> bool:
     """Return whether two prompts are meant to begin alike."""
     if left.system or right.system:
         return left.system == right.system
     return shares_tools(left, right)
 
 
-def shares_tools(left: Origin, right: Origin) -> bool:
+def shares_tools(left: PromptOrigin, right: PromptOrigin) -> bool:
     """Return whether two prompts have a tool of the same name."""
     return bool({name for name, _ in left.tools} & {name for name, _ in right.tools})

@@ -3,7 +3,7 @@
 import os
 
 from promptcache.errors import StoreError, warn
-from promptcache.files import intruder
+from promptcache.files import foreign_access
 from promptcache.store.blobs.folder import BlobFolder
 
 SECRET_FILE = "secret"
@@ -44,7 +44,7 @@ def _read(blobs: BlobFolder) -> bytes:
     """Return what the file holds. Raises OSError and StoreError."""
     path = blobs.root / SECRET_FILE
     secret = blobs.read_file(SECRET_FILE)
-    if reason := intruder(path):
+    if reason := foreign_access(path):
         raise StoreError(f"{path} {reason}, remove it")
     if len(secret) != SECRET_NBYTES:
         raise StoreError(

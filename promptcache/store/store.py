@@ -17,13 +17,13 @@ from promptcache.segments.fingerprint import Fingerprint
 from promptcache.segments.types import (
     EncodedSegment,
     Match,
-    Origin,
+    Priority,
+    PromptOrigin,
     SegmentSlice,
-    Worth,
 )
 from promptcache.store import catalog, usage
 from promptcache.store.folder import StoreFolder
-from promptcache.store.index.rows import ListedPrefix
+from promptcache.store.index.rows import PrefixRow
 from promptcache.store.lookup import longest_match
 from promptcache.store.maintenance.disk_budget import Allowance, Room
 from promptcache.store.nearby import find_neighbourhood, joined
@@ -35,7 +35,7 @@ from promptcache.store.reports import (
     Usage,
     Written,
 )
-from promptcache.store.types import LoadEstimate, Neighbourhood, Receipt
+from promptcache.store.types import LoadEstimate, NearbyPrefixes, RequestUsage
 from promptcache.store.writer import Encode, SegmentWriter
 
 
@@ -161,12 +161,12 @@ class PrefixStore(StoreFolder):
         """Return the size of the blobs of a match. Raises StoreError."""
         return self._index.nbytes_of([part.key for part in match.slices])
 
-    def neighbourhood(
+    def nearby(
         self,
         token_ids: Sequence[int],
         fingerprint: Fingerprint,
-        origin: Origin | None = None,
-    ) -> Neighbourhood:
+        origin: PromptOrigin | None = None,
+    ) -> NearbyPrefixes:
         """Return what is stored, and was, that is close to a prompt.
 
         Only what is in the fingerprint's namespace counts.
@@ -200,7 +200,7 @@ class PrefixStore(StoreFolder):
         """
         return usage.touch(self._index, match)
 
-    def record(self, receipt: Receipt) -> tuple[str | None, float]:
+    def record(self, receipt: RequestUsage) -> tuple[str | None, float]:
         """Note what a request reused.
 
         Return the key of the prefix that it counts for, and the seconds saved: what
@@ -318,7 +318,7 @@ class PrefixStore(StoreFolder):
         segment: EncodedSegment,
         *,
         is_prefix: bool = True,
-        worth: Worth = Worth.STEP,
+        priority: Priority = Priority.STEP,
         next_turn: int | None = None,
     ) -> str:
         """Save the state at the end of a prefix whose rows are stored; return its key.
@@ -330,7 +330,7 @@ class PrefixStore(StoreFolder):
             fingerprint: What its KV values depend on.
             segment: The state.
             is_prefix: Whether to list its end, or keep it as a step on the way.
-            worth: How much it is worth against others.
+            priority: How much it is worth against others.
             next_turn: Where the next turn is likely to part from this one, so that the
                 last checkpoint up to there stays.
 
@@ -343,7 +343,7 @@ class PrefixStore(StoreFolder):
             fingerprint,
             segment,
             is_prefix=is_prefix,
-            worth=worth,
+            priority=priority,
             next_turn=next_turn,
         )
 
@@ -354,7 +354,7 @@ class PrefixStore(StoreFolder):
         """
         return self._index.history.configs(template, namespace)
 
-    def set_origin(self, key: str, origin: Origin) -> None:
+    def set_origin(self, key: str, origin: PromptOrigin) -> None:
         """Note how a listed prefix was rendered. Raises StoreError."""
         with self._index.database.writing():
             self._index.prefixes.set_origin(key, origin)
@@ -453,7 +453,7 @@ class PrefixStore(StoreFolder):
         """
         return catalog.unpin(self._index, self._blobs, name, namespace=namespace)
 
-    def pins(self, *, namespace: str | None = None) -> list[ListedPrefix]:
+    def pins(self, *, namespace: str | None = None) -> list[PrefixRow]:
         """Return the prefixes that are pinned.
 
         Only those of a namespace, if one is given. Raises StoreError.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from promptcache.segments.fingerprint import Fingerprint
-from promptcache.segments.types import Match, Origin
+from promptcache.segments.types import Match, PromptOrigin
 
 
 class StoredPrompt(NamedTuple):
@@ -20,7 +20,7 @@ class StoredPrompt(NamedTuple):
     key: str
     fingerprint: Fingerprint
     token_ids: tuple[int, ...]
-    origin: Origin | None
+    origin: PromptOrigin | None
 
 
 class Eviction(NamedTuple):
@@ -38,7 +38,7 @@ class Eviction(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Neighbourhood:
+class NearbyPrefixes:
     """What the store has, and had, that is close to a prompt.
 
     Attributes:
@@ -64,7 +64,7 @@ class Neighbourhood:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class RequestUsage:
     """What one request got from the store.
 
     Attributes:
@@ -97,12 +97,12 @@ class LoadEstimate:
     prefill_seconds: float
 
     # Less is not worth a decision, and not known that well.
-    LEAST_GAIN_SECONDS: ClassVar[float] = 0.02
+    MIN_GAIN_SECONDS: ClassVar[float] = 0.02
 
     @property
-    def favours_prefill(self) -> bool:
+    def prefill_is_faster(self) -> bool:
         """Return whether to read the tokens again."""
-        return self.load_seconds - self.prefill_seconds > self.LEAST_GAIN_SECONDS
+        return self.load_seconds - self.prefill_seconds > self.MIN_GAIN_SECONDS
 
     def __str__(self) -> str:
         return (

@@ -8,13 +8,13 @@ from promptcache.segments.types import Match
 from promptcache.store.index import Index
 from promptcache.store.index.events import Deed
 from promptcache.store.maintenance.disk_budget import Room
-from promptcache.store.types import LoadEstimate, Receipt
+from promptcache.store.types import LoadEstimate, RequestUsage
 
 # In place of a key: what was reused is in memory and nowhere on disk.
 MEMORY_KEY = "memory"
 
 
-def record(index: Index, room: Room, receipt: Receipt) -> tuple[str | None, float]:
+def record(index: Index, room: Room, receipt: RequestUsage) -> tuple[str | None, float]:
     """Note what a request reused; return the prefix's key and the seconds saved."""
     match, cached_tokens = receipt.match, receipt.cached_tokens
     speed = prefill_speed(index, receipt.fingerprint)
@@ -45,8 +45,8 @@ def touch(index: Index, match: Match) -> str | None:
 
 
 # Shorter reads tell more of a model's fixed costs than of its speed.
-LEAST_SPEED_TOKENS = 64
-LEAST_LOADED_TOKENS = 1000
+MIN_SPEED_TOKENS = 64
+MIN_LOADED_TOKENS = 1000
 # Other work, or a page cache that was cold, may have slowed a load down.
 LOAD_BELIEVED_SECONDS = 3600
 
@@ -55,7 +55,7 @@ def add_prefill(
     index: Index, fingerprint: Fingerprint, num_tokens: int, seconds: float
 ) -> None:
     """Note how long a model took to read so many tokens."""
-    if num_tokens >= LEAST_SPEED_TOKENS:
+    if num_tokens >= MIN_SPEED_TOKENS:
         _add(index, fingerprint, "prefill", num_tokens, seconds)
 
 
@@ -63,7 +63,7 @@ def add_load(
     index: Index, fingerprint: Fingerprint, num_tokens: int, seconds: float
 ) -> None:
     """Note how long it took to load so many cached tokens."""
-    if num_tokens >= LEAST_LOADED_TOKENS:
+    if num_tokens >= MIN_LOADED_TOKENS:
         _add(index, fingerprint, "load", num_tokens, seconds)
 
 

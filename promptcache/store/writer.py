@@ -16,14 +16,14 @@ from promptcache.segments.cut import token_nbytes
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.segments.types import (
     EncodedSegment,
-    Resumption,
+    Priority,
+    ResumeRules,
     SegmentInfo,
-    Worth,
     tag_of,
 )
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.index import Index
-from promptcache.store.lookup import checkpoints_on, longest_match, longest_rows
+from promptcache.store.lookup import checkpoints_on, longest_match, longest_stored
 from promptcache.store.maintenance import prefix_backup, prune
 from promptcache.store.maintenance.disk_budget import Room
 from promptcache.store.maintenance.eviction import surplus_checkpoints
@@ -63,7 +63,7 @@ class SegmentWriter:
     ) -> list[tuple[int, int]]:
         """Return the ranges of a prefix that `save` would ask for now."""
         chain = Chain(fingerprint.digest, token_ids)
-        rows = longest_rows(self._index, chain, limit=len(chain), is_tail=is_tail)
+        rows = longest_stored(self._index, chain, limit=len(chain), is_tail=is_tail)
         return [*_cuts(max(rows.cached_tokens, after), len(chain), cut_at)]
 
     def save(
@@ -84,7 +84,7 @@ class SegmentWriter:
 
         def attempt() -> bool:
             """Add what is missing; tell whether no ancestor went away meanwhile."""
-            rows = longest_rows(self._index, chain, limit=len(chain), is_tail=is_tail)
+            rows = longest_stored(self._index, chain, limit=len(chain), is_tail=is_tail)
             parent_key = rows.key
             place = self._place(token_ids, chain, next_turn) if state_nbytes else {}
             for start, end in _cuts(rows.cached_tokens, len(chain), cut_at):
@@ -118,7 +118,7 @@ class SegmentWriter:
         segment: EncodedSegment,
         *,
         is_prefix: bool,
-        worth: Worth,
+        priority: Priority,
         next_turn: int | None,
     ) -> str:
         """Save the state at the end of a prefix; return its key."""
@@ -128,7 +128,7 @@ class SegmentWriter:
         has_logits = segment.resumption.has_logits
 
         def attempt() -> bool:
-            rows = longest_rows(self._index, chain, limit=position, is_tail=is_tail)
+            rows = longest_stored(self._index, chain, limit=position, is_tail=is_tail)
             if rows.key is None or rows.cached_tokens < position:
                 raise StoreError("what it hangs on has been evicted meanwhile")
             info = _info(
@@ -139,7 +139,7 @@ class SegmentWriter:
                 end=position,
                 is_prefix=is_prefix,
                 resumption=segment.resumption,
-                worth=worth,
+                priority=priority,
             )
             known = self._checkpoint_key(chain, is_tail=is_tail)
             if known is not None and (known == info.key or not has_logits):
@@ -199,7 +199,7 @@ class SegmentWriter:
     def _checkpoint_key(self, chain: Chain, *, is_tail: bool) -> str | None:
         """Return the key of the checkpoint at the end of a chain, if there is one."""
         for has_logits in (True, False):
-            kind = Resumption(extendable=not is_tail, has_logits=has_logits)
+            kind = ResumeRules(extendable=not is_tail, has_logits=has_logits)
             tag = tag_of(kind, is_checkpoint=True)
             key = chain.tagged_key_at(len(chain), tag)
             if self._index.segment_id(key) is not None:
@@ -268,7 +268,7 @@ class SegmentWriter:
             if self._index.segment_id(info.key) is not None:
                 return True
             is_tail = not info.resumption.extendable
-            rows = longest_rows(self._index, chain, limit=info.end, is_tail=is_tail)
+            rows = longest_stored(self._index, chain, limit=info.end, is_tail=is_tail)
             if rows.cached_tokens != info.start:
                 return False
             staged.publish()

@@ -14,13 +14,18 @@ from typing import Any
 from promptcache.errors import StoreError, warn
 from promptcache.kvcache.encode import encode_checkpoint, encode_rows
 from promptcache.kvcache.kv_quantization import KVSettings
-from promptcache.kvcache.snapshot import Capture
-from promptcache.models.prefill_plan import Cuts
+from promptcache.kvcache.snapshot import Snapshot
+from promptcache.models.prefill_plan import PrefillPlan
 from promptcache.segments.chain import common_length, pack
 from promptcache.segments.fingerprint import Fingerprint
-from promptcache.segments.types import EncodedSegment, Origin, Resumption, Worth
+from promptcache.segments.types import (
+    EncodedSegment,
+    Priority,
+    PromptOrigin,
+    ResumeRules,
+)
 from promptcache.store import PrefixStore
-from promptcache.tiers.background_writer import Writer
+from promptcache.tiers.background_writer import BackgroundWriter
 
 # How often one save is encoded again because others stored a part of it meanwhile.
 ATTEMPTS = 3
@@ -38,7 +43,7 @@ class Ending:
         cache: One mlx-lm cache object a layer, of which the caller changes nothing.
         captures: What such a cache has lost of what may have to be stored; the last
             ends where the prefix does.
-        cuts: Where pieces of its prefill end.
+        plan: Where pieces of its prefill end.
         kv: When it is quantized.
         next_turn: Where the next turn is likely to part from the prompt.
         origin: How the prompt was rendered, where the prefix is to tell.
@@ -51,11 +56,11 @@ class Ending:
     token_ids: Sequence[int]
     fingerprint: Fingerprint
     cache: list[Any]
-    captures: Sequence[Capture]
-    cuts: Cuts
+    captures: Sequence[Snapshot]
+    plan: PrefillPlan
     kv: KVSettings
     next_turn: int
-    origin: Origin | None = None
+    origin: PromptOrigin | None = None
     is_listed: bool = True
     store_bits: int | None = None
     saved: "Future[None]" = field(default_factory=Future)
@@ -83,7 +88,9 @@ class BackgroundSaver:
         What waits to be encoded fits into `max_nbytes`.
     """
 
-    def __init__(self, store: PrefixStore, writer: Writer, max_nbytes: int) -> None:
+    def __init__(
+        self, store: PrefixStore, writer: BackgroundWriter, max_nbytes: int
+    ) -> None:
         """Take the store, what writes to it, and how many bytes may wait."""
         self._store = store
         self._writer = writer
@@ -137,7 +144,7 @@ class BackgroundSaver:
     def _submit(self, ending: Ending) -> None:
         ending.attempts += 1
         submitted = (ending.fingerprint.digest, pack(ending.token_ids))
-        cut_at = ending.cuts.segment_ends(ending.num_tokens, ending.kv)
+        cut_at = ending.plan.segment_ends(ending.num_tokens, ending.kv)
         missing = self._store.missing(
             ending.token_ids,
             ending.fingerprint,
@@ -213,7 +220,7 @@ class BackgroundSaver:
                 ending.fingerprint,
                 state,
                 is_prefix=ending.is_listed,
-                worth=Worth.ANSWER if is_turn else Worth.BOUNDARY,
+                priority=Priority.ANSWER if is_turn else Priority.BOUNDARY,
                 next_turn=ending.next_turn,
             )
         if ending.is_listed and ending.origin is not None:
@@ -229,8 +236,8 @@ def _encoded_rows(ending: Ending, start: int, end: int) -> EncodedSegment:
         end,
         store_bits=ending.store_bits,
     )
-    resumption = Resumption(
-        divisible=ending.cuts.is_divisible(end),
+    resumption = ResumeRules(
+        sliceable=ending.plan.is_sliceable(end),
         needs_checkpoint=segment.resumption.needs_checkpoint,
     )
     return segment._replace(resumption=resumption)

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 MAX_QUEUED_NBYTES = 512 * 1024**2
 
 
-class Writer:
+class BackgroundWriter:
     """Runs jobs one after the other, in the order they come in.
 
     Invariants:

@@ -10,10 +10,10 @@ from promptcache.kvcache import restore, snapshot
 from promptcache.kvcache.classes import parts_of
 from promptcache.kvcache.kv_quantization import KVSettings, quantize
 from promptcache.kvcache.layout import is_quantized
-from promptcache.kvcache.loading.cuda_buffers import make_destination
-from promptcache.kvcache.loading.row_buffers import Destination
-from promptcache.kvcache.loading.segment_loader import LoadedSegment, Reading
-from promptcache.models.prefill_plan import Cuts
+from promptcache.kvcache.loading.cuda_buffers import make_buffers
+from promptcache.kvcache.loading.row_buffers import RowBuffers
+from promptcache.kvcache.loading.segment_loader import LoadedSegment, SegmentLoad
+from promptcache.models.prefill_plan import PrefillPlan
 from promptcache.segments.blob_format import BlobHeader
 from promptcache.segments.chain import pack
 from promptcache.segments.fingerprint import Fingerprint
@@ -31,7 +31,7 @@ DECODE_ROOM = 64
 READ_AHEAD = 8
 
 
-class Resumed(NamedTuple):
+class RestoredPrefix(NamedTuple):
     """What a cache was filled with.
 
     Attributes:
@@ -47,20 +47,20 @@ class Resumed(NamedTuple):
     cached_tokens: int = 0
     logits: "mx.array | None" = None
     declined: LoadEstimate | None = None
-    taken: snapshot.Capture | None = None
+    taken: snapshot.Snapshot | None = None
 
 
-def resume(
+def restore_prefix(
     store: PrefixStore,
     fingerprint: Fingerprint,
     cache: list[Any],
     token_ids: Sequence[int],
     *,
-    cuts: Cuts,
+    plan: PrefillPlan,
     kv: KVSettings,
     generating: bool,
     may_decline: bool = False,
-) -> Resumed:
+) -> RestoredPrefix:
     """Fill a fresh cache with the longest cached prefix of a prompt.
 
     A blob that is missing or damaged is forgotten, with one warning, and the next
@@ -72,7 +72,7 @@ def resume(
         fingerprint: What KV values depend on.
         cache: A fresh cache, which is filled.
         token_ids: The prompt.
-        cuts: Where the pieces of its prefill end.
+        plan: Where the pieces of its prefill end.
         kv: When keys and values are quantized.
         generating: Leave something to read, unless the next token's logits are stored.
         may_decline: Load nothing where the model reads the same tokens sooner.
@@ -82,18 +82,18 @@ def resume(
     """
     room = len(token_ids) + DECODE_ROOM
     skip: set[str] = set()
-    destination = make_destination(dict(parts_of(cache)), room)
+    destination = make_buffers(dict(parts_of(cache)), room)
     with destination or contextlib.nullcontext():
-        loader = _Loader(store, token_ids, cuts, kv, destination)
+        loader = _Loader(store, token_ids, plan, kv, destination)
         while True:
             match = store.lookup(
                 token_ids, fingerprint, generating=generating, skip=skip
             )
             if not match.slices:
-                return Resumed(match)
+                return RestoredPrefix(match)
             estimate = store.estimate(fingerprint, match.cached_tokens)
-            if may_decline and estimate is not None and estimate.favours_prefill:
-                return Resumed(match, declined=estimate)
+            if may_decline and estimate is not None and estimate.prefill_is_faster:
+                return RestoredPrefix(match, declined=estimate)
             loader.at = match.slices[0]
             try:
                 memory_limits.check_fits(store.nbytes_of(match))
@@ -110,14 +110,14 @@ def resume(
                 # What does not fit into memory does not fit in part either.
                 is_damaged = isinstance(error, DamagedBlobError)
                 skip.add(loader.at.key if is_damaged else match.slices[0].key)
-    quantized_from = cuts.quantized_from(kv)
+    quantized_from = plan.quantized_from(kv)
     if quantized_from is not None and match.cached_tokens >= quantized_from:
         quantize(cache, match.cached_tokens, kv)
     taken = None
     if loader.digests[match.slices[-1].key] != fingerprint.digest:
-        taken = snapshot.capture_restored(cache, segments, match.cached_tokens)
+        taken = snapshot.snapshot_restored(cache, segments, match.cached_tokens)
     logits = segments[-1].logits if match.has_logits else None
-    return Resumed(match, match.cached_tokens, logits, taken=taken)
+    return RestoredPrefix(match, match.cached_tokens, logits, taken=taken)
 
 
 class _TooEarlyError(Exception):
@@ -138,17 +138,17 @@ class _Loader:
         self,
         store: PrefixStore,
         token_ids: Sequence[int],
-        cuts: Cuts,
+        plan: PrefillPlan,
         kv: KVSettings,
-        destination: Destination | None,
+        destination: RowBuffers | None,
     ) -> None:
         self._loaded: dict[SegmentSlice, LoadedSegment] = {}
         self._opened: dict[SegmentSlice, tuple[Path, BlobHeader]] = {}
-        self._begun: dict[SegmentSlice, Reading] = {}
+        self._begun: dict[SegmentSlice, SegmentLoad] = {}
         self.digests: dict[str, str] = {}
         self._store = store
         self._token_ids = token_ids
-        self._quantized_from = cuts.quantized_from(kv) or 0
+        self._quantized_from = plan.quantized_from(kv) or 0
         self._destination = destination
 
     def load(self, parts: Sequence[SegmentSlice]) -> list[LoadedSegment]:
@@ -187,7 +187,7 @@ class _Loader:
         if self._destination is not None and part in self._opened:
             _, header = self._opened[part]
             self._destination.prepare(header.tensors)
-            self._destination.zero_all()
+            self._destination.prefault()
 
     def _begin(self, part: SegmentSlice) -> None:
         if part in self._loaded or part in self._begun:
@@ -201,7 +201,7 @@ class _Loader:
         }
         ids = pack(self._token_ids[part.start : part.stop])
         path, header = self._opened[part]
-        reading = Reading(path, header, part, ids, self._destination)
+        reading = SegmentLoad(path, header, part, ids, self._destination)
         self._begun[part] = reading
 
     def _finish(self, part: SegmentSlice) -> None:

@@ -33,11 +33,11 @@ from promptcache.kvcache.classes import (
 from promptcache.segments.chain import TOKEN_NBYTES, common_length, pack
 
 # Of how many pieces a prefix is put together before they become one.
-MOST_PIECES = 8
+MAX_PIECES = 8
 
 
 @dataclass(eq=False, slots=True)
-class _Trunk:
+class _CacheEntry:
     """A whole cache.
 
     Attributes:
@@ -57,13 +57,13 @@ class _Trunk:
         return len(self.data) // TOKEN_NBYTES
 
     @property
-    def is_divisible(self) -> bool:
+    def is_sliceable(self) -> bool:
         """Return whether a run can take over at any token of it."""
         return has_only_rows(self.cache)
 
 
 @dataclass(eq=False, slots=True)
-class _Branch:
+class _SuffixEntry:
     """Rows that hang on a prefix which lies in some trunk and other branches.
 
     Attributes:
@@ -89,24 +89,24 @@ class _Branch:
 class _Piece(NamedTuple):
     """The rows up to `stop` of an entry, which others come before."""
 
-    entry: _Trunk | _Branch
+    entry: _CacheEntry | _SuffixEntry
     stop: int
 
 
-class HotPrefix(NamedTuple):
+class MemoryPrefix(NamedTuple):
     """What the tier has of a prompt.
 
     Attributes:
         num_tokens: How many tokens of it.
-        is_divisible: Whether its rows can be read one by one.
+        is_sliceable: Whether its rows can be read one by one.
     """
 
     num_tokens: int
-    is_divisible: bool
+    is_sliceable: bool
     pieces: tuple[_Piece, ...] = ()
 
 
-class HotTier:
+class MemoryTier:
     """Caches of recent prompts, the least recently used of which go first.
 
     Invariants:
@@ -122,7 +122,7 @@ class HotTier:
         """Take how many bytes to hold, 0 to hold nothing."""
         self.max_nbytes = max_nbytes
         self.num_evicted = 0
-        self._entries: list[_Trunk | _Branch] = []
+        self._entries: list[_CacheEntry | _SuffixEntry] = []
         self._lock = threading.RLock()
 
     @property
@@ -144,8 +144,8 @@ class HotTier:
         self,
         fingerprint: str,
         token_ids: Sequence[int],
-        last_resumable: Callable[[int], int],
-    ) -> HotPrefix | None:
+        last_resume_point: Callable[[int], int],
+    ) -> MemoryPrefix | None:
         """Return the longest prefix of a prompt that a run can take over from.
 
         It leaves at least one token to read.
@@ -153,16 +153,16 @@ class HotTier:
         Args:
             fingerprint: What its values depend on.
             token_ids: The prompt.
-            last_resumable: Returns the last position up to a given one at which
+            last_resume_point: Returns the last position up to a given one at which
                 prompts may take over.
         """
         data = pack(token_ids)
         with self._lock:
             branches = self._branches(fingerprint, data)
             found = (
-                self._prefix(trunk, branches, data, last_resumable)
+                self._prefix(trunk, branches, data, last_resume_point)
                 for trunk in self._entries
-                if isinstance(trunk, _Trunk) and trunk.fingerprint == fingerprint
+                if isinstance(trunk, _CacheEntry) and trunk.fingerprint == fingerprint
             )
             best = max(found, key=lambda prefix: prefix.num_tokens, default=None)
         return best if best and best.num_tokens else None
@@ -172,31 +172,31 @@ class HotTier:
         return [
             _Piece(entry, common_length(entry.data, data))
             for entry in self._entries
-            if isinstance(entry, _Branch) and entry.fingerprint == fingerprint
+            if isinstance(entry, _SuffixEntry) and entry.fingerprint == fingerprint
         ]
 
     def _prefix(
         self,
-        trunk: _Trunk,
+        trunk: _CacheEntry,
         branches: Sequence[_Piece],
         data: bytes,
-        last_resumable: Callable[[int], int],
-    ) -> HotPrefix:
+        last_resume_point: Callable[[int], int],
+    ) -> MemoryPrefix:
         """Return what a trunk has of a prompt, with the branches that go on from it."""
         last = len(data) // TOKEN_NBYTES - 1
         covered = min(common_length(trunk.data, data), last)
-        if not trunk.is_divisible:
-            is_whole = covered == trunk.num_tokens == last_resumable(covered)
-            return HotPrefix(
+        if not trunk.is_sliceable:
+            is_whole = covered == trunk.num_tokens == last_resume_point(covered)
+            return MemoryPrefix(
                 covered if is_whole else 0, False, (_Piece(trunk, covered),)
             )
         pieces = [_Piece(trunk, covered)]
         while longer := _longest_branch(branches, covered, last):
             pieces.append(longer)
             covered = longer.stop
-        return HotPrefix(last_resumable(covered), True, tuple(pieces))
+        return MemoryPrefix(last_resume_point(covered), True, tuple(pieces))
 
-    def take(self, found: HotPrefix) -> list[Any] | None:
+    def take(self, found: MemoryPrefix) -> list[Any] | None:
         """Return a cache that holds a prefix which was just found; it is the caller's.
 
         None if another thread has taken it meanwhile. A generation that is done with it
@@ -206,11 +206,11 @@ class HotTier:
             (trunk, stop), *branches = found.pieces
             if any(piece.entry not in self._entries for piece in found.pieces):
                 return None
-            assert isinstance(trunk, _Trunk)
+            assert isinstance(trunk, _CacheEntry)
             covered = min(stop, found.num_tokens)
             cache = self._taken(trunk, covered)
             for branch, stop in branches:
-                assert isinstance(branch, _Branch)
+                assert isinstance(branch, _SuffixEntry)
                 stop = min(stop, found.num_tokens)
                 if stop > covered:
                     _append(cache, branch, covered, stop)
@@ -221,7 +221,7 @@ class HotTier:
             self._hold_limit()
             return cache
 
-    def _taken(self, trunk: _Trunk, num_tokens: int) -> list[Any]:
+    def _taken(self, trunk: _CacheEntry, num_tokens: int) -> list[Any]:
         """Return a cache with the first tokens of a trunk; the rest of it stays."""
         num_left = trunk.num_tokens - num_tokens
         if num_left > num_tokens:
@@ -232,12 +232,12 @@ class HotTier:
             rows = copied_rows(trunk.cache, num_tokens, trunk.num_tokens)
             nbytes = sum(array.nbytes for arrays in rows.values() for array in arrays)
             self._entries.append(
-                _Branch(trunk.fingerprint, trunk.data, num_tokens, rows, nbytes)
+                _SuffixEntry(trunk.fingerprint, trunk.data, num_tokens, rows, nbytes)
             )
             trim(trunk.cache, num_tokens)
         return trunk.cache
 
-    def share(self, found: HotPrefix) -> list[Any] | None:
+    def share(self, found: MemoryPrefix) -> list[Any] | None:
         """Return a cache with a prefix that was just found, which stays here, too.
 
         Its arrays are objects of its own, and it has no room: what is written to it is
@@ -247,14 +247,14 @@ class HotTier:
             (trunk, stop), *branches = found.pieces
             if any(piece.entry not in self._entries for piece in found.pieces):
                 return None
-            assert isinstance(trunk, _Trunk)
+            assert isinstance(trunk, _CacheEntry)
             covered = min(stop, found.num_tokens)
-            if not trunk.is_divisible:
+            if not trunk.is_sliceable:
                 self._use(trunk)
                 return deepcopy(trunk.cache)
             cache = shared_rows(trunk.cache, covered)
             for branch, stop in branches:
-                assert isinstance(branch, _Branch)
+                assert isinstance(branch, _SuffixEntry)
                 stop = min(stop, found.num_tokens)
                 if stop > covered:
                     _append(cache, branch, covered, stop)
@@ -264,7 +264,7 @@ class HotTier:
             self._use(trunk)
             return cache
 
-    def _use(self, entry: _Trunk | _Branch) -> None:
+    def _use(self, entry: _CacheEntry | _SuffixEntry) -> None:
         """Make an entry the last to go."""
         self._entries.remove(entry)
         self._entries.append(entry)
@@ -301,7 +301,7 @@ class HotTier:
         except (AttributeError, NotImplementedError):
             # A class of the model's own, whose size nobody knows.
             return
-        new = _Trunk(fingerprint, pack(token_ids[:num_good]), cache, nbytes)
+        new = _CacheEntry(fingerprint, pack(token_ids[:num_good]), cache, nbytes)
         with self._lock:
             known = [*self._alike(new)]
             for entry in known:
@@ -326,7 +326,7 @@ class HotTier:
         with self._lock:
             # One more, as a prefix leaves one to read.
             found = self.find(fingerprint, [*token_ids, 0], lambda end: end)
-            if found is None or len(found.pieces) >= MOST_PIECES:
+            if found is None or len(found.pieces) >= MAX_PIECES:
                 data = pack(token_ids)
                 self._forget_prefixes(fingerprint, data)
                 return self.put(fingerprint, token_ids, cache)
@@ -336,7 +336,7 @@ class HotTier:
                 return
             rows = copied_rows(cache, found.num_tokens, len(token_ids))
             nbytes = sum(array.nbytes for arrays in rows.values() for array in arrays)
-            branch = _Branch(
+            branch = _SuffixEntry(
                 fingerprint, pack(token_ids), found.num_tokens, rows, nbytes
             )
             # Before its trunk, which is to outlive it.
@@ -348,7 +348,7 @@ class HotTier:
         self._entries = [
             entry
             for entry in self._entries
-            if isinstance(entry, _Trunk)
+            if isinstance(entry, _CacheEntry)
             or entry.fingerprint != fingerprint
             or not data.startswith(entry.data)
         ]
@@ -359,15 +359,15 @@ class HotTier:
             self.max_nbytes = max_nbytes
             self._hold_limit()
 
-    def _alike(self, new: _Trunk) -> Iterator[_Trunk]:
+    def _alike(self, new: _CacheEntry) -> Iterator[_CacheEntry]:
         """Yield the trunks that are good for all that a new one is, or the reverse."""
         for entry in self._entries:
-            if isinstance(entry, _Trunk) and entry.fingerprint == new.fingerprint:
+            if isinstance(entry, _CacheEntry) and entry.fingerprint == new.fingerprint:
                 shared = common_length(entry.data, new.data)
                 lengths = (entry.num_tokens, new.num_tokens)
                 longer = entry if entry.num_tokens > new.num_tokens else new
                 if shared == min(lengths) and (
-                    longer.is_divisible or len({*lengths}) == 1
+                    longer.is_sliceable or len({*lengths}) == 1
                 ):
                     yield entry
 
@@ -384,13 +384,13 @@ def _longest_branch(
     pieces = (
         _Piece(entry, min(stop, last))
         for entry, stop in branches
-        if isinstance(entry, _Branch) and entry.start <= covered
+        if isinstance(entry, _SuffixEntry) and entry.start <= covered
     )
     best = max(pieces, key=lambda piece: piece.stop, default=None)
     return best if best and best.stop > covered else None
 
 
-def _append(cache: Sequence[Any], branch: _Branch, start: int, stop: int) -> None:
+def _append(cache: Sequence[Any], branch: _SuffixEntry, start: int, stop: int) -> None:
     """Add the rows `[start, stop)` of a branch to a cache that holds those before."""
     for name, part in parts_of(cache):
         if not part.empty():

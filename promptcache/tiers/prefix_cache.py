@@ -18,12 +18,12 @@ from promptcache.kvcache.classes import check_supported
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.segments.types import Match
 from promptcache.store import PrefixStore
-from promptcache.tiers.disk_tier import Resumed, resume
-from promptcache.tiers.memory_tier import HotTier
+from promptcache.tiers.disk_tier import RestoredPrefix, restore_prefix
+from promptcache.tiers.memory_tier import MemoryTier
 from promptcache.tiers.prompt_read import PromptRead
 
 
-class Start(NamedTuple):
+class FetchedPrefix(NamedTuple):
     """Where a generation starts.
 
     Attributes:
@@ -34,7 +34,7 @@ class Start(NamedTuple):
     """
 
     cache: list[Any]
-    resumed: Resumed
+    resumed: RestoredPrefix
     fingerprint: Fingerprint | None = None
     loaded_tokens: int = 0
 
@@ -52,10 +52,10 @@ class Start(NamedTuple):
 def start(
     reader: Any,
     store: PrefixStore | None,
-    hot: HotTier,
+    hot: MemoryTier,
     fingerprint: Callable[[], Fingerprint],
     read: PromptRead,
-) -> Start:
+) -> FetchedPrefix:
     """Find and load what is cached of a prompt; trouble is a warning and a prefill.
 
     Args:
@@ -67,14 +67,14 @@ def start(
     """
     cache = _make_cache(reader, read)
     if store is None:
-        return Start(cache, Resumed())
+        return FetchedPrefix(cache, RestoredPrefix())
     try:
         _check_cacheable(reader, cache, read)
         return _resume(store, hot, fingerprint(), cache, read)
     except (ModelError, StoreError) as error:
         warn(f"going on without the store: {error}")
         # With a cache of its own: the other one may have been filled.
-        return Start(_make_cache(reader, read), Resumed())
+        return FetchedPrefix(_make_cache(reader, read), RestoredPrefix())
 
 
 def _make_cache(reader: Any, read: PromptRead) -> list[Any]:
@@ -91,44 +91,44 @@ def _check_cacheable(reader: Any, cache: list[Any], read: PromptRead) -> None:
 
 def _resume(
     store: PrefixStore,
-    hot: HotTier,
+    hot: MemoryTier,
     fingerprint: Fingerprint,
     cache: list[Any],
     read: PromptRead,
-) -> Start:
+) -> FetchedPrefix:
     """Return a cache with the longest prefix there is, in memory or on disk."""
     if not read.reuse:
-        return Start(cache, Resumed(), fingerprint)
+        return FetchedPrefix(cache, RestoredPrefix(), fingerprint)
     if found := _resume_hot(store, hot, fingerprint, read):
         return found
     # Speculation reads the last token itself.
     is_drafted = read.is_drafted
-    resumed = resume(
+    resumed = restore_prefix(
         store,
         fingerprint,
         cache,
         read.token_ids[:-1] if is_drafted else read.token_ids,
-        cuts=read.cuts,
+        plan=read.plan,
         kv=read.kv,
         generating=not is_drafted,
         may_decline=True,
     )
-    return Start(cache, resumed, fingerprint, resumed.cached_tokens)
+    return FetchedPrefix(cache, resumed, fingerprint, resumed.cached_tokens)
 
 
 def _resume_hot(
-    store: PrefixStore, hot: HotTier, fingerprint: Fingerprint, read: PromptRead
-) -> Start | None:
+    store: PrefixStore, hot: MemoryTier, fingerprint: Fingerprint, read: PromptRead
+) -> FetchedPrefix | None:
     """Take a cache from memory, if no longer prefix is on disk."""
     if not read.uses_memory:
         return None
-    found = hot.find(fingerprint.digest, read.token_ids, read.cuts.last_resumable)
+    found = hot.find(fingerprint.digest, read.token_ids, read.plan.last_resume_point)
     if found is None:
         return None
     match = store.lookup(read.token_ids, fingerprint, generating=True)
     is_shorter = found.num_tokens < min(match.cached_tokens, read.num_tokens - 1)
     # What is saved has to be captured, piece by piece, from where the store ends.
-    is_lost = not found.is_divisible and read.is_due(match)
+    is_lost = not found.is_sliceable and read.is_due(match)
     if is_shorter or is_lost:
         return None
     try:
@@ -139,4 +139,4 @@ def _resume_hot(
         return None
     if cache is None:
         return None
-    return Start(cache, Resumed(match, found.num_tokens), fingerprint)
+    return FetchedPrefix(cache, RestoredPrefix(match, found.num_tokens), fingerprint)

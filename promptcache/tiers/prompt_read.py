@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from promptcache.kvcache.kv_quantization import KVSettings
-from promptcache.models.prefill_plan import Cuts
+from promptcache.models.prefill_plan import PrefillPlan
 from promptcache.models.settings import Settings
-from promptcache.segments.types import Match, Origin
+from promptcache.segments.types import Match, PromptOrigin
 
 # Below this, prefilling again costs less than it is worth to keep: a second on
 # the slow machines, and 24 MB of SmolLM2's cache.
@@ -20,7 +20,7 @@ class PromptRead:
 
     Attributes:
         token_ids: The whole prompt.
-        cuts: Where the pieces of the prefill end.
+        plan: Where the pieces of the prefill end.
         settings: What KV values depend on besides the model and the token ids.
         origin: How the prompt was rendered, or None for text and token ids.
         reuse: Whether to look for cached prefixes.
@@ -29,9 +29,9 @@ class PromptRead:
     """
 
     token_ids: list[int]
-    cuts: Cuts
+    plan: PrefillPlan
     settings: Settings
-    origin: Origin | None = None
+    origin: PromptOrigin | None = None
     reuse: bool = True
     save: SavePolicy = False
     can_be_stored: bool = True
@@ -59,8 +59,8 @@ class PromptRead:
         are written cannot be kept together with others.
         """
         if self.is_drafted:
-            return self.cuts.last_resumable(self.num_tokens - 1)
-        return self.num_tokens - self.cuts.quantizes_at_end(self.num_tokens, self.kv)
+            return self.plan.last_resume_point(self.num_tokens - 1)
+        return self.num_tokens - self.plan.quantizes_at_end(self.num_tokens, self.kv)
 
     @property
     def uses_memory(self) -> bool:

@@ -10,11 +10,16 @@ from promptcache.kvcache import snapshot
 from promptcache.kvcache.classes import least_window
 from promptcache.kvcache.encode import encode_checkpoint, encode_rows
 from promptcache.kvcache.kv_quantization import KVSettings
-from promptcache.models.prefill_plan import Cuts
+from promptcache.models.prefill_plan import PrefillPlan
 from promptcache.segments.fingerprint import Fingerprint
-from promptcache.segments.types import EncodedSegment, Origin, Resumption, Worth
+from promptcache.segments.types import (
+    EncodedSegment,
+    Priority,
+    PromptOrigin,
+    ResumeRules,
+)
 from promptcache.store import PrefixStore
-from promptcache.tiers.background_writer import Writer
+from promptcache.tiers.background_writer import BackgroundWriter
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -41,16 +46,16 @@ class Saver:
     def __init__(
         self,
         store: PrefixStore,
-        writer: Writer,
+        writer: BackgroundWriter,
         fingerprint: Fingerprint,
         token_ids: Sequence[int],
         cache: Sequence[Any],
-        cuts: Cuts,
+        plan: PrefillPlan,
         kv: KVSettings,
         *,
         is_prompt: bool,
         is_build: bool = False,
-        origin: Origin | None = None,
+        origin: PromptOrigin | None = None,
         store_bits: int | None = None,
     ) -> None:
         """Take the whole prompt, and the cache that reads it.
@@ -61,7 +66,7 @@ class Saver:
             fingerprint: What KV values depend on.
             token_ids: The whole prompt.
             cache: The cache; its parts may be replaced by quantized ones.
-            cuts: Where the pieces of its prefill end.
+            plan: Where the pieces of its prefill end.
             kv: When it is quantized.
             is_prompt: Whether it is answered, and its last token read alone where that
                 matters; else it is the start of prompts.
@@ -74,17 +79,17 @@ class Saver:
         self._fingerprint = fingerprint
         self._token_ids = token_ids
         self._cache = cache
-        self._cuts = cuts
+        self._plan = plan
         self._kv = kv
         self._is_prompt = is_prompt
         self._is_build = is_build
         self._origin = origin
         self._store_bits = store_bits
-        self._captures: list[snapshot.Capture] = []
-        self._answer_captures: list[snapshot.Capture] = []
+        self._captures: list[snapshot.Snapshot] = []
+        self._answer_captures: list[snapshot.Snapshot] = []
         self._window = least_window(cache)
         self._num_prompt = len(token_ids)
-        self._next_turn = cuts.next_turn(len(token_ids))
+        self._next_turn = plan.next_turn(len(token_ids))
         self._logits: mx.array | None = None
         # Up to where captures have been handed over, are stored, and rows handed over.
         self._saved_to = 0
@@ -116,7 +121,7 @@ class Saver:
             self._logits = copy(logits)
 
     def take_over(
-        self, taken: snapshot.Capture | None, logits: "mx.array | None" = None
+        self, taken: snapshot.Snapshot | None, logits: "mx.array | None" = None
     ) -> None:
         """Note what the cache was filled with, if it is to be saved here, too."""
         if taken is not None:
@@ -132,7 +137,7 @@ class Saver:
         end = len(self._token_ids) + num_tokens
         if self._window and end - begin >= max(self._window // 2, 1):
             taken = snapshot.capture(self._cache, begin, end)
-            self._answer_captures.append(snapshot.detached(taken))
+            self._answer_captures.append(snapshot.copied(taken))
 
     def can_keep(self, num_tokens: int) -> bool:
         """Return whether an answer of so many tokens can be saved.
@@ -140,11 +145,11 @@ class Saver:
         It cannot where its rows would not be those of a prompt that repeats it.
         """
         start, end = len(self._token_ids), len(self._token_ids) + num_tokens
-        quantized_from = self._cuts.quantized_from(self._kv)
+        quantized_from = self._plan.quantized_from(self._kv)
         is_mixed = quantized_from is not None and (
             end >= self._kv.start and start < quantized_from
         )
-        return num_tokens > 0 and not is_mixed and self._cuts.is_divisible(end)
+        return num_tokens > 0 and not is_mixed and self._plan.is_sliceable(end)
 
     def joins_answer(self, end: int) -> bool:
         """Return whether what is new up to `end` goes into one segment with an answer.
@@ -228,7 +233,7 @@ class Saver:
 
     def _submissions(self, end: int, *, is_listed: bool) -> Iterator[None]:
         """Hand over what is new of `[0, end)`, and yield after each part of it."""
-        token_ids, cut_at = self._token_ids, self._cuts.segment_ends(end, self._kv)
+        token_ids, cut_at = self._token_ids, self._plan.segment_ends(end, self._kv)
         taken = [capture for capture in self._captures if capture.end <= end]
         unsaved = [capture for capture in taken if capture.end > self._saved_to]
         checkpoints = [c for c in unsaved if self._wants_checkpoint(c)]
@@ -261,7 +266,7 @@ class Saver:
             self._submit(lambda: self._store.set_origin(key, origin), 0)
         self._saved_to = end
 
-    def _room_for(self, states: Sequence[snapshot.Capture]) -> int:
+    def _room_for(self, states: Sequence[snapshot.Snapshot]) -> int:
         """Return the size of the largest; each may take the room of the one before."""
         logits_nbytes = self._logits.nbytes if self._logits is not None else 0
         nbytes = (taken.state_nbytes + logits_nbytes for taken in states)
@@ -291,7 +296,7 @@ class Saver:
 
         token_ids = self._token_ids[:stop]
         is_tail = self._is_tail(stop)
-        cut_at = self._cuts.segment_ends(stop, self._kv)
+        cut_at = self._plan.segment_ends(stop, self._kv)
 
         def job() -> None:
             self._store.save(
@@ -308,7 +313,7 @@ class Saver:
         self._submit(job, segment.nbytes if segment else 0)
 
     def _submit_state(self, end: int, segment: EncodedSegment, is_prefix: bool) -> None:
-        token_ids, worth = self._token_ids[:end], self._worth(end)
+        token_ids, priority = self._token_ids[:end], self._worth(end)
 
         def job() -> None:
             self._store.save_checkpoint(
@@ -316,7 +321,7 @@ class Saver:
                 self._fingerprint,
                 segment,
                 is_prefix=is_prefix,
-                worth=worth,
+                priority=priority,
                 next_turn=self._next_turn,
             )
 
@@ -359,37 +364,37 @@ class Saver:
         )
         is_tail = self._is_tail(end)
         return segment._replace(
-            resumption=Resumption(
-                divisible=self._cuts.is_divisible(end),
+            resumption=ResumeRules(
+                sliceable=self._plan.is_sliceable(end),
                 extendable=not is_tail,
                 needs_checkpoint=segment.resumption.needs_checkpoint or is_tail,
             )
         )
 
-    def _checkpoint(self, taken: snapshot.Capture) -> EncodedSegment:
+    def _checkpoint(self, taken: snapshot.Snapshot) -> EncodedSegment:
         is_prompt = taken.end == len(self._token_ids)
         segment = encode_checkpoint(taken, self._logits if is_prompt else None)
         extendable = not self._is_tail(taken.end)
         resumption = segment.resumption._replace(extendable=extendable)
         return segment._replace(resumption=resumption)
 
-    def _wants_checkpoint(self, taken: snapshot.Capture) -> bool:
+    def _wants_checkpoint(self, taken: snapshot.Snapshot) -> bool:
         """Return whether to keep the state at a capture's end."""
         is_end = taken.end == len(self._token_ids)
         if self._is_tail(taken.end):
             return is_end and self._logits is not None
         # Of an answer, only the last capture has states.
-        is_cut = taken.end <= self._num_prompt and self._cuts.is_cut(taken.end)
+        is_cut = taken.end <= self._num_prompt and self._plan.is_cut(taken.end)
         return taken.needs_checkpoint and (is_end or is_cut)
 
-    def _worth(self, position: int) -> Worth:
+    def _worth(self, position: int) -> Priority:
         if self._is_build and position == len(self._token_ids):
-            return Worth.BUILT
+            return Priority.BUILT
         if position == self._next_turn:
-            return Worth.ANSWER
+            return Priority.ANSWER
         # Where an answer begins, others may begin.
-        is_boundary = self._cuts.is_boundary(position) or position == self._num_prompt
-        return Worth(is_boundary)
+        is_boundary = self._plan.is_boundary(position) or position == self._num_prompt
+        return Priority(is_boundary)
 
     def _is_tail(self, end: int) -> bool:
         """Return whether what ends there is good for this very prompt only.
@@ -398,5 +403,5 @@ class Saver:
         from the end of a piece that they are read in, too.
         """
         is_answered = self._is_prompt and end == len(self._token_ids)
-        is_whole = self._cuts.is_cut(end) and not is_answered
-        return not (self._cuts.is_divisible(end) or is_whole)
+        is_whole = self._plan.is_cut(end) and not is_answered
+        return not (self._plan.is_sliceable(end) or is_whole)

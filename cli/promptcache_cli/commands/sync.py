@@ -66,7 +66,7 @@ def sync(
     # Read before the models are, which takes longer.
     found = read_manifest(manifest)
     from promptcache.generator import CachedGenerator
-    from promptcache.project.sync import Syncing
+    from promptcache.project.sync import SyncPlanner
 
     talk = output.Talk(quiet=quiet)
 
@@ -98,7 +98,7 @@ def sync(
                 lazy=True,
             )
 
-        syncing = Syncing(found, store, load)
+        syncing = SyncPlanner(found, store, load)
         steps = syncing.plan()
         if not is_plan:
             steps = syncing.execute(steps, build)

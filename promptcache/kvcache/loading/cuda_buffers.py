@@ -18,15 +18,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from promptcache.kvcache.loading.row_buffers import Destination, Job, Settled
+from promptcache.kvcache.loading.row_buffers import RowBuffers, Settled, TensorRead
 from promptcache.segments.types import TensorSpec
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 # From eight readers on, memory is what they wait for (16 cores, one H200).
-MOST_READERS = 8
-RING_NBYTES = 64 * 1024**2
+MAX_READERS = 8
+STAGING_NBYTES = 64 * 1024**2
 # Of slots in the ring.
 ALIGNMENT = 256
 # Of CUDA's driver: see `cuMemAdvise`.
@@ -51,7 +51,7 @@ DTYPES = {
 _loading = threading.Lock()
 
 
-def make_destination(cache_parts: Mapping[str, Any], room: int) -> Destination | None:
+def make_buffers(cache_parts: Mapping[str, Any], room: int) -> RowBuffers | None:
     """Return what reads rows into a fresh cache's parts on this backend, if any does.
 
     Args:
@@ -61,20 +61,20 @@ def make_destination(cache_parts: Mapping[str, Any], room: int) -> Destination |
     import mlx.core as mx
 
     if mx.default_device() == mx.Device(mx.cpu):
-        return Destination(cache_parts, room)
+        return RowBuffers(cache_parts, room)
     if mx.cuda.is_available():
-        return DeviceDestination(cache_parts, room)
+        return CudaRowBuffers(cache_parts, room)
     return None
 
 
-class Ring:
+class StagingRing:
     """Host memory that the GPU reads over the bus."""
 
     def __init__(self) -> None:
         """Allocate it."""
         import mlx.core as mx
 
-        self._array = mx.zeros((RING_NBYTES,), mx.uint8, stream=mx.cpu)
+        self._array = mx.zeros((STAGING_NBYTES,), mx.uint8, stream=mx.cpu)
         mx.eval(self._array)
         self._memory = memoryview(self._array)
         _keep_on_host(self._memory)
@@ -102,13 +102,13 @@ def _keep_on_host(memory: memoryview) -> None:
 
 
 @functools.cache
-def _ring() -> Ring:
+def _ring() -> StagingRing:
     # For the life of the process: of memory that is given back MLX would make arrays,
     # and the advice would keep these on the host.
-    return Ring()
+    return StagingRing()
 
 
-def _tensor(slot: "_Slot", offset: int, spec: TensorSpec) -> "mx.array":
+def _tensor(slot: "StagingSlot", offset: int, spec: TensorSpec) -> "mx.array":
     """Return a tensor that begins so far behind a slot's begin, where it is."""
     import mlx.core as mx
     import numpy as np
@@ -134,7 +134,7 @@ def _copied(array: "mx.array") -> "mx.array":
     return (raw | 0).view(array.dtype).reshape(array.shape)
 
 
-class _Slot(NamedTuple):
+class StagingSlot(NamedTuple):
     """A piece of the ring for one job, or other memory where the ring is too small.
 
     Attributes:
@@ -152,15 +152,15 @@ class _Slot(NamedTuple):
     after: int
 
 
-class DeviceDestination(Destination):
+class CudaRowBuffers(RowBuffers):
     """A destination in the memory of a CUDA device.
 
     Invariants:
         A slot is written to only when all that is computed from it has been.
     """
 
-    takes_all = True
-    num_readers = min(MOST_READERS, os.cpu_count() or 1)
+    reads_every_tensor = True
+    num_readers = min(MAX_READERS, os.cpu_count() or 1)
 
     def __init__(self, cache_parts: Mapping[str, Any], room: int) -> None:
         """Take the parts of a fresh cache by name, and for how many tokens to allocate.
@@ -170,7 +170,7 @@ class DeviceDestination(Destination):
         # Rows never fill an array: what is assigned to all of one is not copied, and
         # would stay in its slot.
         super().__init__(cache_parts, room + 1)
-        self._slots: deque[_Slot] = deque()
+        self._slots: deque[StagingSlot] = deque()
         self._begin = 0
         self._num_begun = 0
         self._num_settled = 0
@@ -201,26 +201,26 @@ class DeviceDestination(Destination):
 
         return [zeros(spec) for spec in specs]
 
-    def read(self, job: Job) -> "Future[list[bytes]]":
+    def read(self, job: TensorRead) -> "Future[list[bytes]]":
         """Begin to read into the next slot, once that is free."""
         slot = self._next_slot(job.nbytes)
         self._slots.append(slot)
         return self._pool.submit(self._read, job, slot)
 
-    def _next_slot(self, nbytes: int) -> _Slot:
+    def _next_slot(self, nbytes: int) -> StagingSlot:
         number = self._num_begun
         self._num_begun += 1
-        if nbytes > RING_NBYTES // 2:
-            return _Slot(number, 0, 0, memoryview(bytearray(nbytes)), -1)
-        if self._begin + nbytes > RING_NBYTES:
+        if nbytes > STAGING_NBYTES // 2:
+            return StagingSlot(number, 0, 0, memoryview(bytearray(nbytes)), -1)
+        if self._begin + nbytes > STAGING_NBYTES:
             self._begin = 0
         begin, end = self._begin, self._begin + nbytes
         self._begin = -(-end // ALIGNMENT) * ALIGNMENT
         before = [s for s in self._slots if s.begin < end and s.end > begin]
         after = max((slot.number for slot in before), default=-1)
-        return _Slot(number, begin, end, _ring().memory(begin, end), after)
+        return StagingSlot(number, begin, end, _ring().memory(begin, end), after)
 
-    def _read(self, job: Job, slot: _Slot) -> list[bytes]:
+    def _read(self, job: TensorRead, slot: StagingSlot) -> list[bytes]:
         with self._is_settled:
             self._is_settled.wait_for(lambda: self._num_settled > slot.after)
         ends = itertools.accumulate(spec.nbytes for spec in job.specs)
@@ -231,7 +231,7 @@ class DeviceDestination(Destination):
             ]
         )
 
-    def settle(self, job: Job, reading: "Future[list[bytes]]") -> Settled:
+    def settle(self, job: TensorRead, reading: "Future[list[bytes]]") -> Settled:
         """Wait until a job is done, and copy what it read."""
         if not reading.done():
             # It may wait for a slot that is not free until this is done.
@@ -252,7 +252,7 @@ class DeviceDestination(Destination):
                 self._assigned.append(others[spec.name])
             offset += spec.nbytes
         self._num_assigned += offset
-        if self._num_assigned > RING_NBYTES // 4:
+        if self._num_assigned > STAGING_NBYTES // 4:
             self._compute()
         return Settled(digests, others)
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 # Reads at a time; more do not help from two cores on.
 NUM_READERS = 2
 # Less is read by the thread that wants it.
-LEAST_NBYTES = 3 * 1024**2
+MIN_NBYTES = 3 * 1024**2
 # How many buffers a read takes at once; POSIX promises 16, Linux and macOS take 1024.
-MOST_BUFFERS = 512
+MAX_BUFFERS = 512
 # How many arrays to zero ahead of the reads: enough to keep two threads busy, and few
 # enough to be in the processor's cache still when they are read to.
 ZEROED_AHEAD = 4
@@ -32,7 +32,7 @@ DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 Buffers = Sequence[memoryview]
 
 
-class Job(NamedTuple):
+class TensorRead(NamedTuple):
     """Some tensors of a blob that follow each other.
 
     Attributes:
@@ -75,19 +75,19 @@ class Settled(NamedTuple):
     others: "Mapping[str, mx.array]"
 
 
-class Destination:
+class RowBuffers:
     """Keys and values of the plain parts of a cache, for all segments of a match.
 
     This one is for MLX's CPU backend, where an array's memory can be written to.
 
     Attributes:
-        takes_all: Whether it reads other tensors, too.
+        reads_every_tensor: Whether it reads other tensors, too.
 
     Invariants:
         An array is written to before anything is computed from it.
     """
 
-    takes_all = False
+    reads_every_tensor = False
     num_readers = NUM_READERS
 
     def __init__(self, cache_parts: Mapping[str, Any], room: int) -> None:
@@ -130,7 +130,7 @@ class Destination:
         self._ahead.extend(zeros)
         return {spec.name for spec in specs if self._fits(spec)}
 
-    def zero_all(self) -> None:
+    def prefault(self) -> None:
         """Begin to zero all arrays that are prepared."""
         import mlx.core as mx
 
@@ -158,10 +158,10 @@ class Destination:
         """Return whether rows of this shape and dtype go into the array."""
         return _kind(spec) == self._kinds.get(spec.name)
 
-    def read(self, job: Job) -> "Future[list[bytes]]":
+    def read(self, job: TensorRead) -> "Future[list[bytes]]":
         """Begin to read. The future has the digests, or raises OSError and EOFError."""
         buffers = [self._buffers(spec, job) for spec in job.specs]
-        if job.nbytes >= LEAST_NBYTES:
+        if job.nbytes >= MIN_NBYTES:
             return self._pool.submit(job.read, buffers)
         # Threads would take longer to take turns than this takes.
         reading: Future[list[bytes]] = Future()
@@ -171,7 +171,7 @@ class Destination:
             reading.set_exception(error)
         return reading
 
-    def settle(self, job: Job, reading: "Future[list[bytes]]") -> Settled:
+    def settle(self, job: TensorRead, reading: "Future[list[bytes]]") -> Settled:
         """Wait until a job is done. Raises what it raised.
 
         Jobs are settled in the order in which they were begun.
@@ -184,7 +184,7 @@ class Destination:
     def give_up(self) -> None:
         """Let no job wait any more for one that is not going to be settled."""
 
-    def _buffers(self, spec: TensorSpec, job: Job) -> Buffers:
+    def _buffers(self, spec: TensorSpec, job: TensorRead) -> Buffers:
         """Return where the bytes of a tensor go, head by head."""
         _, heads, num_rows, _ = spec.shape
         memory = self._memory_of(spec.name)
@@ -221,7 +221,7 @@ def _kind(spec: TensorSpec) -> tuple[object, ...]:
 def _read(descriptor: int, offset: int, buffers: Buffers) -> None:
     left = buffers
     while left:
-        num_read = os.preadv(descriptor, left[:MOST_BUFFERS], offset)
+        num_read = os.preadv(descriptor, left[:MAX_BUFFERS], offset)
         if not num_read:
             raise EOFError("blob is truncated")
         offset += num_read

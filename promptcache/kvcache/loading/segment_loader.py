@@ -18,9 +18,9 @@ from promptcache.kvcache.layout import (
     decode_layout,
     name_in_blob,
 )
-from promptcache.kvcache.loading.row_buffers import Destination, Job
-from promptcache.kvcache.row_quantization import PIECES, RowFormat, unpacked_rows
-from promptcache.segments.blob_format import BlobHeader, combined, digest
+from promptcache.kvcache.loading.row_buffers import RowBuffers, TensorRead
+from promptcache.kvcache.row_quantization import PIECES, QuantizedFormat, unpacked_rows
+from promptcache.segments.blob_format import BlobHeader, combined_checksum, digest
 from promptcache.segments.types import SegmentSlice, TensorSpec
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class LoadedSegment(NamedTuple):
     stop: int
     layout: Layout
     arrays: Mapping[str, "mx.array"]
-    destination: Destination | None = None
+    destination: RowBuffers | None = None
     taken: Collection[str] = ()
 
     def array(self, tensor: str) -> "mx.array":
@@ -82,7 +82,7 @@ class LoadedSegment(NamedTuple):
             raise DamagedBlobError(f"blob has no {error}") from error
 
     def _rows_of(
-        self, tensor: str, at_rest: RowFormat | None, wanted: slice
+        self, tensor: str, at_rest: QuantizedFormat | None, wanted: slice
     ) -> "mx.array":
         if at_rest is None:
             return self.array(tensor)[..., wanted, :]
@@ -95,7 +95,7 @@ def load(
     header: BlobHeader,
     part: SegmentSlice,
     token_ids: bytes,
-    destination: Destination | None = None,
+    destination: RowBuffers | None = None,
 ) -> LoadedSegment:
     """Read a segment's rows `[part.start, part.stop)`, or a checkpoint, into memory.
 
@@ -111,10 +111,10 @@ def load(
             tokens.
         StoreError: It cannot be read now, or does not fit into memory.
     """
-    return Reading(path, header, part, token_ids, destination).finish()
+    return SegmentLoad(path, header, part, token_ids, destination).finish()
 
 
-class Reading:
+class SegmentLoad:
     """A segment that is being read into memory; see `load`.
 
     Others can be begun before it is finished. Where one fails, the others have to be
@@ -127,7 +127,7 @@ class Reading:
         header: BlobHeader,
         part: SegmentSlice,
         token_ids: bytes,
-        destination: Destination | None = None,
+        destination: RowBuffers | None = None,
     ) -> None:
         """Begin to read. Raises what `load` raises."""
         self._header = header
@@ -139,7 +139,7 @@ class Reading:
         self._taken = set() if destination is None else destination.prepare(specs)
         self._arrays: dict[str, mx.array] = {}
         self._blob_ids = b""
-        self._begun: list[tuple[Job, Future[list[bytes]] | None]] = []
+        self._begun: list[tuple[TensorRead, Future[list[bytes]] | None]] = []
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         except OSError as error:
@@ -155,18 +155,18 @@ class Reading:
 
     @property
     def _takes_all(self) -> bool:
-        return self._destination is not None and self._destination.takes_all
+        return self._destination is not None and self._destination.reads_every_tensor
 
-    def _jobs(self) -> Iterator[Job]:
+    def _jobs(self) -> Iterator[TensorRead]:
         """Yield what is to be read at once."""
         offset = self._header.data_start
         for specs in _groups(self._header.tensors, self._taken):
             place = (self._file.fileno(), offset, specs)
-            job = Job(*place, self._part.start, self._part.stop)
+            job = TensorRead(*place, self._part.start, self._part.stop)
             yield job
             offset += job.nbytes
 
-    def _begin(self, job: Job) -> "Future[list[bytes]] | None":
+    def _begin(self, job: TensorRead) -> "Future[list[bytes]] | None":
         """Begin to read, unless that has been done already."""
         [spec, *_] = job.specs
         if spec.name == TOKEN_IDS:
@@ -176,7 +176,9 @@ class Reading:
             return self._destination.read(job)
         return None
 
-    def _settle(self, job: Job, reading: "Future[list[bytes]] | None") -> list[bytes]:
+    def _settle(
+        self, job: TensorRead, reading: "Future[list[bytes]] | None"
+    ) -> list[bytes]:
         """Wait until a job is done; return the digests of its tensors."""
         [spec, *_] = job.specs
         if reading is not None and self._destination is not None:
@@ -201,7 +203,7 @@ class Reading:
                 raise StoreError(f"blob cannot be read ({error})") from error
             raise
         self._file.close()
-        if combined(digests) != self._header.data_checksum:
+        if combined_checksum(digests) != self._header.data_checksum:
             raise DamagedBlobError("checksum of the data does not match")
         part = self._part
         if not self._blob_ids.startswith(self._token_ids):

@@ -19,7 +19,7 @@ from promptcache.segments.fingerprint import hash_json
 RACY_SECONDS = 2.0
 HASH = re.compile("[0-9a-f]{32}")
 # How many states to remember of one folder: other adapters and releases of mlx-lm.
-MOST_STATES = 8
+MAX_STATES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class KnownModels:
         known = {f: s for f, s in known.items() if Path(f).is_dir()}
         states = known.pop(state.folder, {})
         states[_key(state, loader)] = weights
-        known[state.folder] = dict([*states.items()][-MOST_STATES:])
+        known[state.folder] = dict([*states.items()][-MAX_STATES:])
         tmp = self._path.with_name(f"{self._path.name}.{os.getpid()}")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -5,10 +5,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from promptcache.errors import StoreError
-from promptcache.server.backend.request_state import Reading
+from promptcache.server.backend.request_state import RequestState
 from promptcache.server.metrics import ServingMetrics
 from promptcache.store import PrefixStore
-from promptcache.store.types import Receipt
+from promptcache.store.types import RequestUsage
 
 
 class Clerk:
@@ -20,11 +20,11 @@ class Clerk:
         self._metrics = metrics
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="promptcache-clerk")
 
-    def note(self, reading: Reading) -> None:
+    def note(self, reading: RequestState) -> None:
         """Note what a request reused; its prompt has just been read to the end."""
         seconds = time.perf_counter() - reading.started_at - reading.load_seconds
         num_new = reading.num_tokens - reading.cached_tokens
-        receipt = Receipt(
+        receipt = RequestUsage(
             reading.fingerprint,
             reading.match,
             reading.cached_tokens,
@@ -36,7 +36,7 @@ class Clerk:
         num_timed = num_new - 1 if reading.is_alone else 0
         self._pool.submit(self._write, receipt, num_timed, reading.loaded_tokens)
 
-    def _write(self, receipt: Receipt, num_timed: int, num_loaded: int) -> None:
+    def _write(self, receipt: RequestUsage, num_timed: int, num_loaded: int) -> None:
         fingerprint, store = receipt.fingerprint, self._store
         with contextlib.suppress(StoreError):
             store.add_speed(fingerprint, num_timed, receipt.prefill_seconds)

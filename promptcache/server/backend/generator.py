@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from promptcache.errors import UsageError
-from promptcache.models.prefill_plan import Cuts
+from promptcache.models.prefill_plan import PrefillPlan
 from promptcache.prompts.render import RenderedPrompt, render_prompt
 from promptcache.server.backend.compat import ResponseGenerator, TimeBudget
 from promptcache.server.backend.model_provider import (
@@ -21,16 +21,16 @@ from promptcache.server.backend.model_provider import (
     ModelKey,
     UnavailableError,
 )
-from promptcache.server.backend.prompt_cache import ServedCache
+from promptcache.server.backend.prompt_cache import ServerPromptCache
 from promptcache.server.backend.request_state import (
-    HungUpError,
-    Reading,
-    ServedPrompt,
+    ClientDisconnectedError,
+    RequestState,
+    RequestTokens,
     ServedRequest,
 )
 from promptcache.server.backend.served_model import ServedModel
 from promptcache.server.backend.single_flight import (
-    LEAST_SHARED_TOKENS,
+    MIN_SHARED_TOKENS,
     Job,
     SingleFlight,
 )
@@ -50,14 +50,16 @@ class PromptTooLongError(UsageError):
 class CachedResponseGenerator(ResponseGenerator):
     """Generates as mlx-lm does, from prefixes in memory and on disk."""
 
-    def __init__(self, provider: IdentifiedModelProvider, cache: ServedCache) -> None:
+    def __init__(
+        self, provider: IdentifiedModelProvider, cache: ServerPromptCache
+    ) -> None:
         """Take what loads models and what keeps prefixes; starts to generate."""
         self._cache = cache
         self._flight = SingleFlight(self._must_wait)
         cache.on_kept = self._flight.look
-        self._listener = _Listener()
+        self._listener = _ConnectionMonitor()
         super().__init__(provider, cache)
-        self._time_budget = _Turn(self._is_wanted)
+        self._time_budget = _StepBudget(self._is_wanted)
 
     # On the threads of clients
 
@@ -85,7 +87,7 @@ class CachedResponseGenerator(ResponseGenerator):
         """Get another model's files while others go on. Raises ModelError."""
         key = self._key_of(args)
         if key != self.model_provider.model_key:
-            self.model_provider.ensure_here(key)
+            self.model_provider.ensure_downloaded(key)
 
     def _answer(self, request: ServedRequest, answer: Iterator[Any]) -> Iterator[Any]:
         try:
@@ -129,7 +131,7 @@ class CachedResponseGenerator(ResponseGenerator):
         self._cache.num_waiting = len(self._flight)
         return None if job is None or job[1].over.is_set() else job
 
-    def _prepare(self, job: Job) -> Reading | None:
+    def _prepare(self, job: Job) -> RequestState | None:
         """Tokenize a request for the current model, to see what it needs."""
         _, request, args = job
         current = self.model_provider.current
@@ -147,15 +149,15 @@ class CachedResponseGenerator(ResponseGenerator):
         provider: IdentifiedModelProvider = self.model_provider
         return provider.key_of(args.model.model, args.model.adapter, args.model.draft)
 
-    def _must_wait(self, reading: Reading) -> bool:
+    def _must_wait(self, reading: RequestState) -> bool:
         """Return whether what a prompt needs is being read, or memory is short."""
         if not self._cache.has_room_for(reading):
             return True
         usable = [other.usable_by(reading) for other in self._cache.reading()]
         most = max(usable, default=0)
-        if most < LEAST_SHARED_TOKENS:
+        if most < MIN_SHARED_TOKENS:
             return False
-        return most - self._cache.num_cached(reading) >= LEAST_SHARED_TOKENS
+        return most - self._cache.num_cached(reading) >= MIN_SHARED_TOKENS
 
     def _is_wanted(self) -> bool:
         """Return whether a request can be taken in before the others go on."""
@@ -183,23 +185,23 @@ class CachedResponseGenerator(ResponseGenerator):
             return found
         if rendered is None or rendered.token_ids != token_ids:
             rendered = _plainly_rendered(token_ids, segments)
-        is_divisible = model.is_divisible(settings)
-        places = (rendered.head,) if is_divisible else rendered.boundaries
-        cuts = model.cuts(settings, places, rendered.answer)
-        request.reading = Reading(
+        is_sliceable = model.is_sliceable(settings)
+        places = (rendered.head,) if is_sliceable else rendered.boundaries
+        plan = model.plan(settings, places, rendered.answer)
+        request.reading = RequestState(
             token_ids,
             model,
             settings,
             model.fingerprint(settings),
-            cuts,
+            plan,
             rendered.origin,
             rendered.head,
             args.max_tokens,
             request.over,
-            is_divisible=is_divisible,
+            is_sliceable=is_sliceable,
         )
-        prompt = ServedPrompt(token_ids, request.reading)
-        pieces, kinds = _pieces(token_ids, cuts, rendered.head)
+        prompt = RequestTokens(token_ids, request.reading)
+        pieces, kinds = _pieces(token_ids, plan, rendered.head)
         return prompt, pieces, kinds, state, vision
 
     def _rendered(
@@ -224,7 +226,9 @@ class CachedResponseGenerator(ResponseGenerator):
 
     def _serve_single(self, request: Job, stream: Any) -> None:
         answers, served, args = request
-        super()._serve_single((_Answers(answers, served), served, args), stream)
+        super()._serve_single(
+            (_CancellableQueue(answers, served), served, args), stream
+        )
 
 
 def _check_length(num_tokens: int, most_tokens: int | None) -> None:
@@ -246,15 +250,15 @@ def _plainly_rendered(
 
 
 def _pieces(
-    token_ids: list[int], cuts: Cuts, head: int
+    token_ids: list[int], plan: PrefillPlan, head: int
 ) -> tuple[list[list[int]], list[str]]:
     """Return a prompt in the pieces it is read in, and what mlx-lm calls them."""
-    spans = [*cuts.pieces(0, len(token_ids))]
+    spans = [*plan.pieces(0, len(token_ids))]
     kinds = ["system" if end <= head else "user" for _, end in spans]
     return [token_ids[start:end] for start, end in spans], kinds
 
 
-class _Answers:
+class _CancellableQueue:
     """A queue of answers that ends a prefill when nobody waits for it."""
 
     def __init__(self, queue: "Queue[Any]", request: ServedRequest) -> None:
@@ -264,11 +268,11 @@ class _Answers:
     def put(self, item: Any) -> None:
         # Only progress is told as a pair; an answer has to be put to its end.
         if isinstance(item, tuple) and self._request.over.is_set():
-            raise HungUpError("the client hung up")
+            raise ClientDisconnectedError("the client hung up")
         self._queue.put(item)
 
 
-class _Listener:
+class _ConnectionMonitor:
     """Knows which client each thread serves."""
 
     def __init__(self) -> None:
@@ -282,7 +286,7 @@ class _Listener:
         self._local.request.check_connected()
 
 
-class _Turn(TimeBudget):
+class _StepBudget(TimeBudget):
     """mlx-lm's turn of generating, which ends early for a request that can start."""
 
     def __init__(self, is_wanted: Callable[[], bool]) -> None:

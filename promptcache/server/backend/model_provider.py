@@ -102,15 +102,15 @@ class IdentifiedModelProvider(ModelProvider):
         name = "default_model" if self.knows(model) else model
         return bool(self.key_of(name, adapter, draft) == self.model_key)
 
-    def ensure_here(self, key: ModelKey) -> None:
+    def ensure_downloaded(self, key: ModelKey) -> None:
         """Have the files of a model and its draft on this machine.
 
         Raises ModelError where there is none, before the one that is loaded has to go.
         """
         model, adapter, draft = key
-        load.ensure_here(model, adapter_path=adapter, announce=self._announce)
+        load.ensure_downloaded(model, adapter_path=adapter, announce=self._announce)
         if draft is not None:
-            load.ensure_here(draft, announce=self._announce)
+            load.ensure_downloaded(draft, announce=self._announce)
 
     def _load(
         self,

@@ -16,34 +16,34 @@ import mlx.core as mx
 from promptcache.errors import StoreError, warn
 from promptcache.kvcache import snapshot
 from promptcache.kvcache.classes import (
-    Treatment,
+    LayerKind,
     first_row,
     has_only_rows,
+    kind_of,
     parts_of,
     shared_rows,
-    treatment_of,
 )
 from promptcache.server.backend.clerk import Clerk
-from promptcache.server.backend.request_state import Reading, ServedPrompt
-from promptcache.server.metrics import Levels, ServingMetrics
+from promptcache.server.backend.request_state import RequestState, RequestTokens
+from promptcache.server.metrics import Gauges, ServingMetrics
 from promptcache.store import PrefixStore
 from promptcache.tiers.background_saver import BackgroundSaver, Ending
-from promptcache.tiers.background_writer import MAX_QUEUED_NBYTES, Writer
-from promptcache.tiers.disk_tier import resume
-from promptcache.tiers.memory_tier import HotTier
+from promptcache.tiers.background_writer import MAX_QUEUED_NBYTES, BackgroundWriter
+from promptcache.tiers.disk_tier import restore_prefix
+from promptcache.tiers.memory_tier import MemoryTier
 
 # What an interrupted prefill may lose of the time it read; see `generation`.
 KEEP_SECONDS = 5.0
 # Of the memory that caches may take, what may be on its way to the disk, and the least
 # with which the ends of one prompt need not wait for each other.
 QUEUE_SHARE = 4
-LEAST_QUEUE_NBYTES = 32 * 1024**2
+MIN_QUEUE_NBYTES = 32 * 1024**2
 # Clients ask for as many tokens as they may get; few answers are that long.
 EXPECTED_ANSWER_TOKENS = 1024
 Found = tuple[list[Any] | None, int, str]
 
 
-class ServedCache:
+class ServerPromptCache:
     """Prompt caches in memory and on disk, with the methods of mlx-lm's own.
 
     Attributes:
@@ -67,12 +67,12 @@ class ServedCache:
         self._store = store
         self._memory_limit = memory_limit
         self._save_answers = save_answers
-        share = max(memory_limit // QUEUE_SHARE, LEAST_QUEUE_NBYTES)
+        share = max(memory_limit // QUEUE_SHARE, MIN_QUEUE_NBYTES)
         queue = min(share, MAX_QUEUED_NBYTES)
-        self._writer = Writer(queue)
+        self._writer = BackgroundWriter(queue)
         self._saver = BackgroundSaver(store, self._writer, queue) if store else None
-        self._hot = HotTier(memory_limit)
-        self._running: list[Reading] = []
+        self._hot = MemoryTier(memory_limit)
+        self._running: list[RequestState] = []
         self._active_nbytes = 0
         self._token_nbytes = 0.0
         self.num_waiting = 0
@@ -89,7 +89,7 @@ class ServedCache:
 
         At least one token is left. The cache is the caller's.
         """
-        if not isinstance(tokens, ServedPrompt):
+        if not isinstance(tokens, RequestTokens):
             return None, tokens
         reading = tokens.reading
         reading.started_at = time.perf_counter()
@@ -113,7 +113,7 @@ class ServedCache:
         cache_type: str = "assistant",
     ) -> None:
         """Keep a cache that has read tokens; the caller keeps nothing of it."""
-        if not isinstance(tokens, ServedPrompt):
+        if not isinstance(tokens, RequestTokens):
             return
         reading, saved = tokens.reading, None
         try:
@@ -150,14 +150,14 @@ class ServedCache:
 
     # Finding
 
-    def _find(self, reading: Reading) -> Found:
+    def _find(self, reading: RequestState) -> Found:
         reading.check_model()
         hot = None
         if reading.settings.kv.bits is None:
             hot = self._hot.find(
                 reading.fingerprint.digest,
                 reading.token_ids,
-                reading.cuts.last_resumable,
+                reading.plan.last_resume_point,
             )
         num_hot = hot.num_tokens if hot else 0
         if num_hot < reading.num_tokens - 1:
@@ -167,7 +167,9 @@ class ServedCache:
         cache = self._hot.share(hot) if hot else None
         return (cache, num_hot, "memory") if cache else (None, 0, "")
 
-    def _resume(self, reading: Reading, num_hot: int) -> tuple[list[Any] | None, int]:
+    def _resume(
+        self, reading: RequestState, num_hot: int
+    ) -> tuple[list[Any] | None, int]:
         """Load what the store has, if that is more than what memory has."""
         if self._store is None:
             return None, 0
@@ -178,12 +180,12 @@ class ServedCache:
             if reading.match.cached_tokens <= num_hot:
                 return None, 0
             cache = reading.model.make_cache(reading.settings)
-            resumed = resume(
+            resumed = restore_prefix(
                 self._store,
                 fingerprint,
                 cache,
                 token_ids,
-                cuts=reading.cuts,
+                plan=reading.plan,
                 kv=reading.settings.kv,
                 generating=False,
                 may_decline=True,
@@ -198,7 +200,7 @@ class ServedCache:
         return cache, resumed.cached_tokens
 
     def _keep_resumed(
-        self, reading: Reading, cache: list[Any], num_cached: int
+        self, reading: RequestState, cache: list[Any], num_cached: int
     ) -> None:
         """Have the next request find in memory what this one loaded."""
         if num_cached and reading.settings.kv.bits is None and has_only_rows(cache):
@@ -206,10 +208,10 @@ class ServedCache:
             shared = shared_rows(cache, num_cached)
             self._hot.add(reading.fingerprint.digest, token_ids, shared)
 
-    def num_cached(self, reading: Reading) -> int:
+    def num_cached(self, reading: RequestState) -> int:
         """Return how much of a prompt could be taken over now."""
         digest, token_ids = reading.fingerprint.digest, reading.token_ids
-        found = self._hot.find(digest, token_ids, reading.cuts.last_resumable)
+        found = self._hot.find(digest, token_ids, reading.plan.last_resume_point)
         num_hot = found.num_tokens if found else 0
         if self._store is None or num_hot == reading.num_tokens - 1:
             return num_hot
@@ -218,7 +220,7 @@ class ServedCache:
             return max(num_hot, match.cached_tokens)
         return num_hot
 
-    def _count(self, reading: Reading, tier: str) -> None:
+    def _count(self, reading: RequestState, tier: str) -> None:
         num_new = reading.num_tokens - reading.cached_tokens
         if tier:
             self.metrics.hit(tier, reading.cached_tokens, num_new)
@@ -227,12 +229,12 @@ class ServedCache:
 
     # Running requests
 
-    def _run(self, reading: Reading) -> None:
+    def _run(self, reading: RequestState) -> None:
         for other in self.reading():
             other.is_alone = reading.is_alone = False
         self._running.append(reading)
 
-    def running(self) -> list[Reading]:
+    def running(self) -> list[RequestState]:
         """Return the requests that somebody waits for.
 
         To be called on the thread that generates.
@@ -240,24 +242,24 @@ class ServedCache:
         self._running = [r for r in self._running if not r.over.is_set()]
         return self._running
 
-    def reading(self) -> list[Reading]:
+    def reading(self) -> list[RequestState]:
         """Return those of them whose prompt is being read."""
         return [reading for reading in self.running() if not reading.is_read]
 
-    def has_room_for(self, reading: Reading) -> bool:
+    def has_room_for(self, reading: RequestState) -> bool:
         """Return whether one more request fits into memory, by what others took."""
         running = self.running()
         nbytes = sum(map(self._expected_nbytes, [*running, reading]))
         return not running or nbytes <= self._memory_limit
 
-    def _expected_nbytes(self, reading: Reading) -> float:
+    def _expected_nbytes(self, reading: RequestState) -> float:
         answer = min(reading.max_tokens, EXPECTED_ANSWER_TOKENS)
         return self._token_nbytes * (reading.num_tokens + answer)
 
     # Keeping
 
     def _insert(
-        self, reading: Reading, tokens: ServedPrompt, cache: list[Any]
+        self, reading: RequestState, tokens: RequestTokens, cache: list[Any]
     ) -> "Future[None] | None":
         """Keep a cache, and return what is done when it is stored, too."""
         start, reading.num_read = reading.num_read, len(tokens)
@@ -281,7 +283,7 @@ class ServedCache:
         self._hold_limit()
         return saved
 
-    def _is_due(self, reading: Reading, cache: list[Any], end: int) -> bool:
+    def _is_due(self, reading: RequestState, cache: list[Any], end: int) -> bool:
         """Return whether to keep a place, which costs a copy of the whole cache."""
         if not has_only_rows(cache):
             return True
@@ -290,7 +292,12 @@ class ServedCache:
         return is_end or is_late
 
     def _save(
-        self, reading: Reading, token_ids: list[int], cache: list[Any], *, start: int
+        self,
+        reading: RequestState,
+        token_ids: list[int],
+        cache: list[Any],
+        *,
+        start: int,
     ) -> "Future[None] | None":
         assert self._saver is not None
         end = len(token_ids)
@@ -306,10 +313,10 @@ class ServedCache:
             reading.fingerprint,
             cache,
             tuple(reading.captures),
-            reading.cuts,
+            reading.plan,
             reading.settings.kv,
             # mlx-lm reads a prompt's last token with its answer.
-            reading.cuts.next_turn(reading.num_tokens - 1),
+            reading.plan.next_turn(reading.num_tokens - 1),
             origin=reading.origin,
             is_listed=self._is_listed(reading, end),
             store_bits=reading.settings.store_bits,
@@ -319,7 +326,7 @@ class ServedCache:
         del reading.captures[:-1]
         return ending.saved
 
-    def _is_listed(self, reading: Reading, end: int) -> bool:
+    def _is_listed(self, reading: RequestState, end: int) -> bool:
         """Return whether to list an end: of a system prompt and the last of a turn."""
         last = reading.num_tokens if self._save_answers else reading.num_tokens - 1
         return end == reading.head or end >= last
@@ -344,11 +351,11 @@ class ServedCache:
 
     # Telling
 
-    def _note(self, reading: Reading) -> None:
+    def _note(self, reading: RequestState) -> None:
         if self._clerk is not None:
             self._clerk.note(reading)
 
-    def _levels(self) -> Levels:
+    def _levels(self) -> Gauges:
         store, saver = self._store, self._saver
         nbytes = {"memory": self._hot.nbytes, "active": self._active_nbytes}
         limits = {"memory": self._memory_limit}
@@ -356,7 +363,7 @@ class ServedCache:
         if store is not None:
             nbytes["disk"], limits["disk"] = store.total_nbytes(), store.max_nbytes
             evictions["disk"] = store.num_evicted
-        return Levels(
+        return Gauges(
             nbytes,
             limits,
             evictions,
@@ -386,22 +393,22 @@ class ServedCache:
 
 
 def _usable(
-    reading: Reading, cache: list[Any], num_tokens: int
+    reading: RequestState, cache: list[Any], num_tokens: int
 ) -> tuple[list[Any], int]:
     """Return what of a cache other prompts may take over, and up to where.
 
     That is nothing where it cannot be told apart from the rest. Speculation may leave
     one of two models' caches ahead or behind.
     """
-    kv, cuts = reading.settings.kv, reading.cuts
+    kv, plan = reading.settings.kv, reading.plan
     parts = [part for _, part in parts_of(cache)]
     if kv.bits is not None and any(hasattr(part, "bits") for part in parts):
         return [], 0
     offsets = {part.offset for part in parts if getattr(part, "offset", 0)}
     is_plain = all(type(part).__name__ == "KVCache" for part in parts)
     end = min(offsets | {num_tokens}) if is_plain else num_tokens
-    if not cuts.is_divisible(end):
-        end = cuts.last_resumable(min(end, reading.num_tokens - 1))
+    if not plan.is_sliceable(end):
+        end = plan.last_resume_point(min(end, reading.num_tokens - 1))
     if end == num_tokens and (not offsets or offsets == {end}):
         return cache, end
     if is_plain and end:
@@ -415,6 +422,6 @@ def _has_rows_since(cache: Sequence[Any], start: int) -> bool:
     windows = (
         part
         for _, part in parts_of(cache)
-        if treatment_of(part, getattr(part, "offset", 0)) is Treatment.WINDOW
+        if kind_of(part, getattr(part, "offset", 0)) is LayerKind.WINDOW
     )
     return all(first_row(window) <= start for window in windows)

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any, Self, SupportsIndex, overload
 
 from promptcache.errors import ModelError
 from promptcache.models.loaded import LoadedModel
-from promptcache.models.prefill_plan import Cuts
+from promptcache.models.prefill_plan import PrefillPlan
 from promptcache.models.settings import Settings
 from promptcache.segments.chain import common_length, pack
 from promptcache.segments.fingerprint import Fingerprint
-from promptcache.segments.types import Match, Origin
+from promptcache.segments.types import Match, PromptOrigin
 from promptcache.server.backend.compat import CompletionRequest
 
 if TYPE_CHECKING:
-    from promptcache.kvcache.snapshot import Capture
+    from promptcache.kvcache.snapshot import Snapshot
 
 
 @dataclass(eq=False, slots=True)
-class Reading:
+class RequestState:
     """How far a request has come.
 
     Attributes:
@@ -32,12 +32,12 @@ class Reading:
         model: What reads it.
         settings: How.
         fingerprint: What its KV values depend on.
-        cuts: Where the pieces of its prefill end.
+        plan: Where the pieces of its prefill end.
         origin: How it was rendered, if that is known.
         head: How many tokens come before the first user's text, 0 if unknown.
         max_tokens: How long its answer may become.
         over: Set when nobody waits for the answer any more.
-        is_divisible: Whether a cache in memory can be taken over at any token.
+        is_sliceable: Whether a cache in memory can be taken over at any token.
         cached_tokens: How many tokens were taken from memory or disk.
         match: What the store had of it.
         num_read: Up to where it has been read.
@@ -54,16 +54,16 @@ class Reading:
     model: LoadedModel
     settings: Settings
     fingerprint: Fingerprint
-    cuts: Cuts
-    origin: Origin | None
+    plan: PrefillPlan
+    origin: PromptOrigin | None
     head: int
     max_tokens: int
     over: Event
-    is_divisible: bool = True
+    is_sliceable: bool = True
     cached_tokens: int = 0
     match: Match = field(default_factory=Match)
     num_read: int = 0
-    captures: "list[Capture]" = field(default_factory=list)
+    captures: "list[Snapshot]" = field(default_factory=list)
     is_alone: bool = True
     started_at: float = 0.0
     load_seconds: float = 0.0
@@ -116,23 +116,23 @@ class Reading:
     def ends(self) -> Iterable[int]:
         """Return where what it is going to read can be taken over."""
         last = self.num_tokens - 1
-        pieces = self.cuts.pieces(self.num_read, last)
-        return (end for _, end in pieces if self.cuts.can_resume(end))
+        pieces = self.plan.pieces(self.num_read, last)
+        return (end for _, end in pieces if self.plan.can_resume(end))
 
-    def usable_by(self, other: "Reading") -> int:
+    def usable_by(self, other: "RequestState") -> int:
         """Return how much of another prompt this one is going to have read."""
         if self.fingerprint.digest != other.fingerprint.digest:
             return 0
         shared = min(common_length(self.data, other.data), other.num_tokens - 1)
-        ends = [min(end, shared) if self.is_divisible else end for end in self.ends()]
-        usable = [self.cuts.last_resumable(end) for end in ends if end <= shared]
+        ends = [min(end, shared) if self.is_sliceable else end for end in self.ends()]
+        usable = [self.plan.last_resume_point(end) for end in ends if end <= shared]
         return max(usable, default=0)
 
 
-class ServedPrompt(list[int]):
+class RequestTokens(list[int]):
     """Token ids of a request; a slice of them belongs to it, too."""
 
-    def __init__(self, token_ids: Iterable[int], reading: Reading) -> None:
+    def __init__(self, token_ids: Iterable[int], reading: RequestState) -> None:
         """Take the ids, and whose they are."""
         super().__init__(token_ids)
         self.reading = reading
@@ -149,7 +149,7 @@ class ServedPrompt(list[int]):
         return type(self)(found, self.reading) if isinstance(index, slice) else found
 
 
-class HungUpError(ConnectionError):
+class ClientDisconnectedError(ConnectionError):
     """The client does not wait for the answer any more."""
 
 
@@ -170,7 +170,7 @@ class ServedRequest(CompletionRequest):
     connection: socket.socket | None = None
     over: threading.Event = field(default_factory=threading.Event)
     tokenized: Any = None
-    reading: Reading | None = None
+    reading: RequestState | None = None
     error: Exception | None = None
 
     @classmethod
@@ -185,6 +185,6 @@ class ServedRequest(CompletionRequest):
         try:
             readable, _, _ = select.select([self.connection], [], [], 0)
             if readable and not self.connection.recv(1, socket.MSG_PEEK):
-                raise HungUpError("the client hung up")
+                raise ClientDisconnectedError("the client hung up")
         except (OSError, ValueError) as error:
-            raise HungUpError("the client hung up") from error
+            raise ClientDisconnectedError("the client hung up") from error

@@ -38,6 +38,6 @@ class ServedModel:
                 self.model, identity=self.identity, namespace=namespace
             )
             if self.draft_identity is not None:
-                loaded.know_draft(self.settings.draft_model, self.draft_identity)
+                loaded.register_draft(self.settings.draft_model, self.draft_identity)
             self._loaded[namespace] = loaded
         return self._loaded[namespace]

@@ -5,10 +5,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from promptcache.server.backend.request_state import Reading, ServedRequest
+from promptcache.server.backend.request_state import RequestState, ServedRequest
 
 # What is shared by less is read again: templates begin alike.
-LEAST_SHARED_TOKENS = 32
+MIN_SHARED_TOKENS = 32
 # Whether a request can go on changes when another one has come further; that is told.
 # Without, it is looked at so often.
 LOOK_SECONDS = 0.2
@@ -19,16 +19,16 @@ Job = tuple[Any, ServedRequest, Any]
 class SingleFlight:
     """The requests that wait, in the order in which they came."""
 
-    def __init__(self, must_wait: Callable[[Reading], bool]) -> None:
+    def __init__(self, must_wait: Callable[[RequestState], bool]) -> None:
         """Take what tells whether a request has to wait (still)."""
         self._must_wait = must_wait
-        self._waiting: deque[tuple[Job, Reading]] = deque()
+        self._waiting: deque[tuple[Job, RequestState]] = deque()
         self._look_at = 0.0
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def holds(self, job: Job, reading: Reading) -> bool:
+    def holds(self, job: Job, reading: RequestState) -> bool:
         """Hold a request if it has to wait, and return whether it is held."""
         if not self._must_wait(reading):
             return False

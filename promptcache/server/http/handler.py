@@ -41,7 +41,7 @@ DRAIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class ServerContext:
     """What all requests of a server share.
 
     Attributes:
@@ -66,7 +66,7 @@ class ApiHandler(APIHandler):
 
     timeout = IDLE_SECONDS
 
-    def __init__(self, site: Site, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, site: ServerContext, *args: Any, **kwargs: Any) -> None:
         """Take what requests share, and what `http.server` gives."""
         self._site = site
         self._namespace = ""
@@ -193,7 +193,7 @@ class ApiHandler(APIHandler):
 
     def _check_origin(self) -> None:
         """Raise for pages that were not allowed by name: prompts are private."""
-        origin = self.headers.get("Origin")
+        origin = self.headers.get("PromptOrigin")
         allowed = self.response_generator.cli_args.allowed_origins
         if origin is not None and origin not in allowed:
             raise ForbiddenError("this page's origin is not one of --allowed-origins")

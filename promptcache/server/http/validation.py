@@ -11,7 +11,7 @@ from typing import Any
 from promptcache.errors import UsageError
 
 # Answers longer than any model's context.
-MOST_TOKENS = 2**24
+MAX_TOKENS = 2**24
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -108,8 +108,8 @@ def _check_numbers(body: Mapping[str, Any]) -> None:
             _check(abs(value) < 2**63, f"{name} is too large")
     for name in ("max_tokens", "max_completion_tokens"):
         value = body.get(name)
-        is_count = isinstance(value, int) and 1 <= value <= MOST_TOKENS
-        _check(value is None or is_count, f"{name} must be in [1, {MOST_TOKENS}]")
+        is_count = isinstance(value, int) and 1 <= value <= MAX_TOKENS
+        _check(value is None or is_count, f"{name} must be in [1, {MAX_TOKENS}]")
     seed = body.get("seed")
     _check(
         seed is None or (isinstance(seed, int) and seed >= 0), "seed must be 0 or more"

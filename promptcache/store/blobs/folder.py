@@ -19,14 +19,14 @@ from typing import BinaryIO, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.files import (
-    IrregularFileError,
+    NotRegularFileError,
     check_private,
     create_folder,
     files_below,
+    fsync_file,
     is_locked,
     lock_at_once,
     locked_folder,
-    make_durable,
     make_path_durable,
     open_file,
     open_locked,
@@ -35,21 +35,21 @@ from promptcache.files import (
 from promptcache.locks import Patience
 from promptcache.segments.blob_format import (
     BlobHeader,
-    combined,
+    combined_checksum,
     digest,
     encode_header,
     read_header,
 )
 from promptcache.segments.dtypes import bits_of
 from promptcache.segments.types import EncodedSegment, SegmentInfo, Tensor
-from promptcache.store.blobs.listing import SHELF_NAME, Inventory
+from promptcache.store.blobs.listing import SHELF_NAME, BlobListing
 from promptcache.store.reports import ForeignFile, Garbage
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
 READ_NBYTES = 1 << 22
 # The list of a quarter of a million prefixes.
-MOST_FILE_NBYTES = 1 << 26
+MAX_FILE_NBYTES = 1 << 26
 # What comes from a damaged index must not lead anywhere else.
 KEY = re.compile(r"[0-9a-f]{32}")
 # Where conversations are kept, which is left to `transcript`.
@@ -114,7 +114,7 @@ class BlobFolder:
         self._blobs = root / "blobs"
         self._tmp = root / "tmp"
         self._quarantine = root / "quarantine"
-        self._inventory = Inventory(self._blobs)
+        self._inventory = BlobListing(self._blobs)
 
     def create(self) -> None:
         """Create the store's folders.
@@ -192,7 +192,7 @@ class BlobFolder:
     def read_file(self, name: str) -> bytes:
         """Return a small file at the root of the store. Raises OSError."""
         with open_file(self.root / name) as file:
-            if os.fstat(file.fileno()).st_size > MOST_FILE_NBYTES:
+            if os.fstat(file.fileno()).st_size > MAX_FILE_NBYTES:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
             return file.read()
 
@@ -254,7 +254,7 @@ class BlobFolder:
                 for buffer in buffers:
                     file.write(buffer)
                 file.flush()
-                make_durable(file.fileno())
+                fsync_file(file.fileno())
                 yield StagedBlob(tmp, path, file.tell())
             finally:
                 tmp.unlink(missing_ok=True)
@@ -271,7 +271,7 @@ class BlobFolder:
             return read_header(self.path(key), key)
         except FileNotFoundError:
             raise DamagedBlobError("blob is missing") from None
-        except IrregularFileError as error:
+        except NotRegularFileError as error:
             raise DamagedBlobError(f"blob is {error.strerror}") from None
         except OSError as error:
             # Such as too many open files: the blob may well be sound.
@@ -327,11 +327,11 @@ class BlobFolder:
                 is_longer = bool(file.read(1))
         except FileNotFoundError:
             raise DamagedBlobError("blob is missing") from None
-        except IrregularFileError as error:
+        except NotRegularFileError as error:
             raise DamagedBlobError(f"blob is {error.strerror}") from None
         except OSError as error:
             raise StoreError(f"blob cannot be read ({error.strerror})") from error
-        if combined(digests) != header.data_checksum or is_longer:
+        if combined_checksum(digests) != header.data_checksum or is_longer:
             raise DamagedBlobError("checksum of the data does not match")
 
     @_readable
@@ -408,7 +408,7 @@ class BlobFolder:
                 lock_at_once(file)
                 path.unlink()
                 return os.fstat(file.fileno()).st_size
-        except IrregularFileError:
+        except NotRegularFileError:
             return _remove(path)
         except (BlockingIOError, FileNotFoundError):
             return 0

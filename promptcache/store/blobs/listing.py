@@ -12,17 +12,17 @@ BLOB_NAME = re.compile(r"([0-9a-f]{2})[0-9a-f]{30}\.safetensors")
 SHELF_NAME = re.compile(r"[0-9a-f]{2}")
 # A change this soon after another need not change the time of a folder: file systems
 # count in ticks of up to 10 ms, some of them in seconds.
-SETTLED_SECONDS = 2.0
+MTIME_RESOLUTION_SECONDS = 2.0
 
 
-class _Shelf(NamedTuple):
+class _Shard(NamedTuple):
     """What one folder held when it had been changed last at a time."""
 
     changed_at: int
     nbytes_by_name: dict[str, int]
 
 
-class Inventory:
+class BlobListing:
     """The files one level below a folder.
 
     A blob never changes, and to come and go it changes the time of its folder: one
@@ -32,7 +32,7 @@ class Inventory:
     def __init__(self, folder: Path) -> None:
         """Take the folder; it need not exist."""
         self._folder = folder
-        self._shelves: dict[str, _Shelf] = {}
+        self._shelves: dict[str, _Shard] = {}
 
     def blobs(self) -> Iterator[tuple[str, int]]:
         """Yield key and size of every file that has a blob's name and place."""
@@ -77,8 +77,8 @@ class Inventory:
         if known is not None and known.changed_at == changed_at:
             return known.nbytes_by_name
         files = dict(_below(self._folder / name))
-        if time.time() - changed_at / 1e9 > SETTLED_SECONDS:
-            self._shelves[name] = _Shelf(changed_at, files)
+        if time.time() - changed_at / 1e9 > MTIME_RESOLUTION_SECONDS:
+            self._shelves[name] = _Shard(changed_at, files)
         return files
 
 

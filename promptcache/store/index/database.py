@@ -20,7 +20,7 @@ from promptcache.errors import DamagedIndexError, StoreError, StoreFormatError
 from promptcache.files import PRIVATE_FILE, size_of
 from promptcache.locks import Holder, Patience, holder_of, told
 from promptcache.store.index.schema import SCHEMA_VERSION, create_tables, has_tables
-from promptcache.units import MOST_SECONDS
+from promptcache.units import MAX_SECONDS
 
 Result = TypeVar("Result")
 # No statement takes this long, unless somebody made it endless: listing 100,000
@@ -524,7 +524,7 @@ def checked(
     for row in rows:
         if not all(map(isinstance, row, kinds)):
             raise DamagedIndexError(DAMAGED)
-        if not all(0 <= row[i] < MOST_SECONDS for i in times):
+        if not all(0 <= row[i] < MAX_SECONDS for i in times):
             raise DamagedIndexError(DAMAGED)
     return rows
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from promptcache.errors import DamagedIndexError
 from promptcache.segments.fingerprint import Fingerprint
-from promptcache.segments.types import Origin
+from promptcache.segments.types import PromptOrigin
 from promptcache.store.index.database import (
     DAMAGED,
     Database,
@@ -19,13 +19,13 @@ from promptcache.store.index.database import (
 )
 from promptcache.store.index.fingerprints import Fingerprints
 from promptcache.store.reports import Usage, Written
-from promptcache.store.types import Eviction, Receipt
+from promptcache.store.types import Eviction, RequestUsage
 
 # A prompt is tried with so many other arguments of its template.
-MOST_CONFIGS = 4
+MAX_CONFIGS = 4
 # So many evictions are remembered of each fingerprint, to say later why a prompt
 # missed: of each, so that what others lose makes nobody forget.
-MOST_EVICTIONS = 10_000
+MAX_EVICTIONS = 10_000
 # What a measured speed still counts for after the next one.
 SPEED_DECAY = 0.5
 Deed = Literal["prefill", "load"]
@@ -93,7 +93,7 @@ class History:
         return None
 
     def add_receipt(
-        self, receipt: Receipt, key: str | None, saved_seconds: float
+        self, receipt: RequestUsage, key: str | None, saved_seconds: float
     ) -> None:
         """Add what a request got to what is known of a prefix, or of misses."""
         columns = (
@@ -178,7 +178,7 @@ class History:
         with self._database.writing():
             for end, key in keys.items():
                 self._database.execute(add, [key, end, reason, now, segment_key])
-            self._database.execute(forget, [segment_key, MOST_EVICTIONS])
+            self._database.execute(forget, [segment_key, MAX_EVICTIONS])
 
     def evictions(self, fingerprint: str) -> Iterator[tuple[str, Eviction]]:
         """Yield the keys of what was taken away, the longest prefixes first."""
@@ -193,7 +193,7 @@ class History:
                 raise DamagedIndexError(DAMAGED)
             yield key, Eviction(end, *rest)
 
-    def add_config(self, key: str, origin: Origin) -> None:
+    def add_config(self, key: str, origin: PromptOrigin) -> None:
         """Note with which arguments of its template a listed prefix was rendered."""
         sql = """
             INSERT OR REPLACE INTO configs (namespace, template, config)
@@ -207,7 +207,7 @@ class History:
         """Return with which arguments of a template prompts were rendered last."""
         sql = f"""
             SELECT config FROM configs WHERE namespace = ? AND template = ?
-            ORDER BY rowid DESC LIMIT {MOST_CONFIGS}
+            ORDER BY rowid DESC LIMIT {MAX_CONFIGS}
         """
         rows = checked(self._database.rows(sql, [namespace, template]), str)
         with translated():

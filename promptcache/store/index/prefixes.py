@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 
 from promptcache.errors import DamagedIndexError
-from promptcache.segments.types import Origin
+from promptcache.segments.types import PromptOrigin
 from promptcache.store.index.database import (
     DAMAGED,
     Database,
@@ -13,7 +13,7 @@ from promptcache.store.index.database import (
     segment_within,
     within,
 )
-from promptcache.store.index.rows import HeldEnd, ListedPrefix, PromptRow
+from promptcache.store.index.rows import HeldEnd, PrefixRow, PromptRow
 from promptcache.store.index.schema import NO_TOKEN
 from promptcache.store.reports import Prefix
 
@@ -55,16 +55,16 @@ class Prefixes:
         rows = checked(self._database.rows(sql, marks), *kinds)
         return [(_prefix(*row[:-1]), row[-1]) for row in rows]
 
-    def listed(self) -> list[ListedPrefix]:
+    def listed(self) -> list[PrefixRow]:
         """Return the prefixes that were built or saved, by key."""
         return self._listed("1", [])
 
-    def pins(self, namespace: str | None = None) -> list[ListedPrefix]:
+    def pins(self, namespace: str | None = None) -> list[PrefixRow]:
         """Return the prefixes of a namespace, or of all, that have a name, by key."""
         condition, values = within(namespace, "p")
         return self._listed(f"p.name IS NOT NULL AND {condition}", values)
 
-    def _listed(self, condition: str, values: list[str]) -> list[ListedPrefix]:
+    def _listed(self, condition: str, values: list[str]) -> list[PrefixRow]:
         sql = f"""
             SELECT p.key, s.key, p.num_tokens, p.name, p.manifest, p.namespace
             FROM prefixes p JOIN segments s ON s.id = p.segment_id
@@ -72,7 +72,7 @@ class Prefixes:
         """
         kinds = (str, str, int, str | None, str | None, str)
         rows = checked(self._database.rows(sql, values), *kinds)
-        return [ListedPrefix(*row) for row in rows]
+        return [PrefixRow(*row) for row in rows]
 
     def prompts(self, namespace: str) -> list[PromptRow]:
         """Return what was built or saved in a namespace, the last used first."""
@@ -157,7 +157,7 @@ class Prefixes:
             sql = "UPDATE prefixes SET name = ?, manifest = ? WHERE key = ?"
             self._database.execute(sql, [name, manifest, key])
 
-    def set_origin(self, key: str, origin: Origin) -> None:
+    def set_origin(self, key: str, origin: PromptOrigin) -> None:
         """Note how a listed prefix was rendered."""
         with self._database.writing():
             sql = "UPDATE prefixes SET origin = ? WHERE key = ?"
@@ -177,12 +177,12 @@ def _prefix(
     return Prefix(key, name, model, num_tokens, 0, created_at, used_at, hits, namespace)
 
 
-def _origin(text: str | None) -> Origin | None:
+def _origin(text: str | None) -> PromptOrigin | None:
     if text is None:
         return None
     try:
         fields = json.loads(text)
         tools = tuple((name, digest) for name, digest in fields.pop("tools"))
-        return Origin(**fields, tools=tools)
+        return PromptOrigin(**fields, tools=tools)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
         raise DamagedIndexError(DAMAGED) from None

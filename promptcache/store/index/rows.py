@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from promptcache.segments.types import Origin, Worth
+from promptcache.segments.types import Priority, PromptOrigin
 
 
 class SegmentRow(NamedTuple):
@@ -14,7 +14,7 @@ class SegmentRow(NamedTuple):
     start: int
     end: int
     nbytes: int
-    divisible: bool
+    sliceable: bool
     extendable: bool
     needs_checkpoint: bool
     token_ids: bytes
@@ -28,11 +28,11 @@ class CheckpointRow(NamedTuple):
     position: int
     extendable: bool
     has_logits: bool
-    worth: Worth
+    priority: Priority
     is_prefix: bool
 
 
-class ListedPrefix(NamedTuple):
+class PrefixRow(NamedTuple):
     """A prefix and the segment it ends in, as the index lists it.
 
     `manifest` is the file whose prompt it is pinned for, if any.
@@ -46,7 +46,7 @@ class ListedPrefix(NamedTuple):
     namespace: str = ""
 
 
-class Leaf(NamedTuple):
+class SegmentNode(NamedTuple):
     """What eviction has to know of a stretch of a segment.
 
     Attributes:
@@ -123,4 +123,4 @@ class PromptRow(NamedTuple):
     fingerprint: str
     segment_id: int
     num_tokens: int
-    origin: Origin | None
+    origin: PromptOrigin | None

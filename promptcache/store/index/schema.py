@@ -33,11 +33,11 @@ CREATE TABLE segments (
     token_nbytes INTEGER,
     created_at REAL,
     used_at REAL,
-    divisible INTEGER,
+    sliceable INTEGER,
     extendable INTEGER,
     needs_checkpoint INTEGER,
     has_logits INTEGER,
-    worth INTEGER,
+    priority INTEGER,
     token_ids BLOB
 );
 CREATE UNIQUE INDEX segments_by_key ON segments (key);

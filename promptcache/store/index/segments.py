@@ -12,7 +12,7 @@ from typing import Any
 from promptcache.errors import DamagedIndexError, StoreError
 from promptcache.locks import Patience
 from promptcache.segments.chain import TOKEN_NBYTES, Chain
-from promptcache.segments.types import SegmentInfo, Worth
+from promptcache.segments.types import Priority, SegmentInfo
 from promptcache.store.index.clock import Clock
 from promptcache.store.index.database import (
     DAMAGED,
@@ -30,7 +30,7 @@ from promptcache.store.index.rows import (
     CheckpointRow,
     HeldEnd,
     HeldSegment,
-    Leaf,
+    SegmentNode,
     SegmentRow,
 )
 from promptcache.store.index.schema import NO_TOKEN
@@ -155,7 +155,7 @@ class Index:
         ids = list(parent_ids)
         marks = ", ".join("?" for _ in ids)
         sql = f"""
-            SELECT key, parent_id, start, extendable, has_logits, worth,
+            SELECT key, parent_id, start, extendable, has_logits, priority,
                 id IN (SELECT segment_id FROM prefixes)
             FROM segments WHERE parent_id IN ({marks}) AND first_token = ?
         """
@@ -163,7 +163,7 @@ class Index:
         with translated():
             return [
                 CheckpointRow._make(
-                    [*row[:3], *map(bool, row[3:5]), Worth(row[5]), bool(row[6])]
+                    [*row[:3], *map(bool, row[3:5]), Priority(row[5]), bool(row[6])]
                 )
                 for row in rows
             ]
@@ -195,7 +195,7 @@ class Index:
         namespace: str | None = None,
         *,
         protect: Mapping[str, int] | None = None,
-    ) -> list[Leaf]:
+    ) -> list[SegmentNode]:
         """Return the segments of a namespace, or all, as eviction sees them.
 
         Args:
@@ -260,8 +260,8 @@ class Index:
     ) -> bool:
         """Return whether a row is the one that `add_segment` would add."""
         sql = """
-            SELECT digest, namespace, start, end, first_token, nbytes, divisible,
-                extendable, needs_checkpoint, has_logits, worth, token_ids
+            SELECT digest, namespace, start, end, first_token, nbytes, sliceable,
+                extendable, needs_checkpoint, has_logits, priority, token_ids
             FROM segments JOIN fingerprints f ON f.id = fingerprint_id
             WHERE segments.id = ?
         """
@@ -270,7 +270,7 @@ class Index:
         wanted = (
             *(info.fingerprint.digest, info.fingerprint.namespace),
             *(info.start, info.end, first_token, nbytes),
-            *(*info.resumption, info.worth, span),
+            *(*info.resumption, info.priority, span),
         )
         blocks = self.database.rows(
             "SELECT hash FROM blocks WHERE segment_id = ?", [segment_id]
@@ -320,22 +320,24 @@ class Index:
         sql = f"""
             WITH way(key, stop) AS (VALUES {marks}),
             passed AS (
-                SELECT c.id, c.start, c.worth,
+                SELECT c.id, c.start, c.priority,
                     c.id IN (SELECT segment_id FROM prefixes) AS is_prefix
                 FROM way JOIN segments s USING (key)
                 JOIN segments c ON c.parent_id = s.id
                 WHERE c.first_token = ? AND c.start <= way.stop
             )
             UPDATE segments SET used_at = ? WHERE id IN (
-                SELECT id FROM passed WHERE is_prefix OR worth = ?
+                SELECT id FROM passed WHERE is_prefix OR priority = ?
                 UNION SELECT * FROM (
-                    SELECT id FROM passed WHERE worth > ? ORDER BY start LIMIT 1
+                    SELECT id FROM passed WHERE priority > ? ORDER BY start LIMIT 1
                 )
             )
         """
         ends = [value for pair in way for value in pair]
         with self.database.writing():
-            self.database.execute(sql, [*ends, NO_TOKEN, now, Worth.BUILT, Worth.STEP])
+            self.database.execute(
+                sql, [*ends, NO_TOKEN, now, Priority.BUILT, Priority.STEP]
+            )
 
     def add_segment(
         self,
@@ -381,7 +383,7 @@ class Index:
                     created_at,
                     created_at,
                     *info.resumption,
-                    info.worth,
+                    info.priority,
                     chain.span(info.start, info.end),
                 ],
             )

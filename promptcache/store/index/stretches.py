@@ -9,14 +9,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
-from promptcache.store.index.rows import HeldEnd, HeldSegment, Leaf, Use
+from promptcache.store.index.rows import HeldEnd, HeldSegment, SegmentNode, Use
 
 Places = Mapping[int, Sequence[int]]
 
 
 def leaves_of(
     segments: Sequence[HeldSegment], ends: Sequence[HeldEnd], uses: Iterable[Use]
-) -> list[Leaf]:
+) -> list[SegmentNode]:
     """Return all stretches of segments.
 
     Args:
@@ -48,7 +48,7 @@ def leaves_of(
         for start, end in stretches:
             id_ = ids[segment.id, end]
             leaves.append(
-                Leaf(
+                SegmentNode(
                     id=id_,
                     key=segment.key,
                     parent_id=parent_id,
@@ -71,11 +71,11 @@ def leaves_of(
 def _places(segments: Sequence[HeldSegment], ends: Iterable[HeldEnd]) -> Places:
     """Return where the stretches of each segment end, in order."""
     places = {segment.id: {segment.end} for segment in segments}
-    divisible = {s.id: range(s.start + 1, s.end) for s in segments if _is_divisible(s)}
+    sliceable = {s.id: range(s.start + 1, s.end) for s in segments if _is_divisible(s)}
     hung = ((segment.parent_id, segment.start) for segment in segments)
     ended = ((end.segment_id, end.position) for end in ends)
     for segment_id, position in (*hung, *ended):
-        if position in divisible.get(segment_id, ()):
+        if position in sliceable.get(segment_id, ()):
             places[segment_id].add(position)
     return {segment_id: sorted(found) for segment_id, found in places.items()}
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from promptcache.segments.chain import Chain
-from promptcache.segments.types import Resumption, SegmentInfo
+from promptcache.segments.types import ResumeRules, SegmentInfo
 from promptcache.store.index.rows import SegmentRow
 
 Place = tuple[int, str]
@@ -38,7 +38,7 @@ class Cover:
         key: str,
         start: int,
         end: int,
-        resumption: Resumption | SegmentRow,
+        resumption: ResumeRules | SegmentRow,
     ) -> None:
         """Note the places that a segment `[start, end)` of a chain has.
 
@@ -46,7 +46,7 @@ class Cover:
         """
         first = bisect_right(self._positions, start)
         last = bisect_right(self._positions, end)
-        if not resumption.divisible:
+        if not resumption.sliceable:
             first = max(first, bisect_left(self._positions, end))
         holder = _Holder(key, resumption.extendable, resumption.needs_checkpoint)
         for position in self._positions[first:last]:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from promptcache.errors import (
     DamagedIndexError,
 )
-from promptcache.segments.types import Worth
+from promptcache.segments.types import Priority
 from promptcache.store.index import ROOT_ID
-from promptcache.store.index.rows import CheckpointRow, Leaf
+from promptcache.store.index.rows import CheckpointRow, SegmentNode
 from promptcache.store.reports import (
     Prefix,
 )
@@ -29,13 +29,13 @@ CHECKPOINTS_BESIDE = 2
 
 
 def plan_eviction(
-    segments: Collection[Leaf],
+    segments: Collection[SegmentNode],
     *,
     nbytes: int | None = None,
     protected: Iterable[int] = (),
-    may_go: Callable[[Leaf], bool] = lambda _: True,
+    may_go: Callable[[SegmentNode], bool] = lambda _: True,
     now: float = math.inf,
-) -> list[Leaf]:
+) -> list[SegmentNode]:
     """Return the segments to evict, each after all its children.
 
     Args:
@@ -46,7 +46,7 @@ def plan_eviction(
         now: Unix time.
     """
 
-    def rank(segment: Leaf) -> tuple[bool, float, int, int]:
+    def rank(segment: SegmentNode) -> tuple[bool, float, int, int]:
         # Of whole leaves only, on which no checkpoint hangs: a split costs more.
         is_rows = segment.cut_at is None and not segment.is_checkpoint
         is_old = segment.used_at < now - UNFINISHED_SECONDS
@@ -59,7 +59,7 @@ def plan_eviction(
     num_children = Counter(segment.parent_id for segment in segments)
     heap = [rank(s) for s in segments if not num_children[s.id]]
     heapq.heapify(heap)
-    evicted: list[Leaf] = []
+    evicted: list[SegmentNode] = []
     while heap and (nbytes is None or nbytes > 0):
         segment = by_id[heapq.heappop(heap)[-1]]
         if segment.id in keep or not may_go(segment):
@@ -97,7 +97,7 @@ def surplus_checkpoints(
         next_turn: Where the next turn parts from the one that is saved, if known.
     """
     *older, newest = on_way
-    boundaries = [c for c in older if c.is_prefix or c.worth > Worth.STEP]
+    boundaries = [c for c in older if c.is_prefix or c.priority > Priority.STEP]
     kept = {*boundaries[:1], *boundaries[-1:]}
     if next_turn is not None and next_turn < newest.position:
         before = [c for c in older if c.position <= next_turn]
@@ -112,16 +112,18 @@ def surplus_checkpoints(
     kept.update(best.values())
     surplus = [c for c in older if c not in kept]
     for is_answer in (True, False):
-        alike = [c for c in beside if (c.worth is Worth.ANSWER) is is_answer]
+        alike = [c for c in beside if (c.priority is Priority.ANSWER) is is_answer]
         surplus += alike[:-CHECKPOINTS_BESIDE]
-    return [checkpoint for checkpoint in surplus if checkpoint.worth < Worth.BUILT]
+    return [
+        checkpoint for checkpoint in surplus if checkpoint.priority < Priority.BUILT
+    ]
 
 
-def _rank(checkpoint: CheckpointRow) -> tuple[bool, Worth]:
-    return checkpoint.is_prefix, checkpoint.worth
+def _rank(checkpoint: CheckpointRow) -> tuple[bool, Priority]:
+    return checkpoint.is_prefix, checkpoint.priority
 
 
-def _with_ancestors(by_id: dict[int, Leaf], ids: Iterable[int]) -> set[int]:
+def _with_ancestors(by_id: dict[int, SegmentNode], ids: Iterable[int]) -> set[int]:
     found: set[int] = set()
     for start in ids:
         current = start
@@ -131,11 +133,11 @@ def _with_ancestors(by_id: dict[int, Leaf], ids: Iterable[int]) -> set[int]:
     return found
 
 
-class Tree:
+class PrefixTree:
     """The stretches of segments and the prefixes that end there: who needs whom."""
 
     def __init__(
-        self, leaves: Iterable[Leaf], prefixes: Iterable[tuple[Prefix, int]]
+        self, leaves: Iterable[SegmentNode], prefixes: Iterable[tuple[Prefix, int]]
     ) -> None:
         """Take all stretches, and all prefixes with their segments' ids."""
         self._by_id = {leaf.id: leaf for leaf in leaves}
@@ -146,7 +148,7 @@ class Tree:
         for prefix, segment_id in prefixes:
             self._need(prefix.key, self._leaf_id(prefix, segment_id))
         # Such as checkpoints on the way, and what is left of rows beside it.
-        self._loose: dict[int, list[Leaf]] = {}
+        self._loose: dict[int, list[SegmentNode]] = {}
         for leaf in self._by_id.values():
             if leaf.id not in self._needed_by:
                 self._loose.setdefault(leaf.parent_id, []).append(leaf)
@@ -164,12 +166,12 @@ class Tree:
             leaf = self._by_id.get(leaf_id)
             who, leaf_id = leaf_id, leaf.parent_id if leaf else ROOT_ID
 
-    def freed(self, prefix: Prefix, segment_id: int) -> list[Leaf]:
+    def freed(self, prefix: Prefix, segment_id: int) -> list[SegmentNode]:
         """Return the stretches that only this prefix needs, the deepest first.
 
         Raises DamagedIndexError if an ancestor is not there.
         """
-        freed: list[Leaf] = []
+        freed: list[SegmentNode] = []
         needed_by: set[str | int] = {prefix.key}
         leaf_id = self._leaf_id(prefix, segment_id)
         while leaf_id != ROOT_ID and self._needed_by[leaf_id] <= needed_by:
@@ -183,7 +185,7 @@ class Tree:
             leaf_id = leaf.parent_id
         return freed
 
-    def _without_need(self, leaf_id: int) -> Iterator[Leaf]:
+    def _without_need(self, leaf_id: int) -> Iterator[SegmentNode]:
         """Yield what hangs on a stretch and nobody needs, the deepest first."""
         for leaf in self._loose.get(leaf_id, []):
             yield from self._without_need(leaf.id)

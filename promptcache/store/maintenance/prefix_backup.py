@@ -4,11 +4,11 @@ import json
 from collections.abc import Collection
 
 from promptcache.errors import StoreError
-from promptcache.segments.blob_format import MOST_TOKENS
+from promptcache.segments.blob_format import MAX_TOKENS
 from promptcache.segments.chain import Chain
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.index import Index
-from promptcache.store.index.rows import ListedPrefix
+from promptcache.store.index.rows import PrefixRow
 from promptcache.store.maintenance.cover import Cover
 
 PREFIXES_FILE = "prefixes.json"
@@ -26,7 +26,7 @@ def write_prefixes(index: Index, blobs: BlobFolder) -> None:
         raise StoreError(f"prefixes cannot be listed ({error.strerror})") from error
 
 
-def _listed(blobs: BlobFolder) -> list[ListedPrefix]:
+def _listed(blobs: BlobFolder) -> list[PrefixRow]:
     """Return the prefixes that the list beside the index has."""
     try:
         entries = json.loads(blobs.read_file(PREFIXES_FILE))
@@ -37,22 +37,22 @@ def _listed(blobs: BlobFolder) -> list[ListedPrefix]:
     return [entry for entry in map(_entry, entries) if entry is not None]
 
 
-def _entry(fields: object) -> ListedPrefix | None:
+def _entry(fields: object) -> PrefixRow | None:
     """Return what the list says of a prefix, or None if it was never written so."""
     try:
-        entry = ListedPrefix(**fields)  # type: ignore[arg-type]
+        entry = PrefixRow(**fields)  # type: ignore[arg-type]
         named = [text for text in (entry.name, entry.manifest) if text is not None]
         for text in (entry.key, entry.segment_key, entry.namespace, *named):
             # What is no text, or none that a database takes.
             text.encode()
     except (AttributeError, TypeError, ValueError):
         return None
-    is_position = type(entry.num_tokens) is int and 0 < entry.num_tokens < MOST_TOKENS
+    is_position = type(entry.num_tokens) is int and 0 < entry.num_tokens < MAX_TOKENS
     return entry if is_position and (entry.name or "").isprintable() else None
 
 
 def _restore_prefixes(
-    index: Index, cover: Cover, listed: Collection[ListedPrefix]
+    index: Index, cover: Cover, listed: Collection[PrefixRow]
 ) -> None:
     """List and name prefixes again, also those that end inside a segment."""
     known = set(index.prefixes.listed())
@@ -71,7 +71,7 @@ def _restore_prefixes(
             index.prefixes.set_name(entry.key, entry.name, manifest=entry.manifest)
 
 
-def _has_key(index: Index, segment_id: int, entry: ListedPrefix) -> bool:
+def _has_key(index: Index, segment_id: int, entry: PrefixRow) -> bool:
     """Return whether a prefix has the key that the file gives it."""
     rows = index.path_to(segment_id)
     num_tokens = entry.num_tokens

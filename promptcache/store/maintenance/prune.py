@@ -19,7 +19,7 @@ from promptcache.locks import told
 from promptcache.segments.chain import Chain
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.index import Index
-from promptcache.store.index.rows import Leaf
+from promptcache.store.index.rows import SegmentNode
 from promptcache.store.maintenance import split, verify
 from promptcache.store.maintenance.eviction import plan_eviction
 from promptcache.store.reports import (
@@ -35,7 +35,7 @@ from promptcache.units import format_age, format_size
 
 # In one transaction, rows that share a page are written to the WAL once, and the WAL
 # counts for the size limit. Other writers wait for it, 8 ms.
-EVICTED_AT_ONCE = 100
+EVICTION_BATCH = 100
 # What a WAL may take beyond the limit while it cannot be emptied: what SQLite lets it
 # have at any time, 1,000 pages, or a part of a large store.
 WAL_NBYTES, WAL_SHARE = 4 * 1024**2, 10
@@ -74,10 +74,10 @@ def plan_prune(
 
 
 def _unwanted(
-    leaves: Collection[Leaf], policy: PrunePolicy, now: float
-) -> dict[Leaf, str]:
+    leaves: Collection[SegmentNode], policy: PrunePolicy, now: float
+) -> dict[SegmentNode, str]:
     """Return what goes by model and by age, with the reasons."""
-    reasons: dict[Leaf, str] = {}
+    reasons: dict[SegmentNode, str] = {}
     if policy.model is not None:
         of_model = plan_eviction(leaves, may_go=lambda s: s.model == policy.model)
         reasons = dict.fromkeys(of_model, f"of model {policy.model}")
@@ -91,11 +91,13 @@ def _unwanted(
     return reasons
 
 
-def _without(leaves: Iterable[Leaf], gone: Collection[Leaf]) -> list[Leaf]:
+def _without(
+    leaves: Iterable[SegmentNode], gone: Collection[SegmentNode]
+) -> list[SegmentNode]:
     return [leaf for leaf in leaves if leaf not in gone]
 
 
-def _removals(reasons: Mapping[Leaf, str]) -> list[Removal]:
+def _removals(reasons: Mapping[SegmentNode, str]) -> list[Removal]:
     """Return what becomes of each segment that stretches of go, the last ones first."""
     removals: dict[str, Removal] = {}
     for leaf, reason in reasons.items():
@@ -105,12 +107,12 @@ def _removals(reasons: Mapping[Leaf, str]) -> list[Removal]:
     return list(removals.values())
 
 
-def removals_of(leaves: Iterable[Leaf], reason: str) -> list[Removal]:
+def removals_of(leaves: Iterable[SegmentNode], reason: str) -> list[Removal]:
     """Return what becomes of each segment that stretches of go for one reason."""
     return _removals(dict.fromkeys(leaves, reason))
 
 
-def _nbytes(items: Iterable[Removal | Garbage | Leaf | ForeignFile]) -> int:
+def _nbytes(items: Iterable[Removal | Garbage | SegmentNode | ForeignFile]) -> int:
     return sum(item.nbytes for item in items)
 
 
@@ -131,8 +133,8 @@ def execute(index: Index, blobs: BlobFolder, plan: PrunePlan) -> PruneReport:
     removals: list[Removal] = []
     # What goes as a whole comes first: it makes room for the heads of the others.
     whole = [removal for removal in plan.removals if removal.cut_at is None]
-    for start in range(0, len(whole), EVICTED_AT_ONCE):
-        evicted = _evict(index, whole[start : start + EVICTED_AT_ONCE])
+    for start in range(0, len(whole), EVICTION_BATCH):
+        evicted = _evict(index, whole[start : start + EVICTION_BATCH])
         remove_blobs(index, blobs, [removal.key for removal in evicted])
         removals += evicted
     for removal in plan.removals:
@@ -327,7 +329,7 @@ def _beyond_reach(foreign: Sequence[ForeignFile], over: int, limit: int) -> int:
     return nbytes if nbytes > limit // FOREIGN_SHARE else 0
 
 
-def _full_message(leaves: Collection[Leaf], nbytes: int, limit: int) -> str:
+def _full_message(leaves: Collection[SegmentNode], nbytes: int, limit: int) -> str:
     room = f"{format_size(nbytes)} do not fit into the limit of {format_size(limit)}"
     pinned = pinned_nbytes(leaves)
     if pinned:
@@ -335,6 +337,6 @@ def _full_message(leaves: Collection[Leaf], nbytes: int, limit: int) -> str:
     return f"{room}, raise it with --max-size or PROMPTCACHE_MAX_SIZE"
 
 
-def pinned_nbytes(segments: Collection[Leaf]) -> int:
+def pinned_nbytes(segments: Collection[SegmentNode]) -> int:
     """Return the size of what eviction keeps: what is pinned, with its ancestors."""
     return _nbytes(segments) - _nbytes(plan_eviction(segments))

@@ -13,7 +13,7 @@ from promptcache.segments.types import SegmentInfo
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.index import ROOT_ID, Database, Index
 from promptcache.store.index.database import BESIDE
-from promptcache.store.index.rows import ListedPrefix
+from promptcache.store.index.rows import PrefixRow
 from promptcache.store.maintenance.cover import Cover
 from promptcache.store.maintenance.prefix_backup import (
     _has_key,
@@ -94,7 +94,7 @@ def _agrees(index: Index, blobs: BlobFolder, key: str) -> bool:
     )
 
 
-def _is_listed(index: Index, entry: ListedPrefix) -> bool:
+def _is_listed(index: Index, entry: PrefixRow) -> bool:
     segment_id = index.segment_id(entry.segment_key)
     if segment_id is None or not _has_key(index, segment_id, entry):
         return False
@@ -258,8 +258,8 @@ def _is_double(index: Index, parent_id: int, info: SegmentInfo, chain: Chain) ->
 
     A process that is killed while it splits one leaves both.
     """
-    if info.is_checkpoint or not info.resumption.divisible:
+    if info.is_checkpoint or not info.resumption.sliceable:
         return False
     wanted = {info.start: chain.token_id(info.start)}
     children = index.children(parent_id, chain.fingerprint, wanted)
-    return any(child.divisible for child in children)
+    return any(child.sliceable for child in children)
