@@ -57,12 +57,12 @@ oldest: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade \
 		--target $(VENV)/oldest 'mlx-lm==$(OLDEST_MLX_LM)'
 	PYTHONPATH="$(CURDIR)/$(VENV)/oldest" $(RUN) python -m pytest -q \
-		tests/test_mlx_lm_server.py tests/test_serve.py \
+		tests/server/test_compat.py tests/server/test_serve.py \
 		-k 'mlx_lm or restart or read_once or options or draft'
 
 soak: $(VENV)/.installed
-	$(RUN) python -m benchmarks.soak --seconds $(SOAK_SECONDS)
-	$(RUN) python -m tests.soak_store
+	$(RUN) python -m tests.reliability.soak --seconds $(SOAK_SECONDS)
+	$(RUN) python -m tests.reliability.soak_processes
 
 lint: $(VENV)/.installed
 	$(RUN) ruff check .
@@ -88,7 +88,7 @@ bench-plots: $(VENV)/.installed
 	$(RUN) python -m benchmarks.plots $(MEASURED) $(MEASURED)
 
 models: $(VENV)/.installed
-	$(RUN) python -m benchmarks.conformance --write docs/models.md
+	$(RUN) python -m tests.architectures.conformance --write docs/models.md
 
 clean:
 	rm -rf $(VENV)

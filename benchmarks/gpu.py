@@ -18,7 +18,6 @@ from mlx_lm.models import llama
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 from benchmarks import caches, page_cache
-from benchmarks.conformance import Tokenizer, wrapped
 from benchmarks.harness import (
     Measurement,
     check_equal,
@@ -31,6 +30,7 @@ from promptcache import CachedGenerator
 from promptcache.engine.prefill import prefill
 from promptcache.models.identity.identity import ModelIdentity
 from promptcache.prompts.render import RenderedPrompt
+from tests.architectures.conformance import Tokenizer, wrapped
 
 SUFFIX_TOKENS = 32
 MLX_LM = "mlx-lm's file"

@@ -1,5 +1,6 @@
 """Fixtures: real tiny models, a real store, a clean environment."""
 
+import os
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
@@ -7,10 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import tiny
 
 from promptcache import PrefixStore
 from promptcache.generator import CachedGenerator
+from tests.helpers import tiny
+
+# Processes that tests start import from here, too.
+ROOT = str(Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 
 def pytest_report_header() -> list[str]:

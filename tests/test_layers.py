@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from segments import save, tokens
 
 import promptcache
 from promptcache.store import PrefixStore
+from tests.helpers.segments import save, tokens
 
 PACKAGE = Path(promptcache.__file__).parent
 
