@@ -2,7 +2,7 @@
 
 import sqlite3
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 # In place of the first token of a checkpoint, which has no tokens.
 NO_TOKEN = -1
 # Plain SQL: an index is compared with it whenever it is opened, so the text must not

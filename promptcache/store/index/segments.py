@@ -39,7 +39,7 @@ from promptcache.store.index.uses import Uses
 
 ROOT_ID = 0
 SEGMENT_COLUMNS = (
-    "id, key, parent_id, start, end, nbytes, divisible, extendable, needs_checkpoint, "
+    "id, key, parent_id, start, end, nbytes, sliceable, extendable, needs_checkpoint, "
     "token_ids"
 )
 
@@ -367,8 +367,8 @@ class Index:
             cursor = self.database.execute(
                 """
                 INSERT INTO segments (key, parent_id, fingerprint_id, start, end,
-                    first_token, nbytes, token_nbytes, created_at, used_at, divisible,
-                    extendable, needs_checkpoint, has_logits, worth, token_ids)
+                    first_token, nbytes, token_nbytes, created_at, used_at, sliceable,
+                    extendable, needs_checkpoint, has_logits, priority, token_ids)
                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                 """,
                 [
