@@ -50,7 +50,7 @@ class ParityReport:
         prompt_tokens: Length of the prompt.
         answer_tokens: How many tokens were compared after each cut.
         exact: Whether only ends of plain pieces were reused.
-        plan: What came of each cut.
+        cuts: What came of each cut.
         store_bits: In how many bits keys and values were stored, None for their own.
     """
 
@@ -58,7 +58,7 @@ class ParityReport:
     prompt_tokens: int
     answer_tokens: int
     exact: bool
-    plan: tuple[CutReport, ...]
+    cuts: tuple[CutReport, ...]
     store_bits: int | None = None
 
     @property
@@ -72,26 +72,26 @@ class ParityReport:
     @property
     def same_tokens(self) -> bool:
         """Return whether the tokens were the same after every cut."""
-        return all(cut.first_difference is None for cut in self.plan)
+        return all(cut.first_difference is None for cut in self.cuts)
 
     @property
     def verdict(self) -> str:
         """Return the result in words."""
-        difference = max(cut.largest_difference for cut in self.plan)
-        resumed = [cut for cut in self.plan if cut.cached_tokens]
+        difference = max(cut.largest_difference for cut in self.cuts)
+        resumed = [cut for cut in self.cuts if cut.cached_tokens]
         if not resumed:
             return "nothing could be reused, so there is nothing to compare"
         if self.store_bits is not None:
             return self._loss(resumed)
         if not self.same_tokens:
-            differing = [c for c in self.plan if c.first_difference is not None]
+            differing = [c for c in self.cuts if c.first_difference is not None]
             hint = (
                 "this should not happen, please report it"
                 if self.exact
                 else "--exact repeats a cold run's arithmetic"
             )
             return (
-                f"the tokens differ after {len(differing)} of {len(self.plan)} cuts, "
+                f"the tokens differ after {len(differing)} of {len(self.cuts)} cuts, "
                 f"log-probabilities by up to {difference:.1e}; {hint}"
             )
         if difference:
@@ -151,12 +151,12 @@ def check_parity(
     rendered = generator.render(prompt, tools)
     of_run = Settings.of(exact=exact, **settings)
     options = {"max_tokens": max_tokens, "exact": exact, **settings}
-    plan = dict(_cuts(rendered, of_run.step_size))
-    on_progress(0, len(plan) + 1)
+    cuts = dict(_cuts(rendered, of_run.step_size))
+    on_progress(0, len(cuts) + 1)
     cold = _answer(generator, rendered, reuse=False, save=False, **options)
     reports = []
-    for done, (position, kind) in enumerate(sorted(plan.items()), start=1):
-        on_progress(done, len(plan) + 1)
+    for done, (position, kind) in enumerate(sorted(cuts.items()), start=1):
+        on_progress(done, len(cuts) + 1)
         with (
             tempfile.TemporaryDirectory() as folder,
             _on_store(generator, Path(folder)) as other,
@@ -166,13 +166,13 @@ def check_parity(
                 other, rendered, save=False, sampler=_forced(cold.tokens), **options
             )
         reports.append(_compared(kind, position, cold, warm))
-    on_progress(len(plan) + 1, len(plan) + 1)
+    on_progress(len(cuts) + 1, len(cuts) + 1)
     return ParityReport(
         model=generator.identity.name,
         prompt_tokens=len(rendered.token_ids),
         answer_tokens=len(cold.tokens),
         exact=LoadedModel(generator.model).exact_after(of_run) is not None,
-        plan=tuple(reports),
+        cuts=tuple(reports),
         store_bits=of_run.store_bits,
     )
 

@@ -41,7 +41,7 @@ TEXTS = (
 HOLDER = """
 import sys
 from pathlib import Path
-from promptcache.transcript import Transcript
+from promptcache.chat.transcript import Transcript
 
 transcript = Transcript(Path(sys.argv[1]), {"system": None})
 transcript.add({"role": "user", "content": "said"})
@@ -54,7 +54,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from promptcache import StoreError
-from promptcache.transcript import Transcript
+from promptcache.chat.transcript import Transcript
 
 path = Path(sys.argv[1])
 transcript = Transcript(path, {"system": None})

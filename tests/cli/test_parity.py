@@ -33,13 +33,13 @@ def parity(generator: CachedGenerator, **options: Any) -> ParityReport:
 
 
 def cached(report: ParityReport) -> list[int]:
-    return [cut.cached_tokens for cut in report.plan]
+    return [cut.cached_tokens for cut in report.cuts]
 
 
 def test_every_kind_of_cut_is_tried(generator: CachedGenerator) -> None:
     report = parity(generator)
 
-    kinds = [(cut.position, cut.kind) for cut in report.plan]
+    kinds = [(cut.position, cut.kind) for cut in report.cuts]
     assert [kind for kind in kinds if kind[1] != "in between"] == [
         kind for kind in KINDS if kind[1] != "in between"
     ]
@@ -50,7 +50,7 @@ def test_tight_mode_reuses_every_stored_token(generator: CachedGenerator) -> Non
     report = parity(generator)
 
     # The last token of the prompt itself has to be read.
-    assert cached(report)[:-1] == [cut.position for cut in report.plan][:-1]
+    assert cached(report)[:-1] == [cut.position for cut in report.cuts][:-1]
     assert cached(report)[-1] == 149
     assert report.same_tokens
 
@@ -60,7 +60,7 @@ def test_exact_mode_reuses_ends_of_pieces_and_the_prompt_itself(
 ) -> None:
     report = parity(generator, exact=True)
 
-    reused = {cut.position: cut.cached_tokens for cut in report.plan}
+    reused = {cut.position: cut.cached_tokens for cut in report.cuts}
     assert all(
         tokens == position // STEP_SIZE * STEP_SIZE
         for position, tokens in reused.items()
@@ -119,7 +119,7 @@ def test_tokens_that_differ_are_seen(
     report = parity(generator, exact=True)
 
     assert not report.same_tokens
-    broken = [cut for cut in report.plan if cut.first_difference is not None]
+    broken = [cut for cut in report.cuts if cut.first_difference is not None]
     assert all(cut.cached_tokens for cut in broken)
     assert all(cut.top1_agreement < 1 for cut in broken)
     assert report.verdict.startswith(f"the tokens differ after {len(broken)} of ")
@@ -177,7 +177,7 @@ def test_json_tells_every_cut() -> None:
     assert value["exact"] is True
     assert value["same_tokens"] is True
     assert value["answer_tokens"] == 3
-    assert value["plan"][-1] == {
+    assert value["cuts"][-1] == {
         "kind": "full prompt",
         "position": value["prompt_tokens"],
         "cached_tokens": value["prompt_tokens"],

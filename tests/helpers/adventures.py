@@ -40,12 +40,6 @@ ROLL, LOOK = tool("roll", "Roll a die"), tool("look", "Look around")
 WALK, SING = tool("walk", "Walk on"), tool("sing", "Sing a song")
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A model whose template takes arguments."""
-    return templated(tiny.save_model(tmp_path / "narrator", tiny.LLAMA))
-
-
 def templated(folder: Path, template: str = TEMPLATE) -> Path:
     tiny.save_tokenizer(folder, template)
     return folder

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
@@ -63,15 +62,13 @@ def watched() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fuzz") / "store"
+def fill(folder: Path) -> None:
+    """Fill a store with one of everything."""
     with PrefixStore(folder) as store:
         store.pin(save(store, PROMPT), "name")
         save(store, [*PROMPT[:40], *tokens(20, first=500)])
         save_with_checkpoints(store, STATE, [20])
         fill_history(store)
-    return folder
 
 
 def fill_history(store: PrefixStore) -> None:

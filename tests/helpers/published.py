@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-
 from promptcache.kvcache.loading import segment_loader
 from promptcache.segments.blob_format import BlobHeader
 from promptcache.segments.chain import pack
@@ -53,10 +51,3 @@ def load(
     part = SegmentSlice(key, published.start, stop, published.end)
     expected = pack(token_ids[published.start : stop])
     return segment_loader.load(published.path, published.header, part, expected)
-
-
-@pytest.fixture
-def blobs(tmp_path: Path) -> BlobFolder:
-    folder = BlobFolder(tmp_path / "blobs")
-    folder.create()
-    return folder

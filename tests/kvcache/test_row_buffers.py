@@ -1,7 +1,6 @@
 """Rows are read to where they are used, and are those that were written."""
 
 import os
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -21,13 +20,6 @@ from promptcache.store.blobs.folder import BlobFolder
 TOKEN_IDS = list(range(300))
 ROOM = 500
 DTYPES = [mx.float32, mx.bfloat16, mx.float16]
-
-
-@pytest.fixture
-def blobs(tmp_path: Path) -> BlobFolder:
-    folder = BlobFolder(tmp_path / "blobs")
-    folder.create()
-    return folder
 
 
 def filled(num_tokens: int, dtype: mx.Dtype = mx.float32) -> list[KVCache]:

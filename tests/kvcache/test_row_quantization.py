@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -28,13 +27,6 @@ from tests.helpers.published import TOKEN_IDS, Published, load, publish
 # How many steps there are from the least value of a group to the largest.
 STEPS_BY_BITS = {8: 255, 4: 15}
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
-
-
-@pytest.fixture
-def blobs(tmp_path: Path) -> BlobFolder:
-    folder = BlobFolder(tmp_path / "blobs")
-    folder.create()
-    return folder
 
 
 def random_rows(

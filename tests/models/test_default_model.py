@@ -318,7 +318,7 @@ def test_failed_download_says_what_to_do(
 CREATE = """
 import sys, time
 from pathlib import Path
-from promptcache.default_model import FILES, create_once
+from promptcache.models.default.download import FILES, create_once
 
 folder = Path(sys.argv[1])
 
@@ -380,7 +380,7 @@ def test_model_that_is_there_is_found_at_once(default_model_path: Path) -> None:
 def test_import_is_light(default_model_path: Path) -> None:
     code = """
 import sys
-import promptcache.default_model as default
+import promptcache.models.default.download as default
 heavy = {"mlx_lm", "transformers", "huggingface_hub", "rich", "tokenizers"}
 assert not heavy & set(sys.modules) and "mlx" not in sys.modules
 default.ensure_default_model()

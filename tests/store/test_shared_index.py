@@ -126,7 +126,7 @@ from pathlib import Path
 opened = []
 sys.addaudithook(lambda event, args: opened.append(args) if event == "open" else None)
 
-import workers
+from tests.helpers import workers
 workers.live(Path(sys.argv[1]))
 print(*(str(args[0]) for args in opened if "index.db" in str(args[0])), sep="\\n")
 assert any("safetensors" in str(args[0]) for args in opened)

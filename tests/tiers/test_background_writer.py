@@ -10,6 +10,7 @@ from mlx_lm.utils import load_tokenizer
 
 from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning
 from promptcache.kvcache import encode
+from promptcache.tiers import saver
 from promptcache.tiers.background_writer import BackgroundWriter
 from tests.architectures import architectures
 from tests.helpers import tiny
@@ -163,7 +164,7 @@ def test_interrupt_while_encoding_is_no_save_that_is_done(
         return encode_rows(*args, **options)
 
     with CachedGenerator.load(model_dir, store=tmp_path / "store") as generator:
-        monkeypatch.setattr(encode, "encode_rows", interrupted)
+        monkeypatch.setattr(saver, "encode_rows", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(generator.stream_generate(PROMPT[:600], 8, save=True))
 

@@ -63,7 +63,7 @@ def build(
         prompt = generator.render_prefix(options)
         volatile = generator.lint(prompt)
         output.warn_of_volatile_text(volatile)
-        with talk.progress("SegmentLoad", "tokens") as progress:
+        with talk.progress("Reading", "tokens") as progress:
             prefix = generator.build(
                 prompt,
                 name=name,

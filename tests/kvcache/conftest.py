@@ -1,0 +1,14 @@
+"""Fixtures: a folder of blobs."""
+
+from pathlib import Path
+
+import pytest
+
+from promptcache.store.blobs.folder import BlobFolder
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> BlobFolder:
+    folder = BlobFolder(tmp_path / "blobs")
+    folder.create()
+    return folder
