@@ -1,11 +1,11 @@
-"""Files: opened without following links, locked, made durable, counted."""
+"""Files: opened without following links, locked, made durable, listed."""
 
 import contextlib
 import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,7 +17,7 @@ PRIVATE_FILE = 0o600
 
 
 class NotRegularFileError(OSError):
-    """What has a file's name is a folder, a link or a pipe."""
+    """The path of a file leads to a folder, a link or a pipe."""
 
 
 def create_folder(folder: Path) -> None:
@@ -32,37 +32,35 @@ def create_folder(folder: Path) -> None:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a regular file for reading.
-
-    A link is not followed, and a pipe not waited for. Raises OSError.
-    """
+    """Open a regular file for reading; links are not followed. Raises OSError."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = _open_regular(path, os.O_RDONLY)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise NotRegularFileError(errno.ELOOP, "a link") from None
         raise
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
-        return os.fdopen(descriptor, "rb")
-    os.close(descriptor)
-    kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-    raise NotRegularFileError(errno.EISDIR, kind)
+    return os.fdopen(descriptor, "rb")
 
 
 def open_private(path: Path) -> int:
-    """Open a regular file to read and to add to, created where there is none.
+    """Open or create a file that only this user can write to, to read and append.
 
-    Return its descriptor. Nobody else can write to it, and it is no link. Raises
-    StoreError, and OSError.
+    Return its descriptor. Raises StoreError and OSError.
     """
     check_private(path)
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+    return _open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+
+
+def _open_regular(path: Path, flags: int) -> int:
+    # O_NONBLOCK, so that a pipe is not waited for.
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(path, flags, PRIVATE_FILE)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
         return descriptor
     os.close(descriptor)
-    raise NotRegularFileError(errno.EISDIR, "no regular file")
+    kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+    raise NotRegularFileError(errno.EISDIR, kind)
 
 
 def open_locked(
@@ -72,12 +70,12 @@ def open_locked(
     most: float | None = None,
     tell_after: float = TELL_SECONDS,
 ) -> BinaryIO:
-    """Create a file that others see locked from the start.
+    """Create a file, locked before anything is written to it.
 
     For `most` and `tell_after` see `Patience.attempts`.
 
     Raises:
-        TimeoutError: Another process has it locked.
+        TimeoutError: Another process holds the lock.
         OSError: It cannot be created.
     """
     while True:
@@ -91,7 +89,7 @@ def open_locked(
         except BaseException:
             file.close()
             raise
-        # A prune took it between the two.
+        # A prune removed it between opening and locking.
         file.close()
 
 
@@ -103,14 +101,13 @@ def lock_file(
     most: float | None = None,
     tell_after: float = TELL_SECONDS,
 ) -> Iterator[None]:
-    """Hold a lock that is a file of its own, which says who holds it.
+    """Hold a lock file, which contains this process's id.
 
     Raises what `open_locked` raises.
     """
-    file = open_locked(path, patience, most=most, tell_after=tell_after)
-    with file:
+    with open_locked(path, patience, most=most, tell_after=tell_after) as file:
         try:
-            # Only for others to know; a disk may be full.
+            # Only informs others; the disk may be full.
             with contextlib.suppress(OSError):
                 os.write(file.fileno(), str(os.getpid()).encode())
             yield
@@ -120,11 +117,11 @@ def lock_file(
 
 @contextlib.contextmanager
 def locked_folder(folder: Path, patience: Patience) -> Iterator[None]:
-    """Let one at a time work in a folder; a lock of its own would leave a file behind.
+    """Hold a lock on a folder itself; a lock file could be left behind.
 
     Raises:
-        TimeoutError: Another process works in it for too long.
-        OSError: It cannot be opened.
+        TimeoutError: Another process holds the lock for too long.
+        OSError: The folder cannot be opened.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -135,10 +132,10 @@ def locked_folder(folder: Path, patience: Patience) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether another process is, or may be, at work on a file."""
+    """Return whether another process has, or may have, a file locked."""
     try:
         with open_file(path) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_at_once(file)
     except (NotRegularFileError, FileNotFoundError):
         return False
     except OSError:
@@ -161,7 +158,7 @@ def fsync_file(descriptor: int) -> None:
 
 
 def make_path_durable(path: Path) -> None:
-    """Make a file, or the names in a folder, durable. Raises OSError."""
+    """Make a file, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fsync_file(descriptor)
@@ -170,7 +167,7 @@ def make_path_durable(path: Path) -> None:
 
 
 def broken_link(path: Path) -> str | None:
-    """Return which link on a path leads to nothing, in words, or None."""
+    """Return a message about the link on a path that is broken, or None."""
     for link in (path, *path.parents):
         if link.is_symlink() and not link.exists():
             below = "" if link == path else f"{path} cannot be found: "
@@ -179,36 +176,42 @@ def broken_link(path: Path) -> str | None:
 
 
 def size_of(path: Path) -> int:
-    """Return the size of a file, or of a link itself; 0 if there is none."""
+    """Return the size of a file or of a link itself, 0 if it is missing."""
     try:
         return path.lstat().st_size
     except (FileNotFoundError, NotADirectoryError):
         return 0
 
 
-def files_below(folder: Path, *without: str) -> Iterator[Path]:
+def files_below(
+    folder: Path,
+    *without: str,
+    skip_errors: tuple[type[OSError], ...] = (FileNotFoundError, PermissionError),
+    also: Callable[[str], object] = lambda name: False,
+) -> Iterator[Path]:
     """Yield all files below a folder, and links, which are not followed.
 
-    `without` are names of folders in it to leave out.
+    Args:
+        folder: Where to look.
+        without: Names of folders in it to leave out.
+        skip_errors: Leave out a folder that cannot be listed for such a reason; by
+            default, one that went away or belongs to another user. Raise others.
+        also: By name, which folders to yield besides the files in them.
     """
-    for parent, folders, names in os.walk(folder, onerror=_raise_unless_barred):
+
+    def on_error(error: OSError) -> None:
+        if not isinstance(error, skip_errors):
+            raise error
+
+    for parent, folders, names in os.walk(folder, onerror=on_error):
         if Path(parent) == folder:
             folders[:] = (name for name in folders if name not in without)
-        links = (name for name in folders if Path(parent, name).is_symlink())
-        yield from (Path(parent, name) for name in [*names, *links])
-
-
-def _raise_unless_barred(error: OSError) -> None:
-    """Leave out what went away, or is not this user's, but not what a disk fails at."""
-    if not isinstance(error, (FileNotFoundError, PermissionError)):
-        raise error
+        others = (n for n in folders if also(n) or Path(parent, n).is_symlink())
+        yield from (Path(parent, name) for name in [*names, *others])
 
 
 def check_private(path: Path, *, may_be_link: bool = False) -> None:
-    """Make sure that nobody else can put files there, or change them.
-
-    What is not there is no trouble. Raises StoreError, and OSError.
-    """
+    """Raise StoreError if others could write to a path; it need not exist."""
     if path.is_symlink() and not may_be_link:
         raise StoreError(f"{path} is a link, put what it leads to in its place")
     if reason := foreign_access(path):
@@ -221,7 +224,7 @@ def check_private(path: Path, *, may_be_link: bool = False) -> None:
 
 
 def foreign_access(path: Path) -> str | None:
-    """Return what others could do to a file or folder that is there, or None."""
+    """Return why an existing path is not private, or None."""
     try:
         status = path.stat()
     except FileNotFoundError:

@@ -14,20 +14,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# Locks are held for milliseconds, and for a second where much is evicted: whoever
-# holds one for longer is stopped, or on a disk that hangs.
+# Locks are held for milliseconds, and for a second during large evictions. A process
+# that holds one for longer is stopped, or its disk hangs.
 SAVE_SECONDS = 5.0
-# A wait that an interrupted process may add to its end.
+# Longest wait of a process that was interrupted.
 HURRIED_SECONDS = 1.0
-# Shorter waits are not worth a line.
+# Shorter waits are not reported.
 TELL_SECONDS = 1.0
 FIRST_PAUSE_SECONDS, PAUSE_SECONDS, LONG_PAUSE_SECONDS = 0.001, 0.01, 0.05
-# Of another process's command, to recognize it by.
+# Characters of another process's command to show.
 COMMAND_LENGTH = 60
 
 
 class Holder(NamedTuple):
-    """A process that holds a lock, as far as the system tells."""
+    """A process that holds a lock, as far as the system knows."""
 
     pid: int
     command: str = ""
@@ -43,13 +43,13 @@ Who = Callable[[], Holder | None]
 
 
 class Patience:
-    """How long this process waits for others, and who hears of it.
+    """How long to wait for locks of other processes, and how to report it.
 
-    A process that is stopped is waited for no longer than a save does.
+    The wait for a process that is stopped is at most `SAVE_SECONDS`.
 
     Attributes:
         seconds: The longest wait for one lock.
-        on_wait: Called with a line for people where a wait takes a second.
+        on_wait: Called with a line for people once a wait takes a second.
     """
 
     def __init__(
@@ -57,7 +57,6 @@ class Patience:
         seconds: float = SAVE_SECONDS,
         on_wait: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Start with no wait going on."""
         self.seconds = seconds
         self.on_wait = on_wait
         self._is_over = False
@@ -69,7 +68,7 @@ class Patience:
 
     @contextlib.contextmanager
     def hurried(self) -> Iterator[None]:
-        """Wait for a moment only, on every thread: this process was interrupted."""
+        """Limit all waits to `HURRIED_SECONDS`, on every thread."""
         self._is_hurried = True
         try:
             yield
@@ -84,12 +83,12 @@ class Patience:
         tell_after: float = TELL_SECONDS,
         sleep: Callable[[float], None] = time.sleep,
     ) -> Iterator[None]:
-        """Yield when to try to get a lock, until that has taken too long.
+        """Yield whenever a lock should be tried, until the wait is too long.
 
         Args:
-            who: Returns who holds it.
+            who: Returns the holder of the lock.
             most: The longest wait, in place of `seconds`.
-            tell_after: When to say what is waited for.
+            tell_after: Report the holder after this many seconds.
             sleep: Waits between two attempts.
         """
         started = time.monotonic()
@@ -127,8 +126,7 @@ def lock(
 ) -> None:
     """Lock an open file or folder.
 
-    Raises:
-        TimeoutError: Another process holds the lock for too long.
+    Raises TimeoutError if another process holds the lock for too long.
     """
     attempts = patience.attempts(
         lambda: holder_of(path), most=most, tell_after=tell_after
@@ -141,15 +139,15 @@ def lock(
 
 
 def told(holder: Holder | None) -> str:
-    """Return a holder in words, also one that cannot be known."""
+    """Return a holder in words, "another process" if it is not known."""
     return str(holder or "another process")
 
 
 def holder_of(path: Path, first: int = 0, last: int | None = None) -> Holder | None:
-    """Return who has locked a file, or the bytes `[first, last]` of it, if known.
+    """Return the process that has a file or its bytes `[first, last]` locked, if known.
 
-    The file is not opened: to close it would drop this process's own POSIX locks.
-    Only a file that ends with `.lock` is read, for the number that it may hold.
+    The file is not opened: closing it would drop this process's own POSIX locks.
+    Only a file that ends with `.lock` is read, for the process id in it.
     """
     try:
         pid = _locking_pid(path.stat(), first, last)
@@ -160,7 +158,6 @@ def holder_of(path: Path, first: int = 0, last: int | None = None) -> Holder | N
 
 
 def _locking_pid(status: os.stat_result, first: int, last: int | None) -> int | None:
-    """Return who Linux says has locked a file."""
     device, inode = status.st_dev, status.st_ino
     name = f"{os.major(device):02x}:{os.minor(device):02x}:{inode}"
     for line in Path("/proc/locks").read_text().splitlines():
@@ -176,26 +173,24 @@ def _locking_pid(status: os.stat_result, first: int, last: int | None) -> int | 
 
 
 def _written_pid(path: Path) -> int | None:
+    def opener(path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
     try:
-        with open(path, "rb", opener=_opened_for_reading) as file:
+        with open(path, "rb", opener=opener) as file:
             return int(file.read(20))
     except (OSError, ValueError):
         return None
 
 
-def _opened_for_reading(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-
-
 def _process(pid: int) -> Holder:
-    """Return what the system tells of a process."""
     try:
-        # What follows the name, which may hold anything.
+        # What follows the name, which may contain anything.
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].strip()
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         command = b" ".join([os.path.basename(arguments[0]), *arguments[1:]])
     except OSError:
-        # Imported here because most commands can do without.
+        # Imported here because most commands do not need it.
         import subprocess
 
         ps = ["ps", "-o", "state=,command=", "-p", str(pid)]

@@ -165,7 +165,7 @@ def test_module_has_its_owners(module: str, owners: set[str]) -> None:
     [
         (
             [".unlink(", "os.remove", "rmtree", ".rmdir("],
-            {"files", "models.default.download", "store.blobs.folder"},
+            {"files", "models.default.download", "store.blobs.store_files"},
         ),
         (["environ", "getenv"], {"config"}),
         (["pickle"], set()),

@@ -2,10 +2,26 @@
 
 import functools
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+# safetensors' spelling: the attribute of `mlx.core`, whose `str` has no underscore.
+MLX_DTYPES = {
+    "BOOL": "bool_",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+}
+DTYPE_NAMES = {mlx.rstrip("_"): name for name, mlx in MLX_DTYPES.items()}
+# Of keys and values that are not quantized, by safetensors' name.
+FLOAT_DTYPES = {name: MLX_DTYPES[name] for name in ("F16", "BF16", "F32")}
 
 
 @functools.cache
@@ -15,22 +31,6 @@ def bits_of(dtype: str) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the size of a tensor."""
     return math.prod(shape) * bits_of(dtype) // 8
-
-
-DTYPE_NAMES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from promptcache.segments.dtypes import _nbytes
+from promptcache.segments.dtypes import nbytes_of
 from promptcache.segments.fingerprint import Fingerprint
 
 
@@ -98,7 +98,7 @@ class TensorSpec(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Return how many bytes its values take."""
-        return _nbytes(self.dtype, self.shape)
+        return nbytes_of(self.dtype, self.shape)
 
 
 class ResumeRules(NamedTuple):

@@ -15,6 +15,7 @@ from promptcache.errors import DamagedIndexError, StoreError
 from promptcache.files import broken_link, lock_file
 from promptcache.locks import TELL_SECONDS, Patience
 from promptcache.store.blobs.folder import BlobFolder
+from promptcache.store.blobs.store_files import StoreFiles
 from promptcache.store.index import Database, Index
 from promptcache.store.maintenance import prune, verify
 from promptcache.store.reports import PrunePlan, PrunePolicy, PruneReport, VerifyReport
@@ -79,7 +80,7 @@ class StoreFolder:
 
     def _create_folders(self) -> None:
         try:
-            self._blobs.create()
+            self._blobs.files.create()
         except OSError as error:
             if reason := broken_link(self.path):
                 raise StoreError(f"the store {reason}") from error
@@ -121,7 +122,7 @@ class StoreFolder:
 
     def total_nbytes(self) -> int:
         """Return the size of all files of the store."""
-        return self._blobs.total_nbytes()
+        return self._blobs.files.total_nbytes()
 
     def secret(self) -> bytes:
         """Return what API keys are hashed with, which is to be shown to nobody.
@@ -160,7 +161,10 @@ class StoreFolder:
         self, name: str, *, most: float | None = None, tell_after: float = TELL_SECONDS
     ) -> Iterator[None]:
         lock = lock_file(
-            self._blobs.lock_path(name), self.patience, most=most, tell_after=tell_after
+            self._blobs.files.lock_path(name),
+            self.patience,
+            most=most,
+            tell_after=tell_after,
         )
         with contextlib.ExitStack() as stack:
             try:
@@ -196,7 +200,7 @@ class StoreFolder:
         Raises StoreError.
         """
         try:
-            BlobFolder(path).clear_the_way()
+            StoreFiles(path).clear_the_way()
         except OSError as error:
             raise StoreError(
                 f"the store {path} cannot be mended ({error.strerror})"

@@ -32,18 +32,18 @@ def store_secret(blobs: BlobFolder) -> bytes:
 
 def _create(blobs: BlobFolder) -> bytes:
     # Of two processes that start at once, the second finds what the first has made.
-    with blobs.room():
+    with blobs.files.write_lock():
         try:
             return _read(blobs)
         except FileNotFoundError:
-            blobs.write_file(SECRET_FILE, os.urandom(SECRET_NBYTES))
+            blobs.files.write_file(SECRET_FILE, os.urandom(SECRET_NBYTES))
             return _read(blobs)
 
 
 def _read(blobs: BlobFolder) -> bytes:
     """Return what the file holds. Raises OSError and StoreError."""
     path = blobs.root / SECRET_FILE
-    secret = blobs.read_file(SECRET_FILE)
+    secret = blobs.files.read_file(SECRET_FILE)
     if reason := foreign_access(path):
         raise StoreError(f"{path} {reason}, remove it")
     if len(secret) != SECRET_NBYTES:

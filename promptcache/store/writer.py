@@ -244,7 +244,7 @@ class SegmentWriter:
         Room is made for what follows, too. Return False if another process removed
         what it hangs on meanwhile.
         """
-        with self._blobs.room():
+        with self._blobs.files.write_lock():
             nbytes = segment.nbytes + ROWS_NBYTES + more_nbytes
             self._room.check(nbytes)
             self._room.make(nbytes, protect=protect)

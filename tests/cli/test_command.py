@@ -17,6 +17,7 @@ from promptcache.segments.types import SegmentInfo
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache_cli.main import cli
 from tests.helpers import segments
+from tests.helpers.blobs import write_blob
 from tests.helpers.commands import assert_fails, invoke, ok, start, tree_hash
 
 COMMANDS = [
@@ -210,14 +211,14 @@ def big_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with a thousand prefixes."""
     path = tmp_path_factory.mktemp("big") / "store"
     blobs = BlobFolder(path)
-    blobs.create()
+    blobs.files.create()
     for i in range(NUM_PREFIXES):
         token_ids = segments.tokens(40, first=1000 * i)
         key = Chain(segments.TINY.digest, token_ids).key_at(40)
         info = SegmentInfo(
             key, segments.TINY.digest, segments.TINY, 0, 40, True, float(i)
         )
-        blobs.publish(info, segments.encoder(token_ids)(0, 40))
+        write_blob(blobs, info, segments.encoder(token_ids)(0, 40))
     # Faster than so many saves.
     with PrefixStore(path) as store:
         assert store.rebuilt == NUM_PREFIXES

@@ -14,6 +14,7 @@ from promptcache.segments.types import (
     SegmentSlice,
 )
 from promptcache.store.blobs.folder import BlobFolder
+from tests.helpers.blobs import write_blob
 
 TOKEN_IDS = list(range(1000, 1100))
 
@@ -39,7 +40,7 @@ def publish(
         is_prefix=True,
         created_at=1.0,
     )
-    blobs.publish(info, segment)
+    write_blob(blobs, info, segment)
     return Published(blobs.path(info.key), blobs.read_header(info.key), start, end)
 
 

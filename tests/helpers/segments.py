@@ -27,6 +27,7 @@ from promptcache.segments.types import (
 )
 from promptcache.store import Encode, PrefixStore
 from promptcache.store.blobs.folder import BlobFolder
+from tests.helpers.blobs import write_blob
 
 NEEDS_CHECKPOINT = ResumeRules(needs_checkpoint=True)
 # One for all segments, or a function that tells it from start and end.
@@ -190,7 +191,7 @@ def publish(folder: BlobFolder, token_ids: Sequence[int]) -> str:
     """Publish the blob of one root segment and return its key."""
     key = expected_key(TINY.digest, token_ids)
     info = SegmentInfo(key, TINY.digest, TINY, 0, len(token_ids), True, 1234.5)
-    folder.publish(info, encoder(token_ids)(0, len(token_ids)))
+    write_blob(folder, info, encoder(token_ids)(0, len(token_ids)))
     return key
 
 

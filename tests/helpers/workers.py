@@ -21,6 +21,7 @@ from promptcache.store.index import Database, Index
 from promptcache.store.maintenance import verify
 from promptcache.store.reports import PrunePolicy
 from promptcache.store.types import RequestUsage
+from tests.helpers.blobs import write_blob
 from tests.helpers.segments import TINY, save, tokens
 
 
@@ -233,7 +234,7 @@ def hold_write(folder: Path, number: int) -> None:
 
 def hold_room(folder: Path, number: int) -> None:
     """Hold the lock of whoever makes room and writes."""
-    with BlobFolder(folder).room():
+    with BlobFolder(folder).files.write_lock():
         print("ready", flush=True)
         sys.stdin.read()
 
@@ -252,7 +253,7 @@ def publish_much(folder: Path, number: int) -> None:
     data = memoryview(bytes(number))
     segment = EncodedSegment("[]", [Tensor("token_ids", "U8", (number,), data)])
     info = SegmentInfo("ab" * 16, TINY.digest, TINY, 0, number, True, 1.0)
-    BlobFolder(folder).publish(info, segment)
+    write_blob(BlobFolder(folder), info, segment)
 
 
 if __name__ == "__main__":

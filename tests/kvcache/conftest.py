@@ -10,5 +10,5 @@ from promptcache.store.blobs.folder import BlobFolder
 @pytest.fixture
 def blobs(tmp_path: Path) -> BlobFolder:
     folder = BlobFolder(tmp_path / "blobs")
-    folder.create()
+    folder.files.create()
     return folder

@@ -348,7 +348,7 @@ def test_window_read_in_any_pieces_goes_on_like_a_cold_one(
             segment = encode_rows(cache, captures, TOKEN_IDS, start, end)
             with tempfile.TemporaryDirectory() as folder:
                 blobs = BlobFolder(Path(folder) / "blobs")
-                blobs.create()
+                blobs.files.create()
                 published = publish(blobs, segment, start, end)
                 segments.append(load(published, min(end, position)))
 

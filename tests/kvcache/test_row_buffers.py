@@ -16,6 +16,7 @@ from promptcache.segments.chain import pack
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.segments.types import SegmentInfo, SegmentSlice
 from promptcache.store.blobs.folder import BlobFolder
+from tests.helpers.blobs import write_blob
 
 TOKEN_IDS = list(range(300))
 ROOM = 500
@@ -36,8 +37,8 @@ def save(blobs: BlobFolder, cache: list[KVCache], start: int, end: int) -> str:
     segment = encode.encode_rows(cache, captures, TOKEN_IDS, start, end)
     fingerprint = Fingerprint("0" * 32, "tiny")
     key = f"{start:016x}{end:016x}"
-    blobs.publish(
-        SegmentInfo(key, "0" * 32, fingerprint, start, end, True, 1.0), segment
+    write_blob(
+        blobs, SegmentInfo(key, "0" * 32, fingerprint, start, end, True, 1.0), segment
     )
     return key
 
@@ -110,7 +111,7 @@ def test_parts_of_another_kind_are_read_as_before(blobs: BlobFolder) -> None:
     info = SegmentInfo(
         "ab" * 16, "0" * 32, Fingerprint("0" * 32, "t"), 0, 40, True, 1.0
     )
-    blobs.publish(info, segment)
+    write_blob(blobs, info, segment)
     fresh = [KVCache(), RotatingKVCache(512)]
 
     with RowBuffers(dict(parts_of(fresh)), ROOM) as destination:

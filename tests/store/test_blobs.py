@@ -15,6 +15,7 @@ from promptcache.errors import DamagedBlobError, StoreFormatError
 from promptcache.segments.types import EncodedSegment, SegmentInfo, Tensor
 from promptcache.store.blobs.folder import BlobFolder
 from tests.helpers import workers
+from tests.helpers.blobs import write_blob
 from tests.helpers.metadata import make_newer, make_older
 from tests.helpers.segments import TINY, expected_key, flip, publish, tokens, values
 
@@ -22,7 +23,7 @@ from tests.helpers.segments import TINY, expected_key, flip, publish, tokens, va
 @pytest.fixture
 def folder(tmp_path: Path) -> BlobFolder:
     folder = BlobFolder(tmp_path / "store")
-    folder.create()
+    folder.files.create()
     return folder
 
 
@@ -85,7 +86,7 @@ def test_the_format_page_names_what_a_header_has(folder: BlobFolder) -> None:
 
 
 def test_mlx_reads_a_blob(folder: BlobFolder) -> None:
-    folder.publish(mixed_info(), mixed_segment(3))
+    write_blob(folder, mixed_info(), mixed_segment(3))
 
     arrays = mx.load(str(folder.path("ab" * 16)))
 
@@ -99,7 +100,7 @@ def test_mlx_reads_a_blob(folder: BlobFolder) -> None:
 
 
 def test_header_tells_what_was_published(folder: BlobFolder) -> None:
-    folder.publish(mixed_info(), mixed_segment(3))
+    write_blob(folder, mixed_info(), mixed_segment(3))
 
     header = folder.check("ab" * 16)
 
@@ -126,7 +127,7 @@ def test_token_ids_are_read_without_the_rest(folder: BlobFolder) -> None:
 
 
 def test_publish_returns_the_size_of_the_file(folder: BlobFolder) -> None:
-    nbytes = folder.publish(mixed_info(), mixed_segment(3))
+    nbytes = write_blob(folder, mixed_info(), mixed_segment(3))
 
     assert nbytes == folder.path("ab" * 16).stat().st_size == folder.nbytes("ab" * 16)
 
@@ -135,7 +136,7 @@ def test_publish_returns_the_size_of_the_file(folder: BlobFolder) -> None:
 def test_every_flipped_bit_that_matters_is_detected(
     folder: BlobFolder, bit: int
 ) -> None:
-    folder.publish(mixed_info(), mixed_segment(3))
+    write_blob(folder, mixed_info(), mixed_segment(3))
     path = folder.path("ab" * 16)
     sound = path.read_bytes()
 
@@ -283,7 +284,7 @@ def test_failed_write_leaves_nothing(folder: BlobFolder) -> None:
     folder.path(info.key).mkdir(parents=True)
 
     with pytest.raises(OSError, match="directory"):
-        folder.publish(info, mixed_segment(3))
+        write_blob(folder, info, mixed_segment(3))
 
     assert list((folder.root / "tmp").iterdir()) == []
 
@@ -300,11 +301,11 @@ def test_killed_writer_leaves_garbage_only_and_a_live_one_none(
     time.sleep(0.05)
     assert unfinished[0].exists(), "the writer was faster than this test"
 
-    while_alive = folder.garbage()
+    while_alive = folder.files.garbage()
     writer.kill()
     writer.communicate()
-    after = folder.garbage()
-    swept = [folder.sweep(garbage) for garbage in after]
+    after = folder.files.garbage()
+    swept = [folder.files.sweep(garbage) for garbage in after]
 
     assert while_alive == []
     assert [g.path for g in after] == [f"tmp/{unfinished[0].name}"]
@@ -316,9 +317,9 @@ def test_killed_writer_leaves_garbage_only_and_a_live_one_none(
 @pytest.mark.usefixtures("umask")
 def test_folders_and_files_are_private_whatever_the_umask(tmp_path: Path) -> None:
     folder = BlobFolder(tmp_path / "store")
-    folder.create()
+    folder.files.create()
     publish(folder, tokens(5))
-    folder.write_file("pins.json", b"{}")
+    folder.files.write_file("pins.json", b"{}")
 
     paths = [folder.root, *folder.root.rglob("*")]
 
@@ -350,7 +351,7 @@ def test_all_files_count(folder: BlobFolder) -> None:
     signs = ("CACHEDIR.TAG", ".gitignore")
 
     nbytes = sum((folder.root / sign).stat().st_size for sign in signs)
-    assert folder.total_nbytes() == folder.nbytes(key) + nbytes + 12
+    assert folder.files.total_nbytes() == folder.nbytes(key) + nbytes + 12
 
 
 def test_removed_blob_is_gone_and_removing_it_again_no_error(
@@ -370,12 +371,12 @@ def test_damaged_blob_is_set_aside_until_it_is_swept(folder: BlobFolder) -> None
     key = publish(folder, tokens(5))
     path = folder.path(key)
 
-    folder.set_aside(path)
-    folder.set_aside(path)
+    folder.files.quarantine_file(path)
+    folder.files.quarantine_file(path)
 
     assert list(folder.quarantined()) == [key]
     assert list(folder.stored()) == []
-    assert [g.path for g in folder.garbage()] == [f"quarantine/{key}.safetensors"]
+    assert [g.path for g in folder.files.garbage()] == [f"quarantine/{key}.safetensors"]
 
 
 def test_tensors_need_not_be_contiguous_in_one_piece(folder: BlobFolder) -> None:
@@ -389,6 +390,6 @@ def test_tensors_need_not_be_contiguous_in_one_piece(folder: BlobFolder) -> None
         ],
     )
 
-    folder.publish(SegmentInfo(key, TINY.digest, TINY, 0, 2, True, 1.0), segment)
+    write_blob(folder, SegmentInfo(key, TINY.digest, TINY, 0, 2, True, 1.0), segment)
 
     assert {t.name for t in folder.check(key).tensors} == {"token_ids", "empty"}

@@ -109,7 +109,7 @@ def test_pipe_in_place_of_a_conversation_is_not_waited_for(tmp_path: Path) -> No
     path.parent.mkdir(mode=0o700)
     os.mkfifo(path, 0o600)
 
-    with pytest.raises(StoreError, match="no regular file"):
+    with pytest.raises(StoreError, match="not a regular file"):
         begin_chat(tmp_path)
 
 
@@ -279,7 +279,7 @@ def test_pipe_in_place_of_a_blob_does_not_hang(store: PrefixStore) -> None:
 def test_key_leads_nowhere_outside(store: PrefixStore, key: str) -> None:
     blobs = BlobFolder(store.path)
 
-    with pytest.raises(DamagedBlobError, match="is no key"):
+    with pytest.raises(DamagedBlobError, match="is not a blob key"):
         blobs.path(key)
     assert not blobs.exists(key)
     assert blobs.remove(key) == 0

@@ -17,6 +17,7 @@ from promptcache.segments.types import ResumeRules, SegmentInfo
 from promptcache.store import PrefixStore
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.reports import PrunePolicy
+from tests.helpers.blobs import write_blob
 from tests.helpers.invariants import check_invariants
 from tests.helpers.segments import (
     TINY,
@@ -46,7 +47,7 @@ def publish_root(store: PrefixStore, token_ids: Sequence[int]) -> str:
     """Publish the blob of a segment from the start that no row refers to."""
     key = expected_key(TINY.digest, token_ids)
     info = SegmentInfo(key, TINY.digest, TINY, 0, len(token_ids), False, 1.0)
-    BlobFolder(store.path).publish(info, encoder(token_ids)(0, len(token_ids)))
+    write_blob(BlobFolder(store.path), info, encoder(token_ids)(0, len(token_ids)))
     return key
 
 

@@ -1,5 +1,5 @@
 """The blobs: one file for each segment, written once and never changed.
 
 Files are written under a temporary name, made durable, and published by a rename.
-What a file holds is defined in `segments`; which files there should be, in `index`.
+`segments` defines what a file contains, `index` which files there should be.
 """

@@ -21,7 +21,7 @@ def write_prefixes(index: Index, blobs: BlobFolder) -> None:
     """
     listed = [entry._asdict() for entry in index.prefixes.listed()]
     try:
-        blobs.write_file(PREFIXES_FILE, json.dumps(listed, indent=1).encode())
+        blobs.files.write_file(PREFIXES_FILE, json.dumps(listed, indent=1).encode())
     except OSError as error:
         raise StoreError(f"prefixes cannot be listed ({error.strerror})") from error
 
@@ -29,7 +29,7 @@ def write_prefixes(index: Index, blobs: BlobFolder) -> None:
 def _listed(blobs: BlobFolder) -> list[PrefixRow]:
     """Return the prefixes that the list beside the index has."""
     try:
-        entries = json.loads(blobs.read_file(PREFIXES_FILE))
+        entries = json.loads(blobs.files.read_file(PREFIXES_FILE))
     except (OSError, RecursionError, ValueError):
         return []
     if not isinstance(entries, list):

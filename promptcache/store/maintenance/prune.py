@@ -51,11 +51,11 @@ def plan_prune(
     garbage = find_garbage(index, blobs)
     leaves = index.leaves()
     reasons = _unwanted(leaves, policy, now)
-    total = blobs.total_nbytes()
-    over, foreign = 0, tuple(blobs.foreign())
+    total = blobs.files.total_nbytes()
+    over, foreign = 0, tuple(blobs.files.foreign())
     if policy.max_nbytes is not None:
         # What the WAL holds makes the database larger once it is folded in.
-        over = total - blobs.wal_nbytes() + index.database.growth_nbytes()
+        over = total - blobs.files.wal_nbytes() + index.database.growth_nbytes()
         over -= policy.max_nbytes
         over -= _nbytes(reasons) + _nbytes(garbage)
         needed = over - _beyond_reach(foreign, over, policy.max_nbytes)
@@ -124,7 +124,7 @@ def find_garbage(index: Index, blobs: BlobFolder) -> list[Garbage]:
         for key, nbytes in blobs.stored()
         if key not in known
     ]
-    return [*orphans, *blobs.garbage()]
+    return [*orphans, *blobs.files.garbage()]
 
 
 def execute(index: Index, blobs: BlobFolder, plan: PrunePlan) -> PruneReport:
@@ -207,7 +207,7 @@ def _sweep(index: Index, blobs: BlobFolder, garbage: Garbage) -> bool:
     try:
         if path.parts[0] == "blobs":
             return bool(remove_blobs(index, blobs, [path.stem]))
-        blobs.sweep(garbage)
+        blobs.files.sweep(garbage)
         return not (blobs.root / path).exists()
     except OSError as error:
         raise StoreError(f"{path} cannot be removed ({error.strerror})") from error
@@ -244,7 +244,7 @@ def report(
         removals=tuple(removals),
         garbage=tuple(garbage),
         freed_nbytes=_nbytes(removals) + _nbytes(garbage),
-        kept_nbytes=blobs.total_nbytes(),
+        kept_nbytes=blobs.files.total_nbytes(),
     )
 
 
@@ -267,13 +267,13 @@ def make_room(
     Raises:
         StoreFullError: It cannot be had; nothing was evicted then.
     """
-    if blobs.total_nbytes() + nbytes <= limit:
+    if blobs.files.total_nbytes() + nbytes <= limit:
         return 0
     index.database.refresh()
     index.clock.settle()
     index.database.shrink()
     garbage = find_garbage(index, blobs)
-    total = blobs.total_nbytes() - _nbytes(garbage)
+    total = blobs.files.total_nbytes() - _nbytes(garbage)
     _check_foreign(blobs, total - limit, limit)
     over = total - _stuck_nbytes(index, blobs, limit) + nbytes - limit
     if over <= 0 and not garbage:
@@ -298,7 +298,7 @@ def _stuck_nbytes(index: Index, blobs: BlobFolder, limit: int) -> int:
     It makes nothing else go: evicting would make it larger. Raises StoreFullError
     before it takes too much.
     """
-    nbytes = blobs.wal_nbytes()
+    nbytes = blobs.files.wal_nbytes()
     if nbytes > max(limit // WAL_SHARE, WAL_NBYTES):
         raise StoreFullError(
             f"the index has {format_size(nbytes)} in its WAL, which is kept by "
@@ -315,7 +315,7 @@ def _check_foreign(blobs: BlobFolder, over: int, limit: int) -> None:
     if over <= limit // FOREIGN_SHARE:
         # As in every full store: there is no need to look for them.
         return
-    foreign = blobs.foreign()
+    foreign = blobs.files.foreign()
     if _beyond_reach(foreign, over, limit):
         raise StoreFullError(
             f"the store is over its limit of {format_size(limit)}: "

@@ -15,7 +15,8 @@ from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.segments.chain import Chain
 from promptcache.segments.cut import first_tokens
 from promptcache.segments.types import EncodedSegment, SegmentInfo
-from promptcache.store.blobs.folder import BlobFolder, StagedBlob
+from promptcache.store.blobs.folder import BlobFolder
+from promptcache.store.blobs.store_files import StagedFile
 from promptcache.store.index import Index
 from promptcache.store.reports import Removal
 
@@ -35,7 +36,7 @@ class Head(NamedTuple):
     nbytes: int
     info: SegmentInfo
     chain: Chain
-    staged: StagedBlob
+    staged: StagedFile
 
     @property
     def freed_nbytes(self) -> int:

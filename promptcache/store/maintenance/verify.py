@@ -58,7 +58,7 @@ def verify(
         missing=tuple(missing),
         rebuilt=rebuilt,
         fixed=fix,
-        foreign=tuple(blobs.foreign()),
+        foreign=tuple(blobs.files.foreign()),
     )
 
 
@@ -125,7 +125,7 @@ def give_up(index: Index, blobs: BlobFolder, key: str) -> list[str]:
     try:
         # Where a link is in the way, it is no file of the store.
         with contextlib.suppress(DamagedBlobError):
-            blobs.set_aside(blobs.path(key))
+            blobs.files.quarantine_file(blobs.path(key))
     except OSError as error:
         raise StoreError(
             f"blob {key} cannot be set aside ({error.strerror})"
@@ -143,7 +143,7 @@ def create_index(database: Database, blobs: BlobFolder) -> None:
     What another one has left beside it, which a process may still use, is not its own.
     """
     try:
-        with locked_folder(blobs.root, blobs.patience):
+        with locked_folder(blobs.root, blobs.files.patience):
             if database.is_missing():
                 _set_aside(database, blobs, BESIDE)
                 database.create()
@@ -158,7 +158,7 @@ def set_index_aside(database: Database, blobs: BlobFolder) -> None:
     remove the files of an index that has its name no more.
     """
     try:
-        with locked_folder(blobs.root, blobs.patience), database.frozen():
+        with locked_folder(blobs.root, blobs.files.patience), database.frozen():
             _set_aside(database, blobs, ["", *BESIDE])
     except OSError as error:
         raise StoreError(
@@ -168,7 +168,7 @@ def set_index_aside(database: Database, blobs: BlobFolder) -> None:
 
 def _set_aside(database: Database, blobs: BlobFolder, suffixes: Iterable[str]) -> None:
     for suffix in suffixes:
-        blobs.set_aside(Path(f"{database.path}{suffix}"))
+        blobs.files.quarantine_file(Path(f"{database.path}{suffix}"))
 
 
 def rebuild(index: Index, blobs: BlobFolder, *, skip: Collection[str] = ()) -> int:
