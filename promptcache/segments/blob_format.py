@@ -1,4 +1,4 @@
-"""Blob headers: what a blob says of itself, with a checksum of its own.
+"""The format of blobs: a header with a checksum of its own, then tensors.
 
 The header is checked before anything is allocated by it.
 """
@@ -29,12 +29,11 @@ class BlobHeader:
     """The verified header of a blob.
 
     Attributes:
-        info: The segment.
         layout: The layers' layout, which only the codec understands.
-        tensors: The tensors in the order of their bytes.
-        data_checksum: Of the data; see `combined_checksum`.
+        tensors: In the order of their bytes.
+        data_checksum: See `combined_checksum`.
         data_start: Where the data begins in the file.
-        versions: Of what computed it.
+        versions: Of mlx and mlx-lm, which computed it.
     """
 
     info: SegmentInfo
@@ -46,7 +45,7 @@ class BlobHeader:
 
 
 FORMAT_VERSION = 4
-# More is no number of tokens, nor one that SQLite can keep.
+# More is not a number of tokens, nor one that SQLite can store.
 MAX_TOKENS = 2**40
 DIGEST_NBYTES = 16
 
@@ -58,10 +57,10 @@ def encode_header(
     *,
     whole: BlobHeader | None = None,
 ) -> bytes:
-    """Return how a blob of these tensors begins.
+    """Return the header of a blob of these tensors.
 
-    `whole` is the header of the blob that it is the head of: it is as long, so that
-    what is freed is the bytes of the tokens that go.
+    `whole` is the header of the blob that this one is the head of. The new header is as
+    long, so that exactly the bytes of the tokens that go are freed.
     """
     specs = [TensorSpec(t.name, t.dtype, t.shape) for t in tensors]
     metadata = {
@@ -87,7 +86,7 @@ def encode_header(
 
 
 def _versions() -> dict[str, str]:
-    # Imported here because it takes 20 ms, which `ls` can do without.
+    # Imported here because it takes 20 ms, which `ls` does not need.
     from importlib.metadata import version
 
     return {"mlx_version": version("mlx"), "mlx_lm_version": version("mlx-lm")}
@@ -96,7 +95,7 @@ def _versions() -> dict[str, str]:
 def _safetensors_header(
     metadata: dict[str, str], specs: list[TensorSpec], least_nbytes: int = 0
 ) -> bytes:
-    """Return the length and the JSON, as the safetensors format asks for them."""
+    """Return the length and the JSON, as the safetensors format defines them."""
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for spec in specs:
@@ -113,7 +112,7 @@ def _safetensors_header(
 
 
 def read_header(path: Path, key: str) -> BlobHeader:
-    """Return the header of a blob that must be of this key.
+    """Return the header of a blob, which must have this key.
 
     Raises:
         DamagedBlobError: It is not what was written.
@@ -173,55 +172,42 @@ def _check_format(metadata: dict[str, str]) -> None:
 
 
 def _decode_info(metadata: dict[str, str]) -> SegmentInfo:
+    """Return the segment of a blob, if all values are of the expected kinds.
+
+    The checksum reveals damage, not what others wrote on purpose.
+    """
     start, end = int(metadata["start"]), int(metadata["end"])
-    if not 0 <= start <= end <= MAX_TOKENS:
-        raise ValueError(f"no range of tokens: [{start}, {end})")
+    digests = [metadata["start_hash"], metadata["fingerprint"]]
+    parts, flags = (
+        json.loads(metadata[name]) for name in ("fingerprint_parts", "resumption")
+    )
+    created_at = float(metadata["created_at"])
+    _expect(0 <= start <= end <= MAX_TOKENS, f"not a range of tokens: [{start}, {end})")
+    _expect(all(len(bytes.fromhex(d)) == DIGEST_NBYTES for d in digests), "not a hash")
+    _expect(all(isinstance(p, str) for p in parts.values()), "part is not a text")
+    _expect(all(isinstance(f, bool) for f in flags.values()), "not resume rules")
+    _expect(0 <= created_at < MAX_SECONDS, "not a time")
     return SegmentInfo(
         key=metadata["key"],
-        start_hash=_digest(metadata["start_hash"]),
+        start_hash=metadata["start_hash"],
         fingerprint=Fingerprint(
-            digest=_digest(metadata["fingerprint"]),
+            digest=metadata["fingerprint"],
             model=metadata["model"],
             source=metadata["source"] or None,
-            parts=_parts(json.loads(metadata["fingerprint_parts"])),
+            parts=parts,
         ),
         start=start,
         end=end,
         is_prefix=metadata["is_prefix"] == "1",
-        created_at=_time(float(metadata["created_at"])),
-        resumption=_resumption(json.loads(metadata["resumption"])),
+        created_at=created_at,
+        resumption=ResumeRules(**flags),
         priority=Priority(int(metadata["priority"])),
     )
 
 
-# The checksum tells damage, not what others wrote on purpose: what comes from a file
-# goes on only if it is of the kind that is expected.
-
-
-def _digest(text: str) -> str:
-    if len(bytes.fromhex(text)) != DIGEST_NBYTES:
-        raise ValueError("no hash")
-    return text
-
-
-def _parts(parts: object) -> dict[str, str]:
-    if not isinstance(parts, dict):
-        raise TypeError("no parts of a fingerprint")
-    if not all(isinstance(text, str) for text in parts.values()):
-        raise TypeError("a part of the fingerprint is no text")
-    return parts
-
-
-def _time(seconds: float) -> float:
-    if not 0 <= seconds < MAX_SECONDS:
-        raise ValueError("no time")
-    return seconds
-
-
-def _resumption(flags: Mapping[str, object]) -> ResumeRules:
-    if not all(isinstance(flag, bool) for flag in flags.values()):
-        raise TypeError("no flags of a resumption")
-    return ResumeRules(**{name: bool(flag) for name, flag in flags.items()})
+def _expect(is_right: bool, message: str) -> None:
+    if not is_right:
+        raise ValueError(message)
 
 
 def _header_checksum(metadata: dict[str, str], specs: list[TensorSpec]) -> str:
@@ -232,7 +218,7 @@ def _header_checksum(metadata: dict[str, str], specs: list[TensorSpec]) -> str:
 
 
 def digest(buffers: Iterable[memoryview | bytes]) -> bytes:
-    """Return the XXH3-128 of a tensor whose bytes lie in some buffers."""
+    """Return the XXH3-128 of a tensor whose bytes are in some buffers."""
     hash_ = xxhash.xxh3_128()
     for buffer in buffers:
         hash_.update(buffer)
@@ -240,5 +226,5 @@ def digest(buffers: Iterable[memoryview | bytes]) -> bytes:
 
 
 def combined_checksum(digests: Iterable[bytes]) -> str:
-    """Return the checksum of a blob's data, in hex: of the digests of its tensors."""
+    """Return the checksum of a blob's data, in hex: over its tensors' digests."""
     return xxhash.xxh3_128_hexdigest(b"".join(digests))

@@ -38,7 +38,7 @@ def unpack(data: bytes) -> tuple[int, ...]:
 
 
 def common_length(left: bytes, right: bytes) -> int:
-    """Return how many leading token ids two packed sequences share."""
+    """Return the number of leading token ids that two packed sequences share."""
     low, high = 0, min(len(left), len(right)) // TOKEN_NBYTES
     while low < high:
         middle = (low + high + 1) // 2
@@ -51,10 +51,9 @@ def common_length(left: bytes, right: bytes) -> int:
 
 
 class Chain:
-    """The chain hashes of one sequence of token ids under one fingerprint."""
+    """The chain hashes of one sequence of token ids under one fingerprint's digest."""
 
     def __init__(self, fingerprint: str, token_ids: Sequence[int] | bytes) -> None:
-        """Take a fingerprint's digest, and token ids as ints or packed."""
         self.fingerprint = fingerprint
         self.data = token_ids if isinstance(token_ids, bytes) else pack(token_ids)
 
@@ -79,7 +78,7 @@ class Chain:
         return digests
 
     def block_hash(self, num_blocks: int) -> int:
-        """Return the first 64 bits of the chain hash after so many blocks."""
+        """Return the first 64 bits of the chain hash after a number of blocks."""
         return int.from_bytes(self._digests[num_blocks][:8], "little", signed=True)
 
     def block_hashes(self, start: int, end: int) -> list[int]:
@@ -97,9 +96,9 @@ class Chain:
         return digest.hex()
 
     def tagged_key_at(self, position: int, tag: str) -> str:
-        """Return the key of a segment that is no common one and has a tag.
+        """Return the key of a segment with a tag, such as a checkpoint.
 
-        It tells such a segment from others that end at the same position.
+        The tag keeps it apart from other segments that end at the same position.
         """
         digest = bytes.fromhex(self.key_at(position))
         return xxhash.xxh3_128_hexdigest(digest + tag.encode()) if tag else digest.hex()

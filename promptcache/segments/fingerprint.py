@@ -19,9 +19,9 @@ class Fingerprint:
     Attributes:
         digest: 32 hex digits over `parts`, the first parent of every chain hash.
         model: The model's name for people; not part of the digest.
-        source: The folder or hub repository it was loaded from, or None.
-        parts: What the digest covers, by name, so that two can be compared.
-        exact: Where rows are stored in fewer bits, the fingerprint of the same rows
+        source: The folder or hub repository that the model was loaded from, or None.
+        parts: What the digest covers, by name.
+        exact: If rows are stored in fewer bits, the fingerprint of the same rows
             without loss, which are reused as well.
     """
 
@@ -33,12 +33,12 @@ class Fingerprint:
 
     @property
     def namespace(self) -> str:
-        """Return the namespace that it belongs to, empty for the default one."""
+        """Return its namespace, empty for the default one."""
         return str(self.parts.get("namespace", ""))
 
     @property
     def reusable(self) -> "tuple[Fingerprint, ...]":
-        """Return the fingerprints whose rows are reused, the best ones first."""
+        """Return the fingerprints whose rows are reused, the best first."""
         alone = self if self.exact is None else replace(self, exact=None)
         return (alone,) if self.exact is None else (self.exact, alone)
 

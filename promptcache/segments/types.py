@@ -15,10 +15,10 @@ class PromptOrigin:
 
     Attributes:
         template: Hash of the chat template.
-        config: Its further arguments.
+        config: The template's further arguments.
         system: Hash of the system prompt's text, empty without one.
         tools: Name and hash of each tool.
-        head: How many tokens come before the first user's text.
+        head: Number of tokens before the first user's text.
     """
 
     template: str
@@ -61,7 +61,7 @@ class Match:
 
     @property
     def ends_in_checkpoint(self) -> bool:
-        """Return whether a run takes over from a state, and not from rows alone."""
+        """Return whether a run resumes from a state, and not from rows alone."""
         return bool(self.slices) and self.slices[-1].start == self.slices[-1].end
 
     @property
@@ -75,11 +75,8 @@ class Match:
 class Tensor:
     """One tensor as plain bytes.
 
-    Attributes:
-        name: Its name in the blob.
-        dtype: Its dtype in safetensors' spelling, such as `BF16`.
-        shape: Its shape.
-        data: Its bytes, contiguous, row-major, little-endian.
+    `dtype` is in safetensors' spelling, such as `BF16`; `data` is contiguous, row-major
+    and little-endian.
     """
 
     name: str
@@ -89,7 +86,7 @@ class Tensor:
 
 
 class TensorSpec(NamedTuple):
-    """What a blob's header says of a tensor."""
+    """A tensor as a blob's header describes it."""
 
     name: str
     dtype: str
@@ -97,15 +94,15 @@ class TensorSpec(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Return how many bytes its values take."""
+        """Return the size of its values."""
         return nbytes_of(self.dtype, self.shape)
 
 
 class ResumeRules(NamedTuple):
-    """Where a run can take over from a segment.
+    """Where a run can resume from a segment.
 
     Attributes:
-        sliceable: Whether its rows can be cut at any token, else it is taken as a
+        sliceable: Whether its rows can be cut at any token, else it is used as a
             whole or not at all.
         extendable: Whether longer prompts can go on from its end, else it is good for
             its very prompt.
@@ -124,7 +121,7 @@ AT_ANY_TOKEN = ResumeRules()
 
 
 class Priority(IntEnum):
-    """How much a checkpoint is worth when some are to be given up."""
+    """Which checkpoints stay longer, the higher ones, when some have to go."""
 
     STEP = 0
     BOUNDARY = 1
@@ -145,20 +142,15 @@ def tag_of(resumption: ResumeRules, *, is_checkpoint: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SegmentInfo:
-    """What a blob says of its segment.
+    """The segment `[start, end)`, as its blob describes it.
 
     Attributes:
         key: Chain hash at `end`, in hex.
         start_hash: Chain hash at `start`, in hex, which names the parent whatever
             segment has it; of a root, the fingerprint's digest.
-        fingerprint: What the KV values depend on.
-        start: First token of the range `[start, end)`; a checkpoint's start and end
-            are the same.
-        end: The token after the last.
         is_prefix: Whether a prompt that was built or saved ends here.
         created_at: Unix time.
-        resumption: Where a run can take over.
-        priority: How much a checkpoint is worth against others; of checkpoints only.
+        priority: Of checkpoints only, whose start and end are the same.
     """
 
     key: str
@@ -178,12 +170,12 @@ class SegmentInfo:
 
     @property
     def tag(self) -> str:
-        """Return what tells its key from that of a common segment with its end."""
+        """Return the tag of its key; see `Chain.tagged_key_at`."""
         return tag_of(self.resumption, is_checkpoint=self.is_checkpoint)
 
 
 class EncodedSegment(NamedTuple):
-    """The state of a token range as the codec hands it over: layout and tensors."""
+    """The state of a token range as the codec encodes it."""
 
     layout: str
     tensors: list[Tensor]
@@ -195,6 +187,6 @@ class EncodedSegment(NamedTuple):
         return sum(tensor.data.nbytes for tensor in self.tensors)
 
     @property
-    def specs(self) -> "list[TensorSpec]":
-        """Return what a blob's header will say of its tensors."""
+    def specs(self) -> list[TensorSpec]:
+        """Return its tensors as a blob's header describes them."""
         return [TensorSpec(t.name, t.dtype, t.shape) for t in self.tensors]

@@ -33,7 +33,7 @@ def prefixes(index: Index, namespace: str | None) -> list[Prefix]:
 
 
 def _with_nbytes(prefix: Prefix, segment_id: int, tree: eviction.PrefixTree) -> Prefix:
-    freed = tree.freed(prefix, segment_id)
+    freed = tree.exclusive_segments(prefix, segment_id)
     return replace(prefix, nbytes=sum(leaf.nbytes for leaf in freed))
 
 
@@ -150,7 +150,7 @@ def _check_quota(index: Index, namespace: str, quota: PinQuota) -> None:
         raise QuotaError(
             f"no more than {quota.num_pins} prefixes may be pinned, unpin one first"
         )
-    nbytes = prune.pinned_nbytes(index.leaves(namespace))
+    nbytes = eviction.pinned_nbytes(index.leaves(namespace))
     if nbytes > quota.nbytes:
         raise QuotaError(
             f"{format_size(nbytes)} would be pinned and {format_size(quota.nbytes)} "
@@ -196,7 +196,7 @@ def remove(index: Index, blobs: BlobFolder, key_or_name: str) -> PruneReport:
 def _plan_removal(index: Index, key_or_name: str) -> tuple[Prefix, list[Removal]]:
     with index.database.reading():
         prefix, segment_id = _resolve(index, key_or_name, None)
-        freed = _tree(index, prefix.namespace).freed(prefix, segment_id)
+        freed = _tree(index, prefix.namespace).exclusive_segments(prefix, segment_id)
         return prefix, prune.removals_of(freed, "removed")
 
 
@@ -212,7 +212,7 @@ def _remove(
         if _plan_removal(index, prefix.key)[1] != plan:
             return None
         for removal in plan:
-            prune.note_eviction(index, removal.key, "removed", removal.cut_at)
+            prune.note_eviction(index, removal)
         index.prefixes.remove(prefix.key)
         for removal in plan:
             if removal.cut_at is None:

@@ -17,7 +17,7 @@ from promptcache.locks import TELL_SECONDS, Patience
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.blobs.store_files import StoreFiles
 from promptcache.store.index import Database, Index
-from promptcache.store.maintenance import prune, verify
+from promptcache.store.maintenance import prune, rebuild, verify
 from promptcache.store.reports import PrunePlan, PrunePolicy, PruneReport, VerifyReport
 from promptcache.store.secret import store_secret
 
@@ -71,7 +71,7 @@ class StoreFolder:
         """Open the index, also one that has come in the place of another."""
         self._create_folders()
         if database.is_missing():
-            verify.create_index(database, self._blobs)
+            rebuild.create_index(database, self._blobs)
         try:
             database.attempt()
         except DamagedIndexError:
@@ -94,12 +94,12 @@ class StoreFolder:
             # Another process may have recovered it while this one waited.
             database.attempt()
         except DamagedIndexError:
-            verify.set_index_aside(database, self._blobs)
-            verify.create_index(database, self._blobs)
+            rebuild.quarantine_index(database, self._blobs)
+            rebuild.create_index(database, self._blobs)
             database.attempt()
 
     def _populate(self, index: Index) -> None:
-        self.rebuilt += verify.rebuild(index, self._blobs)
+        self.rebuilt += rebuild.rebuild(index, self._blobs)
 
     @property
     def is_read_only(self) -> bool:
@@ -236,7 +236,7 @@ class StoreFolder:
             with self._locked("index"):
                 # Another process may have replaced it while this one waited.
                 if not database.is_replaced():
-                    verify.set_index_aside(database, self._blobs)
+                    rebuild.quarantine_index(database, self._blobs)
         database.refresh()
 
     def give_up(self, key: str) -> list[str]:
@@ -244,4 +244,4 @@ class StoreFolder:
 
         Its blob moves to `quarantine/`. Return the names that went. Raises StoreError.
         """
-        return verify.give_up(self._index, self._blobs, key)
+        return verify.quarantine_segment(self._index, self._blobs, key)

@@ -25,7 +25,7 @@ from promptcache.store import catalog, usage
 from promptcache.store.folder import StoreFolder
 from promptcache.store.index.rows import PrefixRow
 from promptcache.store.lookup import longest_match
-from promptcache.store.maintenance.disk_budget import Allowance, Room
+from promptcache.store.maintenance.disk_budget import DiskBudget
 from promptcache.store.nearby import find_neighbourhood, joined
 from promptcache.store.reports import (
     PinQuota,
@@ -81,29 +81,33 @@ class PrefixStore(StoreFolder):
         """
         folder = config.store_dir(path)
         limit = config.max_nbytes() if max_nbytes is None else max_nbytes
-        allowance = Allowance(
-            config.min_free_nbytes() if min_free_nbytes is None else min_free_nbytes,
-            config.max_daily_nbytes() if max_daily_nbytes is None else max_daily_nbytes,
-        )
+        if min_free_nbytes is None:
+            min_free_nbytes = config.min_free_nbytes()
+        if max_daily_nbytes is None:
+            max_daily_nbytes = config.max_daily_nbytes()
         super().__init__(folder, patience)
-        self._room = Room(
-            self._index, self._blobs, max_nbytes=limit, allowance=allowance
+        self._budget = DiskBudget(
+            self._index,
+            self._blobs,
+            max_nbytes=limit,
+            min_free_nbytes=min_free_nbytes,
+            max_daily_nbytes=max_daily_nbytes,
         )
-        self._writer = SegmentWriter(self._index, self._blobs, self._room)
+        self._writer = SegmentWriter(self._index, self._blobs, self._budget)
 
     @property
     def max_nbytes(self) -> int:
         """Return the size limit of all files in bytes."""
-        return self._room.max_nbytes
+        return self._budget.max_nbytes
 
     @max_nbytes.setter
     def max_nbytes(self, nbytes: int) -> None:
-        self._room.max_nbytes = nbytes
+        self._budget.max_nbytes = nbytes
 
     @property
     def num_evicted(self) -> int:
         """Return how many segments had to go to make room for saves."""
-        return self._room.num_evicted
+        return self._budget.num_evicted
 
     # Reading
 
@@ -207,7 +211,7 @@ class PrefixStore(StoreFolder):
         reading the reused tokens would have taken at this model's speed on this
         machine, or 0 until that is known. Raises StoreError.
         """
-        return usage.record(self._index, self._room, receipt)
+        return usage.record(self._index, self._budget, receipt)
 
     def add_speed(
         self, fingerprint: Fingerprint, num_tokens: int, seconds: float
@@ -359,7 +363,7 @@ class PrefixStore(StoreFolder):
         with self._index.database.writing():
             self._index.prefixes.set_origin(key, origin)
             self._index.history.add_config(key, origin)
-        self._room.keep(0)
+        self._budget.try_reserve(0)
 
     # Listing
 

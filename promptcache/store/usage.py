@@ -7,14 +7,16 @@ from promptcache.segments.fingerprint import Fingerprint
 from promptcache.segments.types import Match
 from promptcache.store.index import Index
 from promptcache.store.index.events import Deed
-from promptcache.store.maintenance.disk_budget import Room
+from promptcache.store.maintenance.disk_budget import DiskBudget
 from promptcache.store.types import LoadEstimate, RequestUsage
 
 # In place of a key: what was reused is in memory and nowhere on disk.
 MEMORY_KEY = "memory"
 
 
-def record(index: Index, room: Room, receipt: RequestUsage) -> tuple[str | None, float]:
+def record(
+    index: Index, budget: DiskBudget, receipt: RequestUsage
+) -> tuple[str | None, float]:
     """Note what a request reused; return the prefix's key and the seconds saved."""
     match, cached_tokens = receipt.match, receipt.cached_tokens
     speed = prefill_speed(index, receipt.fingerprint)
@@ -29,7 +31,9 @@ def record(index: Index, room: Room, receipt: RequestUsage) -> tuple[str | None,
             key = (touch(index, match) or match.key) if is_hit else None
             counts_for = (key or MEMORY_KEY) if is_hit else None
             index.history.add_receipt(receipt, counts_for, saved_seconds)
-        room.keep(0, protect={part.key: part.stop for part in match.slices[-1:]})
+        budget.try_reserve(
+            0, protect={part.key: part.stop for part in match.slices[-1:]}
+        )
     return key or match.key, saved_seconds
 
 

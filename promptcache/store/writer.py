@@ -25,7 +25,7 @@ from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.index import Index
 from promptcache.store.lookup import checkpoints_on, longest_match, longest_stored
 from promptcache.store.maintenance import prefix_backup, prune
-from promptcache.store.maintenance.disk_budget import Room
+from promptcache.store.maintenance.disk_budget import DiskBudget
 from promptcache.store.maintenance.eviction import surplus_checkpoints
 
 # mlx-lm's prefill step: what an interrupted build loses at most, and what a match
@@ -46,11 +46,10 @@ class SegmentWriter:
         All files of the store fit into its limit after every save.
     """
 
-    def __init__(self, index: Index, blobs: BlobFolder, room: Room) -> None:
-        """Take a store's files, and the room for more of them."""
+    def __init__(self, index: Index, blobs: BlobFolder, budget: DiskBudget) -> None:
         self._index = index
         self._blobs = blobs
-        self._room = room
+        self._budget = budget
 
     def missing(
         self,
@@ -246,8 +245,8 @@ class SegmentWriter:
         """
         with self._blobs.files.write_lock():
             nbytes = segment.nbytes + ROWS_NBYTES + more_nbytes
-            self._room.check(nbytes)
-            self._room.make(nbytes, protect=protect)
+            self._budget.check_free(nbytes)
+            self._budget.reserve(nbytes, protect=protect)
             try:
                 is_added = self._write(info, segment, chain)
             except StoreError:
@@ -288,9 +287,9 @@ class SegmentWriter:
         """Make up for rows that took more room than was made, or take them back."""
         protect = {**(protect or {}), key: end}
         try:
-            self._room.make(0, protect=protect)
+            self._budget.reserve(0, protect=protect)
             # What is noted of it later is to fit, too.
-            self._room.keep(ROWS_NBYTES, protect=protect)
+            self._budget.try_reserve(ROWS_NBYTES, protect=protect)
         except StoreFullError:
             self._index.remove_leaf(key)
             prune.remove_blobs(self._index, self._blobs, [key])

@@ -18,7 +18,7 @@ from promptcache.segments.types import EncodedSegment, SegmentInfo, Tensor
 from promptcache.store import PrefixStore
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.index import Database, Index
-from promptcache.store.maintenance import verify
+from promptcache.store.maintenance import rebuild
 from promptcache.store.reports import PrunePolicy
 from promptcache.store.types import RequestUsage
 from tests.helpers.blobs import write_blob
@@ -113,7 +113,7 @@ def save_pinned(folder: Path, number: int) -> None:
 
 def set_index_aside(folder: Path, number: int) -> None:
     """Set an index aside as one that is damaged."""
-    verify.set_index_aside(Database(folder / "index.db"), BlobFolder(folder))
+    rebuild.quarantine_index(Database(folder / "index.db"), BlobFolder(folder))
 
 
 def open_often(folder: Path, number: int) -> None:

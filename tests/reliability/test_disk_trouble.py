@@ -15,7 +15,7 @@ import pytest
 from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning
 from promptcache.errors import StoreError, StoreFullError
 from promptcache.store.blobs.folder import BlobFolder
-from promptcache.store.maintenance.disk_budget import Allowance
+from promptcache.store.maintenance.disk_budget import check_disk
 from promptcache.store.reports import PrunePolicy
 from tests.helpers.invariants import check_invariants
 from tests.helpers.segments import (
@@ -301,10 +301,10 @@ def test_floor_of_a_small_disk_is_a_part_of_it(
 ) -> None:
     folder = mount_small("size=20m")
 
-    Allowance().check(folder, 18_000_000, 0)
+    check_disk(folder, 18_000_000)
 
     with pytest.raises(StoreFullError, match=r"1\.0 MB are to stay free"):
-        Allowance().check(folder, 20_500_000, 0)
+        check_disk(folder, 20_500_000)
 
 
 def test_no_more_is_written_in_a_day_than_is_allowed(

@@ -18,7 +18,7 @@ from promptcache import PrefixStore
 from promptcache.errors import DamagedIndexError, StoreError
 from promptcache.store.reports import PrunePolicy
 from promptcache_cli.main import cli
-from tests.helpers.forging import ODD, PROMPT, copied, filled, forge, fuzz, watched
+from tests.helpers.forging import ODD, PROMPT, copied, forge, fuzz, watched
 from tests.helpers.invariants import check_invariants
 from tests.helpers.segments import (
     TINY,
@@ -28,8 +28,6 @@ from tests.helpers.segments import (
     tokens,
     tree_hash,
 )
-
-__all__ = ["filled"]
 
 
 def run(folder: Path, *arguments: str) -> str:

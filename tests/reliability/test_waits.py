@@ -205,7 +205,7 @@ def test_wal_that_a_stopped_reader_keeps_evicts_nothing(tmp_path: Path) -> None:
 def test_wal_that_takes_too_much_ends_saving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("promptcache.store.maintenance.prune.WAL_NBYTES", 20_000)
+    monkeypatch.setattr("promptcache.store.maintenance.disk_budget.WAL_NBYTES", 20_000)
     with PrefixStore(tmp_path, min_free_nbytes=0) as store:
         save(store, OLD, width=100)
         store.max_nbytes = store.total_nbytes() + 40_000

@@ -37,6 +37,11 @@ def lineage(segments: Iterable[SegmentNode], ids: Collection[int]) -> set[int]:
     return found
 
 
+def pin(segments: Iterable[SegmentNode], ids: Collection[int]) -> list[SegmentNode]:
+    """Return segments of which these ids are pinned, too."""
+    return [s._replace(pinned=s.pinned or s.id in ids) for s in segments]
+
+
 def leaves_of(segments: Collection[SegmentNode]) -> list[SegmentNode]:
     parents = {segment.parent_id for segment in segments}
     return [segment for segment in segments if segment.id not in parents]
@@ -44,13 +49,14 @@ def leaves_of(segments: Collection[SegmentNode]) -> list[SegmentNode]:
 
 @anything
 @given(trees(), st.none() | st.integers(0, 500), sets_of_ids)
-def test_pinned_and_protected_segments_and_their_ancestors_stay(
+def test_pinned_segments_and_their_ancestors_stay(
     segments: list[SegmentNode], nbytes: int | None, protected: set[int]
 ) -> None:
-    evicted = plan_eviction(segments, nbytes=nbytes, protected=protected)
+    segments = pin(segments, protected)
 
-    pinned = {segment.id for segment in segments if segment.pinned}
-    kept = lineage(segments, pinned | protected)
+    evicted = plan_eviction(segments, nbytes=nbytes)
+
+    kept = lineage(segments, {segment.id for segment in segments if segment.pinned})
     assert not kept & {segment.id for segment in evicted}
 
 
@@ -59,10 +65,11 @@ def test_pinned_and_protected_segments_and_their_ancestors_stay(
 def test_each_evicted_segment_is_the_oldest_leaf_that_may_go(
     segments: list[SegmentNode], nbytes: int | None, protected: set[int]
 ) -> None:
-    evicted = plan_eviction(segments, nbytes=nbytes, protected=protected)
+    segments = pin(segments, protected)
 
-    pinned = {segment.id for segment in segments if segment.pinned}
-    kept = lineage(segments, pinned | protected)
+    evicted = plan_eviction(segments, nbytes=nbytes)
+
+    kept = lineage(segments, {segment.id for segment in segments if segment.pinned})
     rest = list(segments)
     for segment in evicted:
         candidates = [leaf for leaf in leaves_of(rest) if leaf.id not in kept]
@@ -76,10 +83,12 @@ def test_each_evicted_segment_is_the_oldest_leaf_that_may_go(
 def test_eviction_stops_as_soon_as_it_is_enough(
     segments: list[SegmentNode], nbytes: int, protected: set[int]
 ) -> None:
-    evicted = plan_eviction(segments, nbytes=nbytes, protected=protected)
+    segments = pin(segments, protected)
+
+    evicted = plan_eviction(segments, nbytes=nbytes)
 
     freed = [segment.nbytes for segment in evicted]
-    everything = plan_eviction(segments, protected=protected)
+    everything = plan_eviction(segments)
     assert sum(freed) >= nbytes or evicted == everything
     assert not freed or sum(freed[:-1]) < nbytes
 
@@ -89,10 +98,11 @@ def test_eviction_stops_as_soon_as_it_is_enough(
 def test_without_a_size_all_that_may_go_goes_once(
     segments: list[SegmentNode], protected: set[int]
 ) -> None:
-    evicted = plan_eviction(segments, protected=protected)
+    segments = pin(segments, protected)
 
-    pinned = {segment.id for segment in segments if segment.pinned}
-    kept = lineage(segments, pinned | protected)
+    evicted = plan_eviction(segments)
+
+    kept = lineage(segments, {segment.id for segment in segments if segment.pinned})
     assert sorted(s.id for s in evicted) == sorted(
         s.id for s in segments if s.id not in kept
     )

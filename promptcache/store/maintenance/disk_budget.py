@@ -1,76 +1,38 @@
-"""The disk budget: what a save may write, and room made for it."""
+"""The disk budget: what saves may write, and room made below the size limit."""
 
 import contextlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from promptcache.errors import StoreFullError
+from promptcache.locks import told
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.index import Index
+from promptcache.store.index.rows import SegmentNode
 from promptcache.store.maintenance import prune
+from promptcache.store.maintenance.eviction import pinned_nbytes, plan_eviction
+from promptcache.store.reports import PrunePlan, describe_foreign
 from promptcache.units import format_size
 
 # A system whose disk is full fails in many ways. Of a small volume, 20 GB, a part.
 DEFAULT_FLOOR_NBYTES = 10**9
 DEFAULT_FLOOR_SHARE = 20
+# What a WAL may take beyond the limit while it cannot be emptied: what SQLite lets it
+# have at any time, 1,000 pages, or a part of a large store.
+WAL_NBYTES, WAL_SHARE = 4 * 1024**2, 10
 
 
-@dataclass(frozen=True, slots=True)
-class Allowance:
-    """What is left alone, and what may be written in a day.
+class DiskBudget:
+    """What a store may write: by its size limit, by day and by what the disk has free.
 
     Attributes:
+        max_nbytes: Size limit of all files in bytes, held by evicting the segments
+            that were unused for the longest time.
         min_free_nbytes: Nothing is written that leaves less free on the disk; None for
             1 GB, or a twentieth of the volume if that is less.
         max_daily_nbytes: Most bytes of blobs to write in a day, None for no limit.
-    """
-
-    min_free_nbytes: int | None = None
-    max_daily_nbytes: int | None = None
-
-    def check(self, folder: Path, nbytes: int, written_nbytes: int) -> None:
-        """Make sure that so many bytes may be written.
-
-        Args:
-            folder: On the disk in question.
-            nbytes: How many bytes.
-            written_nbytes: What was written today already.
-
-        Raises:
-            StoreFullError: They may not.
-            OSError: The folder is gone.
-        """
-        self._check_disk(folder, nbytes)
-        most = self.max_daily_nbytes
-        if most is not None and written_nbytes + nbytes > most:
-            raise StoreFullError(
-                f"{format_size(written_nbytes)} of the {format_size(most)} that may be "
-                "written in a day are, raise PROMPTCACHE_DAILY_WRITES or wait"
-            )
-
-    def _check_disk(self, folder: Path, nbytes: int) -> None:
-        volume = os.statvfs(folder)
-        free = volume.f_bavail * volume.f_frsize
-        floor = self.min_free_nbytes
-        if floor is None:
-            total = volume.f_blocks * volume.f_frsize
-            floor = min(DEFAULT_FLOOR_NBYTES, total // DEFAULT_FLOOR_SHARE)
-        if floor and free - nbytes < floor:
-            raise StoreFullError(
-                f"the disk has {format_size(free)} free and {format_size(floor)} are "
-                "to stay free, make room there or lower PROMPTCACHE_MIN_FREE"
-            )
-
-
-class Room:
-    """The size limit of a store, held by evicting what was not used for long.
-
-    Attributes:
-        max_nbytes: Size limit of all files in bytes.
-        allowance: How much may be written, for the sake of the disk.
-        num_evicted: How many segments had to go for it.
+        num_evicted: How many segments were evicted to make room.
     """
 
     def __init__(
@@ -79,42 +41,131 @@ class Room:
         blobs: BlobFolder,
         *,
         max_nbytes: int,
-        allowance: Allowance,
+        min_free_nbytes: int | None = None,
+        max_daily_nbytes: int | None = None,
     ) -> None:
-        """Take a store's files, their size limit, and how much may be written."""
         self._index = index
         self._blobs = blobs
-        self.allowance = allowance
         self.max_nbytes = max_nbytes
+        self.min_free_nbytes = min_free_nbytes
+        self.max_daily_nbytes = max_daily_nbytes
         self.num_evicted = 0
 
-    def check(self, nbytes: int) -> None:
-        """Make sure that so many bytes of a blob may be written.
+    def check_free(self, nbytes: int) -> None:
+        """Raise StoreFullError if the disk or the day have no room for more bytes.
 
-        Raises:
-            StoreFullError: They may not.
+        Raises OSError if the folder is gone.
         """
-        written_nbytes = self._index.history.written().today_nbytes
-        self.allowance.check(self._blobs.root, nbytes, written_nbytes)
+        check_disk(self._blobs.root, nbytes, self.min_free_nbytes)
+        limit = self.max_daily_nbytes
+        written = self._index.history.written().today_nbytes
+        if limit is not None and written + nbytes > limit:
+            raise StoreFullError(
+                f"{format_size(written)} of the {format_size(limit)} that may be "
+                "written in a day are, raise PROMPTCACHE_DAILY_WRITES or wait"
+            )
 
-    def make(self, nbytes: int, *, protect: Mapping[str, int] | None = None) -> None:
-        """Evict until so many bytes more fit.
-
-        `protect` are the keys of segments that must stay with their ancestors, and up
-        to which position.
-
-        Raises:
-            StoreFullError: They cannot; nothing was evicted then.
-        """
-        self.num_evicted += prune.make_room(
-            self._index,
-            self._blobs,
-            nbytes=nbytes,
-            limit=self.max_nbytes,
-            protect=protect,
-        )
-
-    def keep(self, nbytes: int, *, protect: Mapping[str, int] | None = None) -> None:
-        """Make room for what is noted, if that can be; it is written all the same."""
+    def try_reserve(
+        self, nbytes: int, *, protect: Mapping[str, int] | None = None
+    ) -> None:
+        """Do as `reserve` if that is possible, otherwise nothing."""
         with contextlib.suppress(StoreFullError):
-            self.make(nbytes, protect=protect)
+            self.reserve(nbytes, protect=protect)
+
+    def reserve(self, nbytes: int, *, protect: Mapping[str, int] | None = None) -> None:
+        """Sweep garbage, then evict, until more bytes fit below the size limit.
+
+        Args:
+            nbytes: The bytes that are needed.
+            protect: Keys of segments that must stay, with their ancestors, and up to
+                which position.
+
+        Raises:
+            StoreFullError: They cannot fit; nothing was evicted then.
+        """
+        # Again and again, because a blob that is gone already frees less than its row
+        # says.
+        while not self._fits(nbytes):
+            self._index.database.refresh()
+            self._index.clock.settle()
+            self._index.database.shrink()
+            leaves = self._index.leaves(protect=protect)
+            plan = self._plan(nbytes, leaves)
+            if not plan.removals and not plan.garbage:
+                return
+            prune.execute(self._index, self._blobs, plan)
+            if plan.removals and self._index.leaves(protect=protect) == leaves:
+                # It would be tried for ever.
+                raise self._full_error(nbytes)
+            self.num_evicted += len(plan.removals)
+
+    def _fits(self, nbytes: int) -> bool:
+        return self._blobs.files.total_nbytes() + nbytes <= self.max_nbytes
+
+    def _plan(self, nbytes: int, leaves: Collection[SegmentNode]) -> PrunePlan:
+        garbage = prune.find_garbage(self._index, self._blobs)
+        total = self._blobs.files.total_nbytes() - prune.sum_nbytes(garbage)
+        self._check_foreign(total - self.max_nbytes)
+        over = total - self._stuck_nbytes() + nbytes - self.max_nbytes
+        evicted = plan_eviction(leaves, nbytes=over, now=self._index.clock.time())
+        if prune.sum_nbytes(evicted) < over:
+            raise self._full_error(nbytes)
+        removals = prune.removals_of(evicted, "makes room")
+        return PrunePlan(tuple(removals), tuple(garbage), total)
+
+    def _stuck_nbytes(self) -> int:
+        """Return the size of a WAL that cannot be emptied now, because it is read.
+
+        Nothing is evicted for it: evicting would make it larger. Raises StoreFullError
+        before it takes too much.
+        """
+        nbytes = self._blobs.files.wal_nbytes()
+        if nbytes > max(self.max_nbytes // WAL_SHARE, WAL_NBYTES):
+            raise StoreFullError(
+                f"the index has {format_size(nbytes)} in its WAL, which is kept by "
+                f"{told(self._index.database.reader())}, end it"
+            )
+        return nbytes
+
+    def _check_foreign(self, over: int) -> None:
+        """Raise StoreFullError if foreign files take the store beyond its limit.
+
+        Then nothing more is saved, and nothing is evicted.
+        """
+        if over <= self.max_nbytes // prune.FOREIGN_SHARE:
+            # As in every full store: there is no need to look for them.
+            return
+        foreign = self._blobs.files.foreign()
+        if prune.foreign_excess(foreign, over, self.max_nbytes):
+            raise StoreFullError(
+                f"the store is over its limit of {format_size(self.max_nbytes)}: "
+                f"{describe_foreign(foreign)}"
+            )
+
+    def _full_error(self, nbytes: int) -> StoreFullError:
+        limit = format_size(self.max_nbytes)
+        room = f"{format_size(nbytes)} do not fit into the limit of {limit}"
+        pinned = pinned_nbytes(self._index.leaves())
+        if pinned:
+            advice = f" because {format_size(pinned)} are pinned, unpin some of it"
+        else:
+            advice = ", raise it with --max-size or PROMPTCACHE_MAX_SIZE"
+        return StoreFullError(room + advice)
+
+
+def check_disk(folder: Path, nbytes: int, min_free_nbytes: int | None = None) -> None:
+    """Raise StoreFullError if too little of a folder's disk would stay free.
+
+    Raises OSError if the folder is gone.
+    """
+    volume = os.statvfs(folder)
+    free = volume.f_bavail * volume.f_frsize
+    floor = min_free_nbytes
+    if floor is None:
+        total = volume.f_blocks * volume.f_frsize
+        floor = min(DEFAULT_FLOOR_NBYTES, total // DEFAULT_FLOOR_SHARE)
+    if floor and free - nbytes < floor:
+        raise StoreFullError(
+            f"the disk has {format_size(free)} free and {format_size(floor)} are "
+            "to stay free, make room there or lower PROMPTCACHE_MIN_FREE"
+        )

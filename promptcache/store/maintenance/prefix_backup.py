@@ -1,82 +1,46 @@
-"""The backup of the prefixes: a file from which a lost index gets them back."""
+"""The backup of the prefixes: a file from which a rebuilt index gets them back."""
 
 import json
-from collections.abc import Collection
 
 from promptcache.errors import StoreError
 from promptcache.segments.blob_format import MAX_TOKENS
-from promptcache.segments.chain import Chain
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.index import Index
 from promptcache.store.index.rows import PrefixRow
-from promptcache.store.maintenance.cover import Cover
 
 PREFIXES_FILE = "prefixes.json"
 
 
 def write_prefixes(index: Index, blobs: BlobFolder) -> None:
-    """Keep the list of prefixes beside the index, which can be lost.
+    """Write the list of prefixes to a file beside the index.
 
-    Where a blob's own `is_prefix` tells the same, the file may lag behind.
+    The file may lag behind where a blob's own `is_prefix` says the same.
     """
-    listed = [entry._asdict() for entry in index.prefixes.listed()]
+    rows = [row._asdict() for row in index.prefixes.listed()]
     try:
-        blobs.files.write_file(PREFIXES_FILE, json.dumps(listed, indent=1).encode())
+        blobs.files.write_file(PREFIXES_FILE, json.dumps(rows, indent=1).encode())
     except OSError as error:
         raise StoreError(f"prefixes cannot be listed ({error.strerror})") from error
 
 
-def _listed(blobs: BlobFolder) -> list[PrefixRow]:
-    """Return the prefixes that the list beside the index has."""
+def read_prefixes(blobs: BlobFolder) -> list[PrefixRow]:
+    """Return the prefixes in the file, without those that were never written so."""
     try:
         entries = json.loads(blobs.files.read_file(PREFIXES_FILE))
     except (OSError, RecursionError, ValueError):
         return []
-    if not isinstance(entries, list):
-        return []
-    return [entry for entry in map(_entry, entries) if entry is not None]
+    rows = map(_row, entries) if isinstance(entries, list) else ()
+    return [row for row in rows if row is not None]
 
 
-def _entry(fields: object) -> PrefixRow | None:
-    """Return what the list says of a prefix, or None if it was never written so."""
+def _row(fields: object) -> PrefixRow | None:
     try:
-        entry = PrefixRow(**fields)  # type: ignore[arg-type]
-        named = [text for text in (entry.name, entry.manifest) if text is not None]
-        for text in (entry.key, entry.segment_key, entry.namespace, *named):
-            # What is no text, or none that a database takes.
+        row = PrefixRow(**fields)  # type: ignore[arg-type]
+        names = [text for text in (row.name, row.manifest) if text is not None]
+        for text in (row.key, row.segment_key, row.namespace, *names):
+            # Fails if it is not a text, or not one that a database accepts.
             text.encode()
     except (AttributeError, TypeError, ValueError):
         return None
-    is_position = type(entry.num_tokens) is int and 0 < entry.num_tokens < MAX_TOKENS
-    return entry if is_position and (entry.name or "").isprintable() else None
-
-
-def _restore_prefixes(
-    index: Index, cover: Cover, listed: Collection[PrefixRow]
-) -> None:
-    """List and name prefixes again, also those that end inside a segment."""
-    known = set(index.prefixes.listed())
-    for entry in listed:
-        # A split may have been between the list and the rows.
-        keys = (str(entry.segment_key), *cover.ends(entry.num_tokens, entry.key))
-        ids = (index.segment_id(key) for key in keys)
-        segment_id = next((i for i in ids if i and _has_key(index, i, entry)), None)
-        if entry in known or segment_id is None:
-            continue
-        now = index.clock.now()
-        index.prefixes.add(entry.key, segment_id, entry.num_tokens, now=now)
-        namespace = index.fingerprints.of_segment(segment_id).namespace
-        names = {pin.name for pin in index.prefixes.pins(namespace)}
-        if entry.name is not None and entry.name not in names:
-            index.prefixes.set_name(entry.key, entry.name, manifest=entry.manifest)
-
-
-def _has_key(index: Index, segment_id: int, entry: PrefixRow) -> bool:
-    """Return whether a prefix has the key that the file gives it."""
-    rows = index.path_to(segment_id)
-    num_tokens = entry.num_tokens
-    if not rows[-1].start <= num_tokens:
-        return False
-    digest = index.fingerprints.of_segment(segment_id).digest
-    chain = Chain(digest, index.token_ids(segment_id, num_tokens))
-    return len(chain) == num_tokens and chain.key_at(num_tokens) == entry.key
+    is_position = type(row.num_tokens) is int and 0 < row.num_tokens < MAX_TOKENS
+    return row if is_position and (row.name or "").isprintable() else None

@@ -1,8 +1,8 @@
-"""Splitting: a segment is cut where others hang on it, and what is after that goes.
+"""Splitting: a segment is replaced by its head, up to where others start in it.
 
-The head is written anew as a segment of its own, crash-safe like a save; then the row
-is changed to it, and the old blob goes. No child is touched: it names its parent by the
-chain hash where it starts.
+The head is written as a segment of its own, crash-safe like a save; then the row is
+changed to it, and the old blob is removed. Children do not change: they name their
+parent by the chain hash where they start.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ class Head(NamedTuple):
     """The head of a segment, which is complete in `tmp/`.
 
     Attributes:
-        key: The segment that it is the head of.
-        nbytes: The size of that one's blob.
+        key: Of the segment that it replaces.
+        nbytes: The size of that segment's blob.
         info: The head.
         chain: The token ids up to its end.
         staged: Its blob.
@@ -40,18 +40,18 @@ class Head(NamedTuple):
 
     @property
     def freed_nbytes(self) -> int:
-        """Return what is freed once it has taken the place of the segment."""
+        """Return how many bytes the replacement frees."""
         return self.nbytes - self.staged.nbytes
 
     def can_replace(self, index: Index) -> bool:
-        """Return whether nothing hangs on what would go."""
+        """Return whether nothing depends on the rows that would go."""
         return index.can_cut(self.key, self.info)
 
     def replace(self, index: Index) -> None:
-        """Put it in the place of the segment, whose blob is garbage then.
+        """Replace the segment, whose blob is garbage then, in the open transaction.
 
-        In the transaction that is open. The list of prefixes beside the index may lag
-        behind: it is by their own keys that they are found. Raises OSError.
+        The file of prefixes may lag behind: prefixes are found by their own keys.
+        Raises OSError.
         """
         self.staged.publish()
         index.cut(self.key, self.info, self.chain, nbytes=self.staged.nbytes)
@@ -64,38 +64,42 @@ def staged_heads(
 ) -> Iterator[list[Head]]:
     """Write the heads of the segments that removals cut to `tmp/`.
 
-    Segments that have changed meanwhile are left out.
+    Segments that were removed or cut meanwhile are left out.
 
     Raises:
         DamagedBlobError: A segment does not hold what was written.
         StoreError: It cannot be read, or its head not be written.
     """
     cuts = [(r.key, r.cut_at) for r in removals if r.cut_at is not None]
-    with contextlib.ExitStack() as stack:
-        staged = (stack.enter_context(_staged(index, blobs, *cut)) for cut in cuts)
-        yield [head for head in staged if head is not None]
+    try:
+        with contextlib.ExitStack() as stack:
+            heads = (stack.enter_context(_staged(index, blobs, *cut)) for cut in cuts)
+            yield [head for head in heads if head is not None]
+    except OSError as error:
+        raise StoreError(
+            f"what is shared cannot be written to the store {blobs.root} "
+            f"({error.strerror})"
+        ) from error
 
 
 @contextlib.contextmanager
 def _staged(
     index: Index, blobs: BlobFolder, key: str, position: int
 ) -> Iterator[Head | None]:
-    found = _chain(index, key, position)
-    if found is None:
+    cut = _find(index, key, position)
+    if cut is None:
         yield None
         return
-    chain, nbytes, is_prefix = found
     try:
         header = blobs.read_header(key)
-        start = header.info.start
-        tensors = blobs.read_tensors(
-            header, lambda tensor: first_tokens(tensor, position - start)
-        )
+        num_tokens = position - header.info.start
+        tensors = blobs.read_tensors(header, lambda t: first_tokens(t, num_tokens))
     except DamagedBlobError:
         if index.segment_id(key) is None:
             yield None
             return
         raise
+    chain, nbytes, is_prefix = cut
     info = replace(
         header.info,
         key=chain.tagged_key_at(position, header.info.tag),
@@ -103,11 +107,11 @@ def _staged(
         is_prefix=is_prefix,
     )
     segment = EncodedSegment(header.layout, tensors, info.resumption)
-    with _told(blobs), blobs.staged(info, segment, whole=header) as staged:
+    with blobs.staged(info, segment, whole=header) as staged:
         yield Head(key, nbytes, info, chain, staged)
 
 
-def _chain(index: Index, key: str, position: int) -> tuple[Chain, int, bool] | None:
+def _find(index: Index, key: str, position: int) -> tuple[Chain, int, bool] | None:
     """Return the chain up to a position of a segment, its size, and if it is listed."""
     with index.database.reading():
         segment_id = index.segment_id(key)
@@ -121,14 +125,3 @@ def _chain(index: Index, key: str, position: int) -> tuple[Chain, int, bool] | N
         ends = index.prefixes.ends()
         is_prefix = any(e[:2] == (segment_id, position) for e in ends)
         return chain, row.nbytes, is_prefix
-
-
-@contextlib.contextmanager
-def _told(blobs: BlobFolder) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(
-            f"what is shared cannot be written to the store {blobs.root} "
-            f"({error.strerror})"
-        ) from error
