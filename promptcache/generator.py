@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack, cast
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from promptcache.engine.build import Build
-from promptcache.engine.decode import LogitsProcessor, penalties_of, sampler_of
+from promptcache.engine.decode import LogitsProcessor, Sampler, penalties_of, sampler_of
 from promptcache.engine.generation import Generation
 from promptcache.engine.request import DEFAULT_DRAFT_TOKENS, Progress, Request
 from promptcache.engine.response import GenerationResponse
@@ -23,8 +23,7 @@ from promptcache.explain.types import Explanation
 from promptcache.models import load
 from promptcache.models.identity.identity import ModelIdentity
 from promptcache.models.loaded import LoadedModel
-from promptcache.models.prefill_plan import DEFAULT_STEP_SIZE
-from promptcache.models.settings import DEFAULT_SETTINGS, Settings
+from promptcache.models.settings import DEFAULT_SETTINGS, ReadOptions, Settings
 from promptcache.prompts import render
 from promptcache.prompts.chat import Message, is_messages
 from promptcache.prompts.parts import PromptParts, compose
@@ -51,6 +50,62 @@ class BuiltPrefix(Prefix):
 
     cached_tokens: int = 0
     seconds: float = 0.0
+
+
+class GeneratorOptions(TypedDict, total=False):
+    """Keyword arguments of `CachedGenerator`, where they are documented."""
+
+    store: PrefixStore | str | Path | None
+    max_nbytes: int | None
+    memory_limit: int | None
+    save: SavePolicy
+    reuse: bool
+    namespace: str
+    chat_template_config: Mapping[str, Any] | None
+    announce: Callable[[str], None] | None
+
+
+class LoadOptions(GeneratorOptions, total=False):
+    """Those of `CachedGenerator.load`: the generator's, and `mlx_lm.load`'s."""
+
+    tokenizer_config: dict[str, Any] | None
+    model_config: dict[str, Any] | None
+    lazy: bool
+    revision: str | None
+    trust_remote_code: bool
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How to choose the tokens of an answer.
+
+    Attributes:
+        temp: Sampling temperature, 0 or None (default) for greedy; this and the next
+            three as in `mlx_lm.sample_utils.make_sampler`.
+        top_p: Sample from the likeliest tokens of this probability in all.
+        min_p: Sample from tokens this likely, as a share of the likeliest.
+        top_k: Sample from this number of the likeliest tokens.
+        repetition_penalty: Penalty for repeated tokens of the whole prompt and the
+            answer; see `mlx_lm.sample_utils.make_logits_processors`.
+        repetition_context_size: How many tokens back it looks, 20 by default.
+        seed: Seed for the sampling.
+        sampler: A sampler in place of the one that `temp` and so on make.
+        logits_processors: Called with the token ids of the whole prompt and the
+            answer, shape `(tokens,)`, and the logits, shape `(1, vocabulary)`.
+    """
+
+    temp: float | None
+    top_p: float | None
+    min_p: float | None
+    top_k: int | None
+    repetition_penalty: float | None
+    repetition_context_size: int
+    seed: int | None
+    sampler: Sampler | None
+    logits_processors: list[LogitsProcessor] | None
+
+
+class GenerateOptions(SamplingOptions, ReadOptions, total=False):
+    """How `stream_generate` chooses tokens, and how it reads the prompt."""
 
 
 class CachedGenerator:
@@ -143,15 +198,7 @@ class CachedGenerator:
         path_or_hf_repo: str | Path | None = None,
         *,
         adapter_path: str | Path | None = None,
-        store: PrefixStore | str | Path | None = None,
-        max_nbytes: int | None = None,
-        memory_limit: int | None = None,
-        save: SavePolicy = "auto",
-        reuse: bool = True,
-        namespace: str = "",
-        chat_template_config: Mapping[str, Any] | None = None,
-        announce: Callable[[str], None] | None = None,
-        **kwargs: Any,
+        **options: Unpack[LoadOptions],
     ) -> Self:
         """Load a model like `mlx_lm.load` does, and wrap it.
 
@@ -159,35 +206,22 @@ class CachedGenerator:
             path_or_hf_repo: A folder or a hub repository, else `PROMPTCACHE_MODEL`,
                 else the embedded default, SmolLM2-135M-Instruct.
             adapter_path: The folder of a LoRA adapter.
-            store: See `CachedGenerator`.
-            max_nbytes: See `CachedGenerator`.
-            memory_limit: See `CachedGenerator`.
-            save: See `CachedGenerator`.
-            reuse: See `CachedGenerator`.
-            namespace: See `CachedGenerator`.
-            chat_template_config: See `CachedGenerator`.
-            announce: Called with a line for people before something takes long.
-            kwargs: Further arguments of `mlx_lm.load`.
+            options: `store`, `max_nbytes`, `memory_limit`, `save`, `reuse`,
+                `namespace`, `chat_template_config` and `announce` of
+                `CachedGenerator`, and further arguments of `mlx_lm.load`. `announce`
+                is called before a download as well.
 
         Raises:
             ModelError: The model cannot be found or loaded.
         """
+        own, of_mlx_lm = _split(options, GeneratorOptions)
         model, tokenizer, identity = load.load(
-            path_or_hf_repo, adapter_path=adapter_path, announce=announce, **kwargs
+            path_or_hf_repo,
+            adapter_path=adapter_path,
+            announce=own.get("announce"),
+            **of_mlx_lm,
         )
-        return cls(
-            model,
-            tokenizer,
-            store=store,
-            max_nbytes=max_nbytes,
-            memory_limit=memory_limit,
-            save=save,
-            reuse=reuse,
-            namespace=namespace,
-            chat_template_config=chat_template_config,
-            identity=identity,
-            announce=announce,
-        )
+        return cls(model, tokenizer, identity=identity, **own)
 
     def close(self) -> None:
         """Finish what is being saved, and close the store unless it was handed in."""
@@ -323,7 +357,7 @@ class CachedGenerator:
         *,
         tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
-        **settings: Any,
+        **options: Unpack[ReadOptions],
     ) -> Match:
         """Return what a generation of this prompt would reuse.
 
@@ -334,14 +368,14 @@ class CachedGenerator:
             prompt: Text, token ids or chat messages.
             tools: Tools for the chat template.
             chat_template_config: See `render`.
-            settings: `kv_bits`, `exact` and so on, as `stream_generate` takes them.
+            options: See `ReadOptions`.
 
         Raises:
             UsageError: The prompt is empty, or no prompt of this model.
             StoreError: The store cannot be read.
         """
         token_ids = self.render(prompt, tools, chat_template_config).token_ids
-        fingerprint = self.fingerprint(Settings.of(**settings))
+        fingerprint = self.fingerprint(Settings.of(**options))
         return self._usable_store().lookup(token_ids, fingerprint, generating=True)
 
     def explain(
@@ -350,7 +384,7 @@ class CachedGenerator:
         *,
         tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
-        **settings: Any,
+        **options: Unpack[ReadOptions],
     ) -> Explanation:
         """Say what a generation of this prompt would reuse, and why not more.
 
@@ -358,14 +392,14 @@ class CachedGenerator:
             prompt: Text, token ids or chat messages.
             tools: Tools for the chat template.
             chat_template_config: See `render`.
-            settings: `kv_bits`, `exact` and so on, as `stream_generate` takes them.
+            options: See `ReadOptions`.
 
         Raises:
             UsageError: The prompt is empty, or no prompt of this model.
             StoreError: The store cannot be read.
         """
         rendered = self.render(prompt, tools, chat_template_config)
-        fingerprint = self.fingerprint(Settings.of(**settings))
+        fingerprint = self.fingerprint(Settings.of(**options))
         store = self._usable_store()
         around = store.nearby(rendered.token_ids, fingerprint, rendered.origin)
         estimate = store.estimate(fingerprint, around.match.cached_tokens)
@@ -393,16 +427,9 @@ class CachedGenerator:
         tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
         name: str | None = None,
-        exact: bool | None = None,
-        max_kv_size: int | None = None,
-        draft_model: Any = None,
-        prefill_step_size: int = DEFAULT_STEP_SIZE,
-        kv_bits: int | None = None,
-        kv_group_size: int = 64,
-        quantized_kv_start: int = 5000,
-        store_bits: int | None = None,
         prompt_progress_callback: Progress | None = None,
         on_wait: Callable[[], None] = lambda: None,
+        **options: Unpack[ReadOptions],
     ) -> BuiltPrefix:
         """Make sure that a prefix is stored, piece by piece, and pin it if named.
 
@@ -416,17 +443,9 @@ class CachedGenerator:
             tools: Tools for the chat template.
             chat_template_config: See `render`.
             name: Pin the prefix under this name.
-            exact: See `stream_generate`.
-            max_kv_size: See `mlx_lm.generate.generate_step`.
-            draft_model: See `mlx_lm.stream_generate`.
-            prefill_step_size: Most tokens to process at once, and to lose when
-                interrupted.
-            kv_bits: See `mlx_lm.generate.generate_step`.
-            kv_group_size: See `mlx_lm.generate.generate_step`.
-            quantized_kv_start: See `mlx_lm.generate.generate_step`.
-            store_bits: See `stream_generate`.
             prompt_progress_callback: Called with tokens processed and their total.
             on_wait: Called when another process builds the same prefix.
+            options: See `ReadOptions`.
 
         Raises:
             UnsupportedCacheError: The model's cache cannot be stored.
@@ -435,38 +454,38 @@ class CachedGenerator:
         """
         if name is not None:
             check_name(name)
-        settings = Settings.of(
-            kv_bits=kv_bits,
-            kv_group_size=kv_group_size,
-            quantized_kv_start=quantized_kv_start,
-            max_kv_size=max_kv_size,
-            exact=exact,
-            prefill_step_size=prefill_step_size,
-            draft_model=draft_model,
-            store_bits=store_bits,
-        )
+        settings = Settings.of(**options)
         rendered = self._prompt_to_build(prompt, system, tools, chat_template_config)
-        if draft_model is not None:
-            self._loaded.check_token_ids(rendered.token_ids, draft_model=draft_model)
-        store = self._usable_store()
+        self._check_draft(settings, rendered)
         started = time.perf_counter()
-        building = Build(self._loaded, store, self._writer, rendered, settings)
+        building = Build(
+            self._loaded, self._usable_store(), self._writer, rendered, settings
+        )
         cached_tokens = building.run(
             prompt_progress_callback or (lambda done, total: None), on_wait
         )
+        prefix = self._built(building.key, name)
+        seconds = time.perf_counter() - started
+        return BuiltPrefix(
+            **asdict(prefix), cached_tokens=cached_tokens, seconds=seconds
+        )
+
+    def _built(self, key: str, name: str | None) -> Prefix:
+        store = self._usable_store()
         try:
             if name is not None:
-                store.pin(building.key, name, namespace=self.namespace)
-            prefix = store.resolve(building.key, namespace=self.namespace)
+                store.pin(key, name, namespace=self.namespace)
+            return store.resolve(key, namespace=self.namespace)
         except KeyNotFoundError as error:
             raise StoreError(
                 "what was built has been evicted by another process already"
             ) from error
-        return BuiltPrefix(
-            **asdict(prefix),
-            cached_tokens=cached_tokens,
-            seconds=time.perf_counter() - started,
-        )
+
+    def _check_draft(self, settings: Settings, rendered: RenderedPrompt) -> None:
+        """Raise UsageError for token ids that a draft model does not have."""
+        draft_model = settings.draft_model
+        if draft_model is not None:
+            self._loaded.check_token_ids(rendered.token_ids, draft_model=draft_model)
 
     def _prompt_to_build(
         self,
@@ -486,12 +505,14 @@ class CachedGenerator:
             prompt = compose(system=system, messages=prompt)
         return self.render(prompt, tools, chat_template_config)
 
-    def is_built(self, prompt: RenderedPrompt, **settings: Any) -> tuple[str, bool]:
+    def is_built(
+        self, prompt: RenderedPrompt, **options: Unpack[ReadOptions]
+    ) -> tuple[str, bool]:
         """Return the key that `build` would give, and whether all of it is stored.
 
         Args:
             prompt: What `render` and the like returned.
-            settings: As `build` takes them.
+            options: See `ReadOptions`.
 
         Raises:
             UnsupportedCacheError: The model's cache cannot be stored.
@@ -499,8 +520,8 @@ class CachedGenerator:
             StoreError: The store cannot be read.
         """
         store = self._usable_store()
-        wanted = Settings.of(**settings)
-        building = Build(self._loaded, store, self._writer, prompt, wanted)
+        settings = Settings.of(**options)
+        building = Build(self._loaded, store, self._writer, prompt, settings)
         return building.key, building.is_stored()
 
     def lint(self, prompt: RenderedPrompt) -> list[VolatileText]:
@@ -522,28 +543,12 @@ class CachedGenerator:
         chat_template_config: Mapping[str, Any] | None = None,
         save: SavePolicy | None = None,
         reuse: bool | None = None,
-        exact: bool | None = None,
-        temp: float | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        top_k: int | None = None,
-        repetition_penalty: float | None = None,
-        repetition_context_size: int = 20,
-        seed: int | None = None,
-        sampler: Callable[[mx.array], mx.array] | None = None,
-        logits_processors: list[LogitsProcessor] | None = None,
-        prefill_step_size: int = DEFAULT_STEP_SIZE,
-        kv_bits: int | None = None,
-        kv_group_size: int = 64,
-        quantized_kv_start: int = 5000,
-        store_bits: int | None = None,
-        max_kv_size: int | None = None,
-        draft_model: Any = None,
-        num_draft_tokens: int = DEFAULT_DRAFT_TOKENS,
-        input_embeddings: mx.array | None = None,
         save_answer: bool = False,
         on_saved: Callable[[str], None] = lambda key: None,
+        num_draft_tokens: int = DEFAULT_DRAFT_TOKENS,
+        input_embeddings: mx.array | None = None,
         prompt_progress_callback: Progress | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Generator[GenerationResponse, None, None]:
         """Generate token by token, like `mlx_lm.stream_generate`.
 
@@ -557,81 +562,45 @@ class CachedGenerator:
             chat_template_config: See `render`.
             save: Overrides the generator's policy.
             reuse: Overrides whether to look for cached prefixes.
-            exact: Reuse only where plain mlx-lm's own prefill pieces end, so that a
-                run repeats its arithmetic, piece for piece. None: only where the
-                model's values depend on the length of what is read.
-            temp: Sampling temperature, 0 for greedy; see `make_sampler`.
-            top_p: See `mlx_lm.sample_utils.make_sampler`.
-            min_p: See `mlx_lm.sample_utils.make_sampler`.
-            top_k: See `mlx_lm.sample_utils.make_sampler`.
-            repetition_penalty: Penalty for repeated tokens of the whole prompt and
-                the answer; see `mlx_lm.sample_utils.make_logits_processors`.
-            repetition_context_size: How many tokens back it looks.
-            seed: Seed for the sampling.
-            sampler: A sampler in place of the one that `temp` and so on make.
-            logits_processors: Called with the token ids of the whole prompt and the
-                answer, shape `(tokens,)`, and the logits, shape `(1, vocabulary)`.
-            prefill_step_size: Most prompt tokens to process at once.
-            kv_bits: See `mlx_lm.generate.generate_step`.
-            kv_group_size: See `mlx_lm.generate.generate_step`.
-            quantized_kv_start: See `mlx_lm.generate.generate_step`.
-            store_bits: Store keys and values in 8 or 4 bits, and reuse what is stored
-                so. It takes half or a quarter of 16 bits, and restores nearly the same
-                values. What is stored exactly is taken where it reaches as far.
             save_answer: Save the answer, too, where the prompt is saved: as far as it
                 came, and unless it depends on how it was computed (a draft model,
                 exact mode, quantization that began with it).
             on_saved: Called with the key of what was saved at the end, also an early
                 one.
-            prompt_progress_callback: Called with the prompt tokens done so far,
-                cached ones included, and their total.
-            max_kv_size: See `mlx_lm.generate.generate_step`.
-            draft_model: See `mlx_lm.stream_generate`. Both models' caches are reused.
             num_draft_tokens: See `mlx_lm.generate.speculative_generate_step`.
             input_embeddings: See `mlx_lm.generate.generate_step`; nothing is cached.
+            prompt_progress_callback: Called with the prompt tokens done so far,
+                cached ones included, and their total.
+            options: How to choose the tokens (`temp`, `top_p`, `min_p`, `top_k`,
+                `repetition_penalty`, `repetition_context_size`, `seed`, `sampler`,
+                `logits_processors`; see `SamplingOptions`), and how to read the
+                prompt (`kv_bits`, `exact` and so on; see `ReadOptions`).
 
         Raises:
             UsageError: The arguments make no sense, or mlx-lm cannot do it with this
                 model.
         """
-        if max_tokens == 0 or max_tokens < -1:
-            raise UsageError("max_tokens must be at least 1, or -1 for no limit")
-        if seed is not None and not 0 <= seed < 2**64:
-            raise UsageError(f"seed must be in [0, 2**64), not {seed}")
-        if draft_model is not None and input_embeddings is not None:
-            raise UsageError("mlx-lm takes no input_embeddings with a draft model")
-        if seed is not None:
-            mx.random.seed(seed)
+        sampling, reading = _split(options, SamplingOptions)
+        settings = Settings.of(**reading)
+        _check(max_tokens, sampling, settings, input_embeddings)
         rendered = self.render(prompt, tools, chat_template_config)
-        if draft_model is not None:
-            self._loaded.check_token_ids(rendered.token_ids, draft_model=draft_model)
-        settings = Settings.of(
-            kv_bits=kv_bits,
-            kv_group_size=kv_group_size,
-            quantized_kv_start=quantized_kv_start,
-            max_kv_size=max_kv_size,
-            exact=exact,
-            prefill_step_size=prefill_step_size,
-            draft_model=draft_model,
-            store_bits=store_bits,
-        )
+        self._check_draft(settings, rendered)
+        plan = self._loaded.plan(settings, rendered.boundaries, rendered.answer)
         read = PromptRead(
             rendered.token_ids,
-            self._loaded.plan(settings, rendered.boundaries, rendered.answer),
+            plan,
             settings,
             origin=rendered.origin,
             reuse=self._reuse if reuse is None else reuse,
             save=self.save if save is None else save,
             can_be_stored=input_embeddings is None,
         )
+        sampler, logits_processors = _sampling(cast(SamplingOptions, sampling))
         request = Request(
             read,
             max_tokens=max_tokens,
-            sampler=sampler or sampler_of(temp, top_p, min_p, top_k),
-            logits_processors=[
-                *penalties_of(repetition_penalty, repetition_context_size),
-                *(logits_processors or []),
-            ],
+            sampler=sampler,
+            logits_processors=logits_processors,
             on_progress=prompt_progress_callback or (lambda done, total: None),
             num_draft_tokens=num_draft_tokens,
             on_match=lambda match: self._tell_other_config(rendered, settings, match),
@@ -685,3 +654,45 @@ def _least_meant(rendered: RenderedPrompt) -> int:
     if origin is not None and (origin.system or origin.tools):
         return rendered.head
     return max(rendered.boundaries, default=rendered.head)
+
+
+def _split(
+    options: Mapping[str, Any], kind: type
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options that a TypedDict has, and the others."""
+    names = kind.__annotations__
+    own = {name: value for name, value in options.items() if name in names}
+    return own, {name: options[name] for name in options if name not in names}
+
+
+def _check(
+    max_tokens: int,
+    sampling: Mapping[str, Any],
+    settings: Settings,
+    input_embeddings: mx.array | None,
+) -> None:
+    """Raise UsageError for what cannot be generated."""
+    seed = sampling.get("seed")
+    if max_tokens == 0 or max_tokens < -1:
+        raise UsageError("max_tokens must be at least 1, or -1 for no limit")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise UsageError(f"seed must be in [0, 2**64), not {seed}")
+    if settings.draft_model is not None and input_embeddings is not None:
+        raise UsageError("mlx-lm takes no input_embeddings with a draft model")
+
+
+def _sampling(options: SamplingOptions) -> tuple[Sampler, list[LogitsProcessor]]:
+    """Return what chooses the tokens. MLX's random numbers start at the seed."""
+    seed = options.get("seed")
+    if seed is not None:
+        mx.random.seed(seed)
+    sampler = options.get("sampler") or sampler_of(
+        options.get("temp"),
+        options.get("top_p"),
+        options.get("min_p"),
+        options.get("top_k"),
+    )
+    penalties = penalties_of(
+        options.get("repetition_penalty"), options.get("repetition_context_size", 20)
+    )
+    return sampler, [*penalties, *(options.get("logits_processors") or [])]

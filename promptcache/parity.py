@@ -4,15 +4,14 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import mlx.core as mx
 
 from promptcache.errors import UsageError
 from promptcache.generator import CachedGenerator
 from promptcache.models.loaded import LoadedModel
-from promptcache.models.settings import Settings
+from promptcache.models.settings import ReadOptions, Settings
 from promptcache.prompts.render import Prompt, RenderedPrompt
 
 
@@ -126,9 +125,8 @@ def check_parity(
     *,
     tools: Any = None,
     max_tokens: int = 32,
-    exact: bool | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    **settings: Any,
+    **options: Unpack[ReadOptions],
 ) -> ParityReport:
     """Answer a prompt from nothing, and resumed at every kind of cut; compare.
 
@@ -140,30 +138,26 @@ def check_parity(
         prompt: Text, token ids or chat messages.
         tools: Tools for the chat template.
         max_tokens: How many tokens of the answer to compare.
-        exact: See `CachedGenerator.stream_generate`.
         on_progress: Called with the number of runs that are done, and their total.
-        settings: `kv_bits`, `store_bits` and so on, as `stream_generate` takes them.
+        options: See `ReadOptions`.
 
     Raises:
         UsageError: The arguments make no sense.
         StoreError: The temporary store cannot be written.
     """
     rendered = generator.render(prompt, tools)
-    of_run = Settings.of(exact=exact, **settings)
-    options = {"max_tokens": max_tokens, "exact": exact, **settings}
-    cuts = dict(_cuts(rendered, of_run.step_size))
+    settings = Settings.of(**options)
+    cuts = dict(_cuts(rendered, settings.step_size))
     on_progress(0, len(cuts) + 1)
-    cold = _answer(generator, rendered, reuse=False, save=False, **options)
+    cold = _answer(generator, rendered, max_tokens, reuse=False, save=False, **options)
     reports = []
     for done, (position, kind) in enumerate(sorted(cuts.items()), start=1):
         on_progress(done, len(cuts) + 1)
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            _on_store(generator, Path(folder)) as other,
-        ):
-            _store(other, rendered, position, {"exact": exact, **settings})
+        with _on_empty_store(generator) as warmed:
+            _store(warmed, rendered, position, options)
+            sampler = _forced(cold.tokens)
             warm = _answer(
-                other, rendered, save=False, sampler=_forced(cold.tokens), **options
+                warmed, rendered, max_tokens, save=False, sampler=sampler, **options
             )
         reports.append(_compared(kind, position, cold, warm))
     on_progress(len(cuts) + 1, len(cuts) + 1)
@@ -171,9 +165,9 @@ def check_parity(
         model=generator.identity.name,
         prompt_tokens=len(rendered.token_ids),
         answer_tokens=len(cold.tokens),
-        exact=LoadedModel(generator.model).exact_after(of_run) is not None,
+        exact=LoadedModel(generator.model).exact_after(settings) is not None,
         cuts=tuple(reports),
-        store_bits=of_run.store_bits,
+        store_bits=settings.store_bits,
     )
 
 
@@ -197,41 +191,47 @@ def _length(span: tuple[int, int]) -> int:
     return span[0] - span[1]
 
 
-def _on_store(generator: CachedGenerator, folder: Path) -> CachedGenerator:
-    return CachedGenerator(
-        generator.model,
-        generator.tokenizer,
-        store=folder,
-        # A prompt of any length, and nothing is evicted.
-        max_nbytes=1 << 62,
-        identity=generator.identity,
-    )
+@contextlib.contextmanager
+def _on_empty_store(generator: CachedGenerator) -> Iterator[CachedGenerator]:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        CachedGenerator(
+            generator.model,
+            generator.tokenizer,
+            store=folder,
+            # A prompt of any length, and nothing is evicted.
+            max_nbytes=1 << 62,
+            identity=generator.identity,
+        ) as other,
+    ):
+        yield other
 
 
 def _store(
     generator: CachedGenerator,
     rendered: RenderedPrompt,
     position: int,
-    settings: dict[str, Any],
+    options: ReadOptions,
 ) -> None:
-    """Store the first tokens of a prompt as another prompt would have."""
+    """Store the first tokens of a prompt as a different prompt would have."""
     if position == len(rendered.token_ids):
-        _answer(generator, rendered, save=True, max_tokens=1, **settings)
+        _answer(generator, rendered, 1, save=True, **options)
         return
     boundaries = tuple(b for b in rendered.boundaries if b < position)
     token_ids = rendered.token_ids[:position]
     # Too short for a mode that reuses whole pieces only.
     with contextlib.suppress(UsageError):
-        generator.build(RenderedPrompt(token_ids, boundaries, is_open=True), **settings)
+        generator.build(RenderedPrompt(token_ids, boundaries, is_open=True), **options)
 
 
-def _answer(generator: CachedGenerator, prompt: Prompt, **options: Any) -> _Answer:
-    with contextlib.closing(generator.stream_generate(prompt, **options)) as responses:
-        taken = list(responses)
+def _answer(
+    generator: CachedGenerator, prompt: Prompt, max_tokens: int, **options: Any
+) -> _Answer:
+    responses = list(generator.stream_generate(prompt, max_tokens, **options))
     return _Answer(
-        [response.token for response in taken],
-        [response.logprobs for response in taken],
-        taken[-1].cached_tokens,
+        [response.token for response in responses],
+        [response.logprobs for response in responses],
+        responses[-1].cached_tokens,
     )
 
 

@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 
 import promptcache
-from promptcache import errors
+from promptcache import CachedGenerator, errors
+from promptcache.generator import GenerateOptions, SamplingOptions
+from promptcache.models.settings import ReadOptions
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_all_is_sorted_without_repeats() -> None:
@@ -55,3 +59,21 @@ def test_every_error_is_a_promptcache_error_with_an_exit_code() -> None:
 
 def test_package_says_that_it_is_typed() -> None:
     assert (Path(promptcache.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.parametrize("kind", [GenerateOptions, ReadOptions, SamplingOptions])
+def test_options_are_documented(kind: type) -> None:
+    page = (ROOT / "docs/python-api.md").read_text()
+    described = f"{ReadOptions.__doc__}{SamplingOptions.__doc__}"
+
+    for name in kind.__annotations__:
+        assert f"`{name}" in page
+        assert f"\n        {name}: " in described
+
+
+@pytest.mark.parametrize("method", ["build", "match", "explain", "stream_generate"])
+def test_unknown_option_is_a_type_error(
+    method: str, generator: CachedGenerator
+) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'kv_bit'"):
+        getattr(generator, method)("Hello", kv_bit=8)

@@ -3,13 +3,14 @@
 import contextlib
 import time
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from promptcache.chat.transcript import INTERRUPTED, Transcript, transcript_path
 from promptcache.engine.response import GenerationResponse
 from promptcache.errors import PromptCacheError, StoreError, UsageError
 from promptcache.explain.types import Explanation
 from promptcache.generator import CachedGenerator
+from promptcache.models.settings import ReadOptions
 from promptcache.prompts.chat import Message
 from promptcache.prompts.parts import compose
 from promptcache.prompts.render import RenderedPrompt
@@ -117,12 +118,14 @@ class Conversation:
         if self._is_answering:
             raise UsageError("an answer is going on, close it first")
 
-    def explain(self, text: str | None = None, **settings: Any) -> Explanation:
+    def explain(
+        self, text: str | None = None, **options: Unpack[ReadOptions]
+    ) -> Explanation:
         """Say what a turn would reuse, and why not more.
 
         Args:
             text: What the user would say, or None for a message without an answer.
-            settings: See `CachedGenerator.explain`.
+            options: See `ReadOptions`.
 
         Raises:
             UsageError: The chat template refuses it.
@@ -130,7 +133,7 @@ class Conversation:
         """
         more = [] if text is None else [{"role": "user", "content": text}]
         rendered = self._render([*self.messages, *more])
-        return self._generator.explain(rendered, **settings)
+        return self._generator.explain(rendered, **options)
 
     def _render(self, messages: Sequence[Message]) -> RenderedPrompt:
         head = self._transcript.head

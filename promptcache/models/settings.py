@@ -1,7 +1,7 @@
 """Settings: what KV values depend on besides the model and the token ids."""
 
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 from promptcache.errors import UsageError
 from promptcache.kvcache.kv_quantization import KVSettings
@@ -9,20 +9,40 @@ from promptcache.kvcache.row_quantization import STORE_BITS
 from promptcache.models.prefill_plan import DEFAULT_STEP_SIZE
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How a run reads its prompt; names in `of` are mlx-lm's.
+class ReadOptions(TypedDict, total=False):
+    """How to read a prompt; what is stored with some of these is found with the same.
 
     Attributes:
-        kv: How keys and values are quantized.
+        kv_bits: Quantize keys and values to 2, 3, 4, 5, 6 or 8 bits; this and the
+            next three as in `mlx_lm.generate.generate_step`.
+        kv_group_size: How many values share a scale: 32, 64 (default) or 128.
+        quantized_kv_start: Quantize from this number of tokens on, 5000 by default.
         max_kv_size: Most tokens to keep in the cache; see `make_prompt_cache`.
-        exact: Reuse only where plain mlx-lm's own prefill pieces end. None: only where
-            the model's values depend on the length of what is read.
-        step_size: Most prompt tokens to process at once.
-        draft_model: A smaller model that reads the prompt, too.
-        store_bits: In how many bits keys and values are stored, None for those that
-            they have in memory.
+        exact: Reuse only where plain mlx-lm's own prefill pieces end, so that a run
+            repeats its arithmetic, piece for piece. None (default): only where the
+            model's values depend on the length of what is read.
+        prefill_step_size: Most prompt tokens to process at once, 2048 by default, and
+            to lose when a build is interrupted.
+        draft_model: A smaller model that reads the prompt, too, for speculative
+            decoding; see `mlx_lm.stream_generate`. Both models' caches are reused.
+        store_bits: Store keys and values in 8 or 4 bits, and reuse what is stored so.
+            It takes half or a quarter of 16 bits, and restores nearly the same values.
+            What is stored exactly is used where it reaches as far.
     """
+
+    kv_bits: int | None
+    kv_group_size: int
+    quantized_kv_start: int
+    max_kv_size: int | None
+    exact: bool | None
+    prefill_step_size: int
+    draft_model: Any
+    store_bits: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a run reads its prompt: `ReadOptions`, checked."""
 
     kv: KVSettings = field(default_factory=KVSettings)
     max_kv_size: int | None = None
@@ -63,7 +83,7 @@ class Settings:
         draft_model: Any = None,
         store_bits: int | None = None,
     ) -> Self:
-        """Return the settings that arguments of `stream_generate` mean.
+        """Return the settings that `ReadOptions` mean.
 
         Raises:
             UsageError: mlx cannot quantize to this, or they contradict each other.

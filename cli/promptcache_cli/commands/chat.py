@@ -12,8 +12,8 @@ import click
 from promptcache import StoreError, UsageError
 from promptcache_cli import output
 from promptcache_cli.commands.generate import (
-    SETTINGS,
     answer_as_json,
+    read_options,
     sampling_options,
     streamed,
     usage_line,
@@ -89,8 +89,8 @@ def chat(
     from promptcache.generator import CachedGenerator
     from promptcache.models.settings import Settings
 
-    settings = {name: options[name] for name in SETTINGS}
-    Settings.of(**settings)
+    # Checked before the model is loaded, which takes longer.
+    Settings.of(**read_options(options))
     talk = output.Talk(quiet=quiet)
     with CachedGenerator.load(
         model,
@@ -181,9 +181,8 @@ class _Session:
             output.say(usage_line(taken[-1], explanation))
 
     def _explain(self, text: str | None) -> "Explanation | None":
-        settings = {name: self._options[name] for name in SETTINGS}
         with contextlib.suppress(StoreError):
-            return self._conversation.explain(text, **settings)
+            return self._conversation.explain(text, **read_options(self._options))
         return None
 
     def _answer(self, text: str | None, progress: Any) -> "Responses":

@@ -1,7 +1,7 @@
 """`promptcache generate`."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,17 +22,6 @@ from promptcache_cli.prompt_options import PromptOptions
 
 if TYPE_CHECKING:
     from promptcache import CachedGenerator, Explanation, GenerationResponse
-
-# Options that the KV values depend on.
-SETTINGS = (
-    "kv_bits",
-    "kv_group_size",
-    "quantized_kv_start",
-    "store_bits",
-    "prefill_step_size",
-    "max_kv_size",
-    "exact",
-)
 
 
 def _not_zero(ctx: click.Context, param: click.Parameter, value: int) -> int:
@@ -205,11 +194,18 @@ def answer_as_json(responses: list["GenerationResponse"]) -> dict[str, object]:
 def _explain(
     generator: "CachedGenerator", prompt: Any, draft: Any, options: dict[str, Any]
 ) -> "Explanation | None":
-    """Return why the prompt hits or misses, or None if the store cannot tell."""
-    settings = {name: options[name] for name in SETTINGS}
+    """Return why the prompt hits or misses, or None if the store cannot be read."""
     with contextlib.suppress(StoreError):
-        return generator.explain(prompt, draft_model=draft, **settings)
+        return generator.explain(prompt, draft_model=draft, **read_options(options))
     return None
+
+
+def read_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those options of a command that the KV values depend on."""
+    from promptcache.models.settings import ReadOptions
+
+    names = ReadOptions.__annotations__
+    return {name: options[name] for name in options if name in names}
 
 
 def usage_line(
