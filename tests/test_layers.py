@@ -149,7 +149,10 @@ def test_mlx_is_imported_where_tensors_live_only() -> None:
 @pytest.mark.parametrize(
     ("module", "owners"),
     [
-        ("sqlite3", {"store.index.database", "store.index.schema"}),
+        (
+            "sqlite3",
+            {f"store.index.{name}" for name in ("connection", "database", "schema")},
+        ),
         ("sqlite_utils", {"store.index.schema"}),
         ("platformdirs", {"config"}),
         ("fcntl", {"files", "locks"}),

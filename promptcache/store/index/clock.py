@@ -7,7 +7,7 @@ ahead is taken back to now.
 
 import time
 
-from promptcache.store.index.database import Database, checked
+from promptcache.store.index.database import Database
 
 # Nobody has used promptcache before (1 November 2026): a clock that says so is wrong.
 # Boards without a battery start in 1970.
@@ -56,15 +56,15 @@ class Clock:
 
     def settle(self) -> None:
         """Take back what was noted as later than now, whoever did so."""
-        latest = f"SELECT max(used_at) FROM ({UNION})"
+        latest = f"SELECT used_at FROM ({UNION}) WHERE used_at IS NOT NULL"
         now = self.now()
-        rows = checked(self._database.rows(latest), int | float | None)
-        if any(at is not None and at > now for [at] in rows):
+        if any(at > now for at in self._database.column(float, latest)):
             self.take_back(now)
 
     def _last(self) -> float:
-        rows = self._database.rows("SELECT noted_at FROM clock")
-        return max((float(row[0]) for row in checked(rows, float)), default=0.0)
+        return max(
+            self._database.column(float, "SELECT noted_at FROM clock"), default=0
+        )
 
     def take_back(self, now: float) -> None:
         """Let what was noted as later than now have been just before, in its order."""

@@ -5,43 +5,42 @@ It knows how rows are read and written safely, not what is in them.
 
 import contextlib
 import math
-import os
 import sqlite3
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import UnionType
 from typing import Any, TypeVar
 
 from promptcache.errors import DamagedIndexError, StoreError, StoreFormatError
-from promptcache.files import PRIVATE_FILE, size_of
+from promptcache.files import size_of
 from promptcache.locks import Holder, Patience, holder_of, told
+from promptcache.store.index.connection import (
+    Identity,
+    code_of,
+    connect,
+    identity_of,
+    is_read_only,
+    make_private,
+    read_only_options,
+    translated,
+)
+from promptcache.store.index.rows import decoded, decoded_column
 from promptcache.store.index.schema import SCHEMA_VERSION, create_tables, has_tables
-from promptcache.units import MAX_SECONDS
 
 Result = TypeVar("Result")
 # No statement takes this long, unless somebody made it endless: listing 100,000
 # prefixes takes a second.
 STATEMENT_SECONDS = 60.0
-# So often it is looked at the clock, about every 5 ms.
+# How often the clock is looked at: about every 5 ms.
 STEPS_BETWEEN_LOOKS = 500_000
 # What an answer may be delayed by for the sake of its receipt.
 BUSY_SECONDS = 0.1
 # The bytes of the `-shm` file that whoever writes has locked, and whoever reads; see
 # https://sqlite.org/walformat.html#wal_locks.
 WRITE_LOCK, READ_LOCKS = (120, 120), (123, 127)
-# What values that no promptcache has written lead to.
-VALUE_ERRORS = (ArithmeticError, RecursionError, TypeError, ValueError)
-# The device and the number of a file.
-Identity = tuple[int, int]
 Opener = Callable[["Database"], None]
-MEND = "run `promptcache verify`"
-DAMAGED = f"the index holds what was never written, {MEND}"
-# What SQLite keeps beside a database.
-BESIDE = ("-wal", "-shm", "-journal")
 
 
 class Database:
@@ -98,7 +97,7 @@ class Database:
     def create(self) -> None:
         """Make an empty file where there is none. Raises StoreError."""
         try:
-            _open(self.path, "mode=rwc").close()
+            connect(self.path, "mode=rwc").close()
         except sqlite3.OperationalError as error:
             raise StoreError(f"the index {self.path} cannot be created") from error
 
@@ -121,19 +120,21 @@ class Database:
     def _connect(self) -> "tuple[sqlite3.Connection, Identity]":
         """Open the file, and return which one it is."""
         while True:
-            identity = _identity(self.path)
+            identity = identity_of(self.path)
             if identity is None:
                 raise StoreError(f"the index {self.path} is not there")
             with translated():
                 connection = self._opened()
-            if identity == _identity(self.path):
+            if identity == identity_of(self.path):
                 return connection, identity
             connection.close()
 
     def _opened(self) -> sqlite3.Connection:
         """Return a connection that has opened the WAL, which goes by its name, too."""
-        self._check_files()
-        connection = _open(self.path, self._options())
+        make_private(self.path)
+        self.read_only = is_read_only(self.path)
+        options = read_only_options(self.path) if self.read_only else "mode=rw"
+        connection = connect(self.path, options)
         connection.set_progress_handler(self._is_endless, STEPS_BETWEEN_LOOKS)
         try:
             with self._lock:
@@ -145,37 +146,13 @@ class Database:
             raise
         return connection
 
-    def _check_files(self) -> None:
-        """Make the file private.
-
-        Raises DamagedIndexError for what is no file: SQLite would wait for a pipe.
-        """
-        for path in (Path(f"{self.path}{suffix}") for suffix in ("", *BESIDE)):
-            with contextlib.suppress(OSError):
-                mode = path.lstat().st_mode
-                if not stat.S_ISREG(mode):
-                    raise DamagedIndexError(f"{path} is no file, {MEND}")
-                if path == self.path and stat.S_IMODE(mode) != PRIVATE_FILE:
-                    # SQLite follows the umask; its other files get this one's mode.
-                    path.chmod(PRIVATE_FILE)
-
-    def _options(self) -> str:
-        """Return how to open the file, and note whether it can only be read."""
-        places = (self.path.parent, self.path)
-        self.read_only = not all(os.access(place, os.W_OK) for place in places)
-        if not self.read_only:
-            return "mode=rw"
-        # `immutable` reads where no -shm file can be made; it must not be used
-        # while a WAL holds rows that it would not see.
-        return "mode=ro" if size_of(Path(f"{self.path}-wal")) else "immutable=1"
-
     def is_missing(self) -> bool:
         """Return whether there is no file, nor anything else in its place."""
-        return _identity(self.path) is None
+        return identity_of(self.path) is None
 
     def is_replaced(self) -> bool:
         """Return whether the file that is open has its name no more."""
-        return self._follows and _identity(self.path) != self._identity
+        return self._follows and identity_of(self.path) != self._identity
 
     def refresh(self) -> None:
         """Open the file that has come in the place of the one that is open, if any.
@@ -205,8 +182,8 @@ class Database:
         """Let nobody write to the file or fold its WAL in, if SQLite can open it."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(sqlite3.Error, StoreError), self._lock:
-                self._check_files()
-                connection = _open(self.path, "mode=rw")
+                make_private(self.path)
+                connection = connect(self.path, "mode=rw")
                 stack.callback(connection.close)
                 self._patiently(lambda: connection.execute("BEGIN IMMEDIATE"))
             yield
@@ -224,7 +201,7 @@ class Database:
         # Both have an effect before the first table only. Freed pages can then be
         # given back, and readers never wait for a writer.
         self.execute("PRAGMA auto_vacuum=INCREMENTAL")
-        self.rows("PRAGMA journal_mode=WAL")
+        self.execute("PRAGMA journal_mode=WAL").fetchall()
         with self.writing():
             if self._version() < SCHEMA_VERSION:
                 create_tables(self._connection)
@@ -240,7 +217,7 @@ class Database:
 
     def _version(self) -> int:
         """Return the schema's version, 0 before there is one."""
-        version = int(self.execute("PRAGMA user_version").fetchone()[0])
+        [version] = self.column(int, "PRAGMA user_version")
         if version > SCHEMA_VERSION:
             raise StoreFormatError(
                 f"the store {self.path.parent} has format {version} and this "
@@ -258,8 +235,8 @@ class Database:
 
     def growth_nbytes(self) -> int:
         """Return by how much the file grows once the WAL is folded in."""
-        pages, page = (self.rows(f"PRAGMA page_{of}")[0][0] for of in ("count", "size"))
-        return max(integer(pages) * integer(page) - size_of(self.path), 0)
+        sizes = (self.column(int, f"PRAGMA page_{of}")[0] for of in ("count", "size"))
+        return max(math.prod(sizes) - size_of(self.path), 0)
 
     def shrink(self) -> None:
         """Give the room of deleted rows and of the WAL back to the disk.
@@ -357,7 +334,7 @@ class Database:
         try:
             return act()
         except sqlite3.OperationalError as error:
-            if _code_of(error) & 0xFF != sqlite3.SQLITE_BUSY:
+            if code_of(error) & 0xFF != sqlite3.SQLITE_BUSY:
                 raise
             raise _BusyError from error
 
@@ -382,14 +359,35 @@ class Database:
             self._ends_at = time.monotonic() + STATEMENT_SECONDS
             self._connection.executemany(sql, rows)
 
-    def rows(
-        self, sql: str, parameters: Sequence[object] = ()
-    ) -> list[tuple[Any, ...]]:
-        """Return all rows of a query, unchecked. Raises StoreError."""
+    def select(
+        self, kind: Callable[..., Result], sql: str, parameters: Sequence[object] = ()
+    ) -> list[Result]:
+        """Return the rows of a query as values of a class.
+
+        Its columns have the names of the class's fields, in their order. Raises
+        StoreError, and DamagedIndexError for values that are not of the fields' types.
+        """
         with self._lock, translated():
-            return self._patiently(
-                lambda: self._connection.execute(sql, parameters).fetchall()
-            )
+            names, rows = self._patiently(lambda: self._query(sql, parameters))
+        return decoded(kind, names, rows)
+
+    def column(
+        self, kind: Callable[..., Result], sql: str, parameters: Sequence[object] = ()
+    ) -> list[Result]:
+        """Return the only column of a query as values of a type; see `select`."""
+        with self._lock, translated():
+            _, rows = self._patiently(lambda: self._query(sql, parameters))
+        return decoded_column(kind, rows)
+
+    def exists(self, sql: str, parameters: Sequence[object] = ()) -> bool:
+        """Return whether a query has rows. Raises StoreError."""
+        return self.execute(sql, parameters).fetchone() is not None
+
+    def _query(
+        self, sql: str, parameters: Sequence[object]
+    ) -> tuple[list[str], list[tuple[Any, ...]]]:
+        cursor = self._connection.execute(sql, parameters)
+        return [column[0] for column in cursor.description], cursor.fetchall()
 
     def _is_endless(self) -> bool:
         return time.monotonic() > self._ends_at
@@ -399,8 +397,8 @@ class Database:
         try:
             with self._lock, translated():
                 self._check_schema()
-            is_whole = self.rows("PRAGMA quick_check") == [("ok",)]
-            return is_whole and not self.rows("PRAGMA foreign_key_check")
+            is_whole = self.column(str, "PRAGMA quick_check") == ["ok"]
+            return is_whole and not self.exists("PRAGMA foreign_key_check")
         except StoreError:
             return False
 
@@ -409,84 +407,10 @@ class _BusyError(Exception):
     """Another process is at work."""
 
 
-class _Translation:
-    """Raises an error of promptcache for what SQLite and its values raise.
-
-    A class, because every statement goes through it.
-    """
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, (sqlite3.Error, *VALUE_ERRORS)):
-            raise _translation_of(error) from error
-
-
-_TRANSLATION = _Translation()
-
-
-def translated() -> AbstractContextManager[None]:
-    """Raise StoreError or DamagedIndexError for what SQLite and its values raise."""
-    return _TRANSLATION
-
-
-def _translation_of(error: Exception) -> StoreError:
-    if isinstance(error, sqlite3.OperationalError | sqlite3.ProgrammingError):
-        # The latter after `close`.
-        if _code_of(error) == sqlite3.SQLITE_INTERRUPT:
-            return DamagedIndexError(f"the index takes too long, {MEND}")
-        if isinstance(error, sqlite3.OperationalError) and not _code_of(error):
-            # Not from SQLite: a text that is not UTF-8.
-            return DamagedIndexError(f"the index is damaged, {MEND}")
-        return StoreError(f"the index cannot be used ({error})")
-    if isinstance(error, (sqlite3.DatabaseError, *VALUE_ERRORS)):
-        return DamagedIndexError(f"the index is damaged ({error}), {MEND}")
-    return StoreError(f"the index cannot be used ({error})")
-
-
-def _code_of(error: sqlite3.Error) -> int:
-    """Return SQLite's code of an error, 0 of one that comes from Python."""
-    return int(getattr(error, "sqlite_errorcode", 0))
-
-
 def _open_plainly(database: Database) -> None:
     if database.is_missing():
         database.create()
     database.attempt()
-
-
-def _identity(path: Path) -> Identity | None:
-    """Return which file has a name, or None. Raises StoreError if that is not known."""
-    try:
-        status = os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise StoreError(f"the index cannot be used ({error.strerror})") from error
-    return status.st_dev, status.st_ino
-
-
-def _open(path: Path, options: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        f"file:{_quoted(path)}?{options}",
-        uri=True,
-        # SQLite's own wait cannot be interrupted.
-        timeout=0,
-        isolation_level=None,
-        check_same_thread=False,
-    )
-    # What a forged schema calls does nothing but compute.
-    connection.execute("PRAGMA trusted_schema=OFF")
-    # What is deleted is overwritten: token ids are text.
-    connection.execute("PRAGMA secure_delete=ON")
-    return connection
-
-
-def _quoted(path: Path) -> str:
-    return (
-        str(path.absolute()).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-    )
 
 
 def within(namespace: str | None, table: str) -> tuple[str, list[str]]:
@@ -510,28 +434,3 @@ def segment_within(namespace: str | None) -> tuple[str, list[str]]:
         )
     """
     return condition, [namespace]
-
-
-def checked(
-    rows: list[tuple[Any, ...]], *kinds: type | UnionType
-) -> list[tuple[Any, ...]]:
-    """Return rows whose values are of the kinds that were put there.
-
-    SQLite keeps any kind of value in any column. `int | float` is a time, or a span of
-    time. Raises DamagedIndexError.
-    """
-    times = [i for i, kind in enumerate(kinds) if kind == int | float]
-    for row in rows:
-        if not all(map(isinstance, row, kinds)):
-            raise DamagedIndexError(DAMAGED)
-        if not all(0 <= row[i] < MAX_SECONDS for i in times):
-            raise DamagedIndexError(DAMAGED)
-    return rows
-
-
-def integer(value: object) -> int:
-    """Return a value that must be a number. Raises DamagedIndexError."""
-    with translated():
-        if not isinstance(value, int):
-            raise TypeError(f"{type(value).__name__} in place of a number")
-    return value

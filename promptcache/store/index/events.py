@@ -5,18 +5,13 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from promptcache.errors import DamagedIndexError
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.segments.types import PromptOrigin
-from promptcache.store.index.database import (
-    DAMAGED,
-    Database,
-    checked,
-    translated,
-    within,
-)
+from promptcache.store.index.connection import DAMAGED, translated
+from promptcache.store.index.database import Database, within
 from promptcache.store.index.fingerprints import Fingerprints
 from promptcache.store.reports import Usage, Written
 from promptcache.store.types import Eviction, RequestUsage
@@ -29,6 +24,13 @@ MAX_EVICTIONS = 10_000
 # What a measured speed still counts for after the next one.
 SPEED_DECAY = 0.5
 Deed = Literal["prefill", "load"]
+
+
+class _EvictionRow(NamedTuple):
+    key: str
+    end: int
+    reason: str
+    removed_at: float
 
 
 class History:
@@ -83,14 +85,10 @@ class History:
             JOIN fingerprints f ON f.id = fingerprint_id
             WHERE digest = ? AND deed = ? AND measured_at BETWEEN ? AND ?
         """
-        rows = checked(
-            self._database.rows(sql, [fingerprint, deed, since, now]), int | float
-        )
-        for [speed] in rows:
-            if not 0 < speed < math.inf:
-                raise DamagedIndexError(DAMAGED)
-            return float(speed)
-        return None
+        speeds = self._database.column(float, sql, [fingerprint, deed, since, now])
+        if not all(0 < speed < math.inf for speed in speeds):
+            raise DamagedIndexError(DAMAGED)
+        return next(iter(speeds), None)
 
     def add_receipt(
         self, receipt: RequestUsage, key: str | None, saved_seconds: float
@@ -121,18 +119,15 @@ class History:
         """Return what requests of a namespace, or of all, got, the most saved first."""
         condition, values = within(namespace, "f")
         sql = f"""
-            SELECT f.model, NULLIF(u.key, ''), p.name, u.requests, u.cached_tokens,
-                u.prefilled_tokens, u.load_seconds, u.prefill_seconds, u.saved_seconds,
-                f.namespace
+            SELECT f.model, NULLIF(u.key, '') AS key, p.name, u.requests,
+                u.cached_tokens, u.prefilled_tokens, u.load_seconds, u.prefill_seconds,
+                u.saved_seconds, f.namespace
             FROM usage u JOIN fingerprints f ON f.id = u.fingerprint_id
             LEFT JOIN prefixes p ON p.key = u.key
             WHERE {condition}
             ORDER BY u.saved_seconds DESC, u.key
         """
-        seconds = [int | float] * 3
-        kinds = (str, str | None, str | None, int, int, int, *seconds, str)
-        rows = checked(self._database.rows(sql, values), *kinds)
-        return [Usage(*row) for row in rows]
+        return self._database.select(Usage, sql, values)
 
     def add_written(self, nbytes: int, *, now: float) -> None:
         """Note that so many bytes of a blob were written."""
@@ -146,11 +141,12 @@ class History:
     def written(self) -> Written:
         """Return how many bytes of blobs were written, in all and today."""
         sql = """
-            SELECT coalesce(sum(nbytes), 0),
-                coalesce(sum(nbytes) FILTER (WHERE day = ?), 0) FROM writes
+            SELECT coalesce(sum(nbytes), 0) AS total_nbytes,
+                coalesce(sum(nbytes) FILTER (WHERE day = ?), 0) AS today_nbytes
+            FROM writes
         """
-        rows = self._database.rows(sql, [_day(time.time())])
-        return Written(*checked(rows, int, int)[0])
+        [written] = self._database.select(Written, sql, [_day(time.time())])
+        return written
 
     def note_eviction(
         self, segment_key: str, keys: Mapping[int, str], reason: str, *, now: float
@@ -187,11 +183,10 @@ class History:
             JOIN fingerprints f ON f.id = e.fingerprint_id
             WHERE f.digest = ? ORDER BY e.end DESC, e.number DESC
         """
-        rows = self._database.rows(sql, [fingerprint])
-        for key, end, *rest in checked(rows, str, int, str, int | float):
-            if end < 0:
+        for row in self._database.select(_EvictionRow, sql, [fingerprint]):
+            if row.end < 0:
                 raise DamagedIndexError(DAMAGED)
-            yield key, Eviction(end, *rest)
+            yield row.key, Eviction(*row[1:])
 
     def add_config(self, key: str, origin: PromptOrigin) -> None:
         """Note with which arguments of its template a listed prefix was rendered."""
@@ -209,9 +204,9 @@ class History:
             SELECT config FROM configs WHERE namespace = ? AND template = ?
             ORDER BY rowid DESC LIMIT {MAX_CONFIGS}
         """
-        rows = checked(self._database.rows(sql, [namespace, template]), str)
+        configs = self._database.column(str, sql, [namespace, template])
         with translated():
-            return [dict(json.loads(config)) for [config] in rows]
+            return [dict(json.loads(config)) for config in configs]
 
     def forget_configs(self) -> None:
         """Forget arguments of templates that no prompt is listed with any more."""

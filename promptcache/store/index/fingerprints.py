@@ -3,7 +3,10 @@
 import json
 
 from promptcache.segments.fingerprint import Fingerprint
-from promptcache.store.index.database import Database, checked, integer, translated
+from promptcache.store.index.connection import translated
+from promptcache.store.index.database import Database
+
+COLUMNS = "digest, model, source, parts"
 
 
 class Fingerprints:
@@ -36,30 +39,25 @@ class Fingerprints:
             ],
         )
         sql = "SELECT id FROM fingerprints WHERE digest = ?"
-        return integer(self._database.execute(sql, [fingerprint.digest]).fetchone()[0])
+        return self._database.column(int, sql, [fingerprint.digest])[0]
 
     def of_segment(self, segment_id: int) -> Fingerprint:
         """Return the fingerprint that a segment was computed under."""
-        sql = """
-            SELECT digest, model, source, parts FROM fingerprints
+        sql = f"""
+            SELECT {COLUMNS} FROM fingerprints
             WHERE id = (SELECT fingerprint_id FROM segments WHERE id = ?)
         """
-        return _fingerprint(*self._database.execute(sql, [segment_id]).fetchone())
+        [fingerprint] = self._select(sql, segment_id)
+        return fingerprint
 
     def of_namespace(self, namespace: str) -> list[Fingerprint]:
         """Return all fingerprints of a namespace that something was computed under."""
-        rows = self._database.rows(
-            "SELECT digest, model, source, parts FROM fingerprints WHERE namespace = ?",
-            [namespace],
-        )
-        return [_fingerprint(*row) for row in rows]
+        sql = f"SELECT {COLUMNS} FROM fingerprints WHERE namespace = ?"
+        return self._select(sql, namespace)
 
-
-def _fingerprint(
-    digest: str, model: str, source: str | None, parts: str
-) -> Fingerprint:
-    with translated():
-        bytes.fromhex(digest)
-        decoded = dict(json.loads(parts))
-    checked([(digest, model, source)], str, str, str | None)
-    return Fingerprint(digest, model, source, decoded)
+    def _select(self, sql: str, parameter: object) -> list[Fingerprint]:
+        fingerprints = self._database.select(Fingerprint, sql, [parameter])
+        with translated():
+            for fingerprint in fingerprints:
+                bytes.fromhex(fingerprint.digest)
+        return fingerprints

@@ -2,20 +2,26 @@
 
 import json
 from dataclasses import asdict
+from typing import NamedTuple
 
-from promptcache.errors import DamagedIndexError
 from promptcache.segments.types import PromptOrigin
-from promptcache.store.index.database import (
-    DAMAGED,
-    Database,
-    checked,
-    integer,
-    segment_within,
-    within,
-)
+from promptcache.store.index.database import Database, segment_within, within
 from promptcache.store.index.rows import HeldEnd, PrefixRow, PromptRow
 from promptcache.store.index.schema import NO_TOKEN
 from promptcache.store.reports import Prefix
+
+
+class _ListedPrefix(NamedTuple):
+    key: str
+    name: str | None
+    model: str
+    num_tokens: int
+    nbytes: int
+    created_at: float
+    used_at: float
+    hits: int
+    namespace: str
+    segment_id: int
 
 
 class Prefixes:
@@ -33,13 +39,13 @@ class Prefixes:
         """
         condition, values = within(namespace, "f")
         sql = f"""
-            SELECT p.key, p.name, f.model, p.num_tokens, p.created_at, p.used_at,
-                p.hits, f.namespace, p.segment_id
+            SELECT p.key, p.name, f.model, p.num_tokens, 0 AS nbytes, p.created_at,
+                p.used_at, p.hits, f.namespace, p.segment_id
             FROM prefixes p JOIN segments s ON s.id = p.segment_id
             JOIN fingerprints f ON f.id = s.fingerprint_id
             WHERE {condition}
             UNION ALL
-            SELECT s.key, NULL, f.model, s.end, s.created_at, s.used_at, 0,
+            SELECT s.key, NULL, f.model, s.end, 0, s.created_at, s.used_at, 0,
                 f.namespace, s.id
             FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
             WHERE {condition} AND s.first_token != ?
@@ -48,12 +54,11 @@ class Prefixes:
                 AND (c.first_token != ? OR c.id IN (SELECT segment_id FROM prefixes))
             )
             AND NOT EXISTS (SELECT 1 FROM prefixes p WHERE p.segment_id = s.id)
-            ORDER BY 6 DESC, 1
+            ORDER BY 7 DESC, 1
         """
-        kinds = (str, str | None, str, int, int | float, int | float, int, str, int)
         marks = [*values, *values, NO_TOKEN, NO_TOKEN]
-        rows = checked(self._database.rows(sql, marks), *kinds)
-        return [(_prefix(*row[:-1]), row[-1]) for row in rows]
+        rows = self._database.select(_ListedPrefix, sql, marks)
+        return [(Prefix(*row[:-1]), row.segment_id) for row in rows]
 
     def listed(self) -> list[PrefixRow]:
         """Return the prefixes that were built or saved, by key."""
@@ -66,51 +71,44 @@ class Prefixes:
 
     def _listed(self, condition: str, values: list[str]) -> list[PrefixRow]:
         sql = f"""
-            SELECT p.key, s.key, p.num_tokens, p.name, p.manifest, p.namespace
+            SELECT p.key, s.key AS segment_key, p.num_tokens, p.name, p.manifest,
+                p.namespace
             FROM prefixes p JOIN segments s ON s.id = p.segment_id
             WHERE {condition} ORDER BY p.key
         """
-        kinds = (str, str, int, str | None, str | None, str)
-        rows = checked(self._database.rows(sql, values), *kinds)
-        return [PrefixRow(*row) for row in rows]
+        return self._database.select(PrefixRow, sql, values)
 
     def prompts(self, namespace: str) -> list[PromptRow]:
         """Return what was built or saved in a namespace, the last used first."""
         sql = """
-            SELECT p.key, f.digest, p.segment_id, p.num_tokens, p.origin
+            SELECT p.key, f.digest AS fingerprint, p.segment_id, p.num_tokens, p.origin
             FROM prefixes p JOIN segments s ON s.id = p.segment_id
             JOIN fingerprints f ON f.id = s.fingerprint_id
             WHERE f.namespace = ? ORDER BY p.used_at DESC, p.key
         """
-        kinds = (str, str, int, int, str | None)
-        rows = checked(self._database.rows(sql, [namespace]), *kinds)
-        return [PromptRow._make([*row[:-1], _origin(row[-1])]) for row in rows]
+        return self._database.select(PromptRow, sql, [namespace])
 
     def ends(self, namespace: str | None = None) -> list[HeldEnd]:
         """Return where the listed prefixes of a namespace, or of all, end."""
         condition, values = segment_within(namespace)
         sql = f"""
-            SELECT segment_id, num_tokens, name IS NOT NULL FROM prefixes
-            WHERE {condition}
+            SELECT segment_id, num_tokens AS position, name IS NOT NULL AS pinned
+            FROM prefixes WHERE {condition}
         """
-        rows = checked(self._database.rows(sql, values), int, int, int)
-        return [HeldEnd._make([*row[:2], bool(row[2])]) for row in rows]
+        return self._database.select(HeldEnd, sql, values)
 
     def created_at(self, key: str) -> float | None:
         """Return when a prefix was listed, or None if it is not."""
         sql = "SELECT created_at FROM prefixes WHERE key = ?"
-        rows = checked(self._database.rows(sql, [key]), int | float)
-        return next((row[0] for row in rows), None)
+        return next(iter(self._database.column(float, sql, [key])), None)
 
     def heads(self, segment_key: str) -> set[int]:
         """Return where the first users' texts begin in the prompts that end there."""
         sql = """
-            SELECT DISTINCT json_extract(origin, '$.head') FROM prefixes
+            SELECT DISTINCT coalesce(json_extract(origin, '$.head'), 0) FROM prefixes
             WHERE segment_id = (SELECT id FROM segments WHERE key = ?)
         """
-        return {
-            integer(row[0]) for row in self._database.rows(sql, [segment_key]) if row[0]
-        }
+        return set(self._database.column(int, sql, [segment_key])) - {0}
 
     def add(self, key: str, segment_id: int, num_tokens: int, *, now: float) -> bool:
         """List a prefix, and return whether it was not listed already."""
@@ -162,27 +160,3 @@ class Prefixes:
         with self._database.writing():
             sql = "UPDATE prefixes SET origin = ? WHERE key = ?"
             self._database.execute(sql, [json.dumps(asdict(origin)), key])
-
-
-def _prefix(
-    key: str,
-    name: str | None,
-    model: str,
-    num_tokens: int,
-    created_at: float,
-    used_at: float,
-    hits: int,
-    namespace: str,
-) -> Prefix:
-    return Prefix(key, name, model, num_tokens, 0, created_at, used_at, hits, namespace)
-
-
-def _origin(text: str | None) -> PromptOrigin | None:
-    if text is None:
-        return None
-    try:
-        fields = json.loads(text)
-        tools = tuple((name, digest) for name, digest in fields.pop("tools"))
-        return PromptOrigin(**fields, tools=tools)
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        raise DamagedIndexError(DAMAGED) from None

@@ -7,22 +7,15 @@ tree: `parent_id` 0 is the root, and a child starts anywhere inside its parent.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from promptcache.errors import DamagedIndexError, StoreError
 from promptcache.locks import Patience
 from promptcache.segments.chain import TOKEN_NBYTES, Chain
 from promptcache.segments.types import Priority, SegmentInfo
 from promptcache.store.index.clock import Clock
-from promptcache.store.index.database import (
-    DAMAGED,
-    Database,
-    Opener,
-    checked,
-    integer,
-    translated,
-    within,
-)
+from promptcache.store.index.connection import DAMAGED
+from promptcache.store.index.database import Database, Opener, within
 from promptcache.store.index.events import History
 from promptcache.store.index.fingerprints import Fingerprints
 from promptcache.store.index.prefixes import Prefixes
@@ -42,6 +35,11 @@ SEGMENT_COLUMNS = (
     "id, key, parent_id, start, end, nbytes, sliceable, extendable, needs_checkpoint, "
     "token_ids"
 )
+
+
+class _Node(NamedTuple):
+    id: int
+    key: str
 
 
 class Index:
@@ -93,7 +91,7 @@ class Index:
     def has_block(self, block_hash: int) -> bool:
         """Return whether some segment covers the block boundary of this hash."""
         sql = "SELECT 1 FROM blocks WHERE hash = ? LIMIT 1"
-        return self.database.execute(sql, [block_hash]).fetchone() is not None
+        return self.database.exists(sql, [block_hash])
 
     def segments_at_block(self, block_hash: int, fingerprint: str) -> list[int]:
         """Return the ids of the segments that cover the boundary of this hash."""
@@ -102,10 +100,7 @@ class Index:
             JOIN fingerprints f ON f.id = +s.fingerprint_id -- not all of a model's
             WHERE hash = ? AND f.digest = ?
         """
-        return [
-            integer(row[0])
-            for row in self.database.rows(sql, [block_hash, fingerprint])
-        ]
+        return self.database.column(int, sql, [block_hash, fingerprint])
 
     def path_to(self, segment_id: int) -> list[SegmentRow]:
         """Return a segment with its ancestors, the root's child first."""
@@ -118,7 +113,7 @@ class Index:
             SELECT {SEGMENT_COLUMNS} FROM segments JOIN path USING (id)
             ORDER BY start
         """
-        path = [_segment(row) for row in self.database.rows(sql, [segment_id])]
+        path = self._segments(sql, [segment_id])
         # Rows that are left out would be taken for zeros.
         for parent, child in pairwise(path):
             if child.parent_id != parent.id or not parent.start < child.start:
@@ -147,48 +142,46 @@ class Index:
                 (SELECT id FROM fingerprints WHERE digest = ?)
         """
         pairs = [value for pair in token_id_by_start.items() for value in pair]
-        rows = self.database.rows(sql, [*pairs, parent_id, fingerprint])
-        return [_segment(row) for row in rows]
+        return self._segments(sql, [*pairs, parent_id, fingerprint])
+
+    def _segments(self, sql: str, parameters: Sequence[object]) -> list[SegmentRow]:
+        rows = self.database.select(SegmentRow, sql, parameters)
+        for row in rows:
+            nbytes = (row.end - row.start) * TOKEN_NBYTES
+            if row.start < 0 or len(row.token_ids) != nbytes:
+                raise DamagedIndexError(DAMAGED)
+        return rows
 
     def checkpoints(self, parent_ids: Iterable[int]) -> list[CheckpointRow]:
         """Return the checkpoints that hang on given segments."""
         ids = list(parent_ids)
         marks = ", ".join("?" for _ in ids)
         sql = f"""
-            SELECT key, parent_id, start, extendable, has_logits, priority,
-                id IN (SELECT segment_id FROM prefixes)
+            SELECT key, parent_id, start AS position, extendable, has_logits, priority,
+                id IN (SELECT segment_id FROM prefixes) AS is_prefix
             FROM segments WHERE parent_id IN ({marks}) AND first_token = ?
         """
-        rows = checked(self.database.rows(sql, [*ids, NO_TOKEN]), str, *[int] * 6)
-        with translated():
-            return [
-                CheckpointRow._make(
-                    [*row[:3], *map(bool, row[3:5]), Priority(row[5]), bool(row[6])]
-                )
-                for row in rows
-            ]
+        return self.database.select(CheckpointRow, sql, [*ids, NO_TOKEN])
 
     def segment_id(self, key: str) -> int | None:
         """Return the id of a segment, or None."""
-        row = self.database.execute(
-            "SELECT id FROM segments WHERE key = ?", [key]
-        ).fetchone()
-        return row and integer(row[0])
+        sql = "SELECT id FROM segments WHERE key = ?"
+        return next(iter(self.database.column(int, sql, [key])), None)
 
     def has_segment(self, key: str, start: int, end: int) -> bool:
         """Return whether there is a segment with a key and a range."""
         sql = "SELECT 1 FROM segments WHERE key = ? AND start = ? AND end = ?"
-        return self.database.execute(sql, [key, start, end]).fetchone() is not None
+        return self.database.exists(sql, [key, start, end])
 
     def nbytes_of(self, keys: Sequence[str]) -> int:
         """Return the size of the blobs of some segments."""
         marks = ", ".join("?" for _ in keys)
         sql = f"SELECT coalesce(sum(nbytes), 0) FROM segments WHERE key IN ({marks})"
-        return integer(self.database.execute(sql, keys).fetchone()[0])
+        return sum(self.database.column(int, sql, keys))
 
     def segment_keys(self) -> set[str]:
         """Return the keys of all segments."""
-        return {str(row[0]) for row in self.database.rows("SELECT key FROM segments")}
+        return set(self.database.column(str, "SELECT key FROM segments"))
 
     def leaves(
         self,
@@ -217,14 +210,12 @@ class Index:
         condition, values = within(namespace, "f")
         sql = f"""
             SELECT s.id, s.key, s.parent_id, s.start, s.end, s.nbytes, s.token_nbytes,
-                s.created_at, s.used_at, f.model, s.first_token = ?,
+                s.created_at, s.used_at, f.model, s.first_token = ? AS is_checkpoint,
                 s.needs_checkpoint
             FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
             WHERE {condition}
         """
-        kinds = (int, str, *[int] * 5, int | float, int | float, str, int, int)
-        rows = checked(self.database.rows(sql, [NO_TOKEN, *values]), *kinds)
-        return [HeldSegment._make([*row[:-2], *map(bool, row[-2:])]) for row in rows]
+        return self.database.select(HeldSegment, sql, [NO_TOKEN, *values])
 
     def subtree(self, key: str) -> dict[int, str]:
         """Return a segment and all that hangs on it: keys by ids."""
@@ -236,7 +227,7 @@ class Index:
             )
             SELECT id, key FROM segments JOIN tree USING (id)
         """
-        return {integer(row[0]): str(row[1]) for row in self.database.rows(sql, [key])}
+        return dict(self.database.select(_Node, sql, [key]))
 
     def is_sound(self) -> bool:
         """Return whether SQLite finds its file sound, and so do those who read it."""
@@ -246,14 +237,14 @@ class Index:
         try:
             for act in (*read, *read_history):
                 act()
-            for [namespace] in checked(self.database.rows(sql), str):
+            for namespace in self.database.column(str, sql):
                 self.prefixes.prompts(namespace)
                 for fingerprint in self.fingerprints.of_namespace(namespace):
                     list(self.history.evictions(fingerprint.digest))
         except StoreError:
             return False
         sql = "SELECT 1 FROM blocks WHERE segment_id NOT IN (SELECT id FROM segments)"
-        return self.database.is_sound() and not self.database.rows(sql)
+        return self.database.is_sound() and not self.database.exists(sql)
 
     def agrees(
         self, segment_id: int, info: SegmentInfo, chain: Chain, *, nbytes: int
@@ -272,13 +263,11 @@ class Index:
             *(info.start, info.end, first_token, nbytes),
             *(*info.resumption, info.priority, span),
         )
-        blocks = self.database.rows(
-            "SELECT hash FROM blocks WHERE segment_id = ?", [segment_id]
-        )
-        hashes = [(h,) for h in chain.block_hashes(info.start, info.end)]
-        return self.database.rows(sql, [segment_id]) == [wanted] and set(blocks) == set(
-            hashes
-        )
+        blocks = "SELECT hash FROM blocks WHERE segment_id = ?"
+        hashes = set(self.database.column(int, blocks, [segment_id]))
+        return self.database.execute(sql, [segment_id]).fetchall() == [
+            wanted
+        ] and hashes == set(chain.block_hashes(info.start, info.end))
 
     # Adding, using and removing segments
 
@@ -304,7 +293,7 @@ class Index:
                 ) RETURNING key
             """
             hit = [now, *segment_keys, cached_tokens, cached_tokens]
-            return next((str(row[0]) for row in self.database.rows(sql, hit)), None)
+            return next(iter(self.database.column(str, sql, hit)), None)
 
     def touch_passed(self, way: Sequence[tuple[str, int]], *, now: float) -> None:
         """Note that prompts go on through checkpoints, past which they are resumed.
@@ -387,7 +376,8 @@ class Index:
                     chain.span(info.start, info.end),
                 ],
             )
-            segment_id = integer(cursor.lastrowid)
+            segment_id = cursor.lastrowid
+            assert segment_id is not None
             self._add_blocks(segment_id, chain, info.start, info.end)
             if info.is_prefix:
                 key = chain.key_at(info.end)
@@ -402,7 +392,7 @@ class Index:
     def can_cut(self, key: str, head: SegmentInfo) -> bool:
         """Return whether nothing hangs on a segment after the end of its head."""
         sql = """
-            SELECT s.end FROM segments s WHERE s.key = ? AND s.start = ? AND s.end > ?3
+            SELECT 1 FROM segments s WHERE s.key = ? AND s.start = ? AND s.end > ?3
             AND NOT EXISTS (
                 SELECT 1 FROM segments c WHERE c.parent_id = s.id AND c.start > ?3
             ) AND NOT EXISTS (
@@ -410,8 +400,8 @@ class Index:
                 AND p.num_tokens > ?3 AND p.name IS NOT NULL
             )
         """
-        rows = self.database.rows(sql, [key, head.start, head.end])
-        return bool(rows) and self.segment_id(head.key) is None
+        is_free = self.database.exists(sql, [key, head.start, head.end])
+        return is_free and self.segment_id(head.key) is None
 
     def cut(self, key: str, head: SegmentInfo, chain: Chain, *, nbytes: int) -> None:
         """Let a segment end where its head does, whose blob is in place.
@@ -469,20 +459,8 @@ class Index:
     def num_children(self, segment_id: int) -> int:
         """Return how many segments hang on a segment."""
         sql = "SELECT count(*) FROM segments WHERE parent_id = ?"
-        return integer(self.database.execute(sql, [segment_id]).fetchone()[0])
+        return sum(self.database.column(int, sql, [segment_id]))
 
     def _is_pinned(self, segment_id: int) -> bool:
-        sql = """
-            SELECT count(*) FROM prefixes
-            WHERE segment_id = ? AND name IS NOT NULL
-        """
-        return bool(self.database.execute(sql, [segment_id]).fetchone()[0])
-
-
-def _segment(row: tuple[Any, ...]) -> SegmentRow:
-    [values] = checked([row], int, str, *[int] * 7, bytes)
-    segment = SegmentRow(*values)
-    nbytes = (segment.end - segment.start) * TOKEN_NBYTES
-    if segment.start < 0 or len(segment.token_ids) != nbytes:
-        raise DamagedIndexError(DAMAGED)
-    return segment
+        sql = "SELECT 1 FROM prefixes WHERE segment_id = ? AND name IS NOT NULL"
+        return self.database.exists(sql, [segment_id])

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from promptcache.segments.types import SegmentSlice
-from promptcache.store.index.database import Database, checked, segment_within
+from promptcache.store.index.database import Database, segment_within
 from promptcache.store.index.rows import Use
 
 
@@ -18,8 +18,7 @@ class Uses:
         """Return the uses that are known of a namespace, or of all."""
         condition, values = segment_within(namespace)
         sql = f"SELECT segment_id, position, used_at FROM uses WHERE {condition}"
-        rows = checked(self._database.rows(sql, values), int, int, int | float)
-        return [Use._make(row) for row in rows]
+        return self._database.select(Use, sql, values)
 
     def note(self, slices: Iterable[SegmentSlice], *, now: float) -> None:
         """Note up to where each segment of a match was used."""

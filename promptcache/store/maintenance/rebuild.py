@@ -19,7 +19,7 @@ from promptcache.segments.cut import token_nbytes
 from promptcache.segments.types import ResumeRules, SegmentInfo
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.index import ROOT_ID, Database, Index
-from promptcache.store.index.database import BESIDE
+from promptcache.store.index.connection import BESIDE
 from promptcache.store.index.rows import PrefixRow
 from promptcache.store.maintenance.prefix_backup import read_prefixes
 
