@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from promptcache.errors import UsageError
+from promptcache.kvcache.kv_quantization import KV_BITS, KV_GROUP_SIZES
+from promptcache.kvcache.row_quantization import STORE_BITS
+from promptcache.prompts.parts import PromptParts
 from promptcache.store.names import check_name
 
 MANIFEST_KEYS = ("model", "prompts")
 TEMPLATE_KEYS = ("system", "messages", "tools", "chat_template_config")
 CONTENT_KEYS = ("system", "files", "messages", "tools", "prompt")
-# What mlx's affine quantization takes, as in prefill.py; None is any from 1 on.
+# None is any from 1 on.
 CHOICES_BY_INTEGER_KEY: Mapping[str, Collection[int] | None] = {
-    "kv_bits": (2, 3, 4, 5, 6, 8),
-    "kv_group_size": (32, 64, 128),
+    "kv_bits": KV_BITS,
+    "kv_group_size": KV_GROUP_SIZES,
     "quantized_kv_start": None,
-    "store_bits": (8, 4),
+    "store_bits": STORE_BITS,
     "max_kv_size": None,
     "prefill_step_size": None,
 }
@@ -49,40 +52,24 @@ WORDS_BY_TYPE: Mapping[type, str] = {
 
 
 class ManifestError(UsageError):
-    """A manifest cannot be read, or says what makes no sense."""
+    """A manifest cannot be read, or its values are not valid."""
 
 
-@dataclass(frozen=True, slots=True)
-class PromptSpec:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSpec(PromptParts):
     """One prompt of a manifest, with its files read.
 
     Attributes:
         name: The key of its table, and the name to pin it with.
         model: A folder or hub repository, or None for the default.
         adapter_path: The folder of a LoRA adapter.
-        system: The system prompt.
-        files: The texts to put before the user's, in this order.
-        prompt: The user's text. None: what comes before it is to be built.
-        messages: Chat messages, each with a role.
-        tools: Tools for the chat template.
-        chat_template_config: Further arguments of the chat template.
-        raw: Whether to go without the chat template.
         pin: Whether to pin what is built.
-        settings: Those given of mlx-lm's `kv_bits`, `kv_group_size`,
-            `quantized_kv_start`, `max_kv_size` and `prefill_step_size`, and
-            `store_bits` and `exact`.
+        settings: The `ReadOptions` that the manifest gives.
     """
 
     name: str
     model: str | None
     adapter_path: str | None
-    system: str | None
-    files: tuple[str, ...]
-    prompt: str | None
-    messages: tuple[dict[str, Any], ...]
-    tools: tuple[dict[str, Any], ...]
-    chat_template_config: Mapping[str, Any]
-    raw: bool
     pin: bool
     settings: Mapping[str, Any]
 
@@ -104,8 +91,8 @@ def read_manifest(path: str | Path) -> Manifest:
     """Return a manifest, with all files that it names read.
 
     Raises:
-        ManifestError: It or a file it names cannot be read, or it says what makes no
-            sense; the message is one line with the file, the key and the reason.
+        ManifestError: It or a file it names cannot be read, or a value is not valid;
+            the message is one line with the file, the key and the reason.
     """
     file = _printable(str(path))
     own_path = Path(os.path.expanduser(path))
@@ -175,25 +162,19 @@ def _check(spec: PromptSpec, table: "_Table") -> None:
     refused = [key for key in TEMPLATE_KEYS if spec.raw and key in table.values]
     if refused:
         raise table.error(refused[0], "cannot go with raw, it needs the chat template")
-    parts = (spec.system, *spec.files, spec.messages, spec.tools, spec.prompt)
-    if not any(parts):
-        keys = (
-            "files or prompt"
-            if spec.raw
-            else "system, files, messages, tools or prompt"
-        )
-        raise table.error(None, f"nothing to build, give {keys}")
+    if not any((spec.system, *spec.files, spec.messages, spec.tools, spec.prompt)):
+        keys = "files" if spec.raw else "system, files, messages, tools"
+        raise table.error(None, f"nothing to build, give {keys} or prompt")
 
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """A table of a manifest, and where it stands; its methods raise ManifestError.
+    """A table of a manifest, and where it is; its methods raise ManifestError.
 
     Attributes:
         file: The manifest's name in messages.
         folder: The folder that relative paths start from.
         place: The table's key, with those of the tables around it.
-        values: What the table holds.
     """
 
     file: str
@@ -220,7 +201,6 @@ class _Table:
         return _Table(self.file, self.folder, self._place_of(key), values)
 
     def text(self, key: str) -> str | None:
-        """Return a text as it is."""
         text: str | None = self._value(key, str)
         return text
 
@@ -232,7 +212,6 @@ class _Table:
         return self._read(key, text[1:])
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """Return the contents of files."""
         names = self._value(key, list) or []
         for number, name in enumerate(names, 1):
             if type(name) is not str:
@@ -247,17 +226,15 @@ class _Table:
         return str(self._path(name))
 
     def folder_path(self, key: str) -> str | None:
-        """Return the path of a folder."""
         name = self._name(key)
         return None if name is None else str(self._path(name))
 
     def boolean(self, key: str, *, default: bool) -> bool:
-        """Return a boolean."""
         value: bool | None = self._value(key, bool)
         return default if value is None else value
 
     def integer(self, key: str, choices: Collection[int] | None) -> int:
-        """Return an integer that is given: from 1 on, or one of some."""
+        """Return an integer of the choices, or from 1 on without any."""
         value: int = self._value(key, int)
         # The value is left out of this message: one from hex may be too long to print.
         if choices is not None and value not in choices:
@@ -267,7 +244,6 @@ class _Table:
         return value
 
     def settings(self) -> dict[str, Any]:
-        """Return those settings that are given."""
         settings: dict[str, Any] = {
             key: self.integer(key, choices)
             for key, choices in CHOICES_BY_INTEGER_KEY.items()
@@ -291,7 +267,6 @@ class _Table:
         return tuple(value)
 
     def messages(self, key: str) -> tuple[dict[str, Any], ...]:
-        """Return objects that have a role."""
         messages = self.objects(key)
         for number, message in enumerate(messages, 1):
             if "role" not in message:
@@ -301,7 +276,7 @@ class _Table:
     def _value(self, key: str, kind: type) -> Any:
         """Return a value of a type, or None if there is none."""
         value = self.values.get(key)
-        # Not isinstance: a boolean is no integer here.
+        # Not isinstance: a boolean is not an integer here.
         if key in self.values and type(value) is not kind:
             raise self.error(key, _must_be(kind, value))
         return value

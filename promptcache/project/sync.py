@@ -2,13 +2,12 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from promptcache.errors import PromptCacheError, UsageError
 from promptcache.generator import BuiltPrefix, CachedGenerator
 from promptcache.project.manifest import Manifest, PromptSpec
-from promptcache.prompts.parts import PromptParts
 from promptcache.prompts.render import RenderedPrompt
 from promptcache.store import PrefixStore
 from promptcache.store.index.rows import PrefixRow
@@ -40,11 +39,11 @@ class SyncStep:
         return self.action != "keep"
 
 
-class _Found(NamedTuple):
+class _Status(NamedTuple):
     """A prompt's key, and why it has to be built, if it has."""
 
     key: str
-    missing: str | None
+    build_reason: str | None
 
 
 class SyncPlanner:
@@ -55,7 +54,13 @@ class SyncPlanner:
     """
 
     def __init__(self, manifest: Manifest, store: PrefixStore, load: Load) -> None:
-        """Take a function that loads a model with an adapter, sharing the store."""
+        """Plan for a store.
+
+        Args:
+            manifest: What the store should hold.
+            store: The store.
+            load: Loads a model with an adapter, sharing the store.
+        """
         self._manifest = manifest
         self._store = store
         self._load = load
@@ -69,48 +74,49 @@ class SyncPlanner:
             UsageError: Its template refuses a prompt, or a name is taken.
             StoreError: The store cannot be read.
         """
-        found = {spec.name: self._look_up(spec) for spec in self._manifest.prompts}
-        wanted = {
-            spec.name: found[spec.name].key
-            for spec in self._manifest.prompts
+        specs = self._manifest.prompts
+        statuses = [self._look_up(spec) for spec in specs]
+        key_by_name = {
+            spec.name: status.key
+            for spec, status in zip(specs, statuses, strict=True)
             if spec.pin
         }
         steps = [
-            self._step(spec, found[spec.name], wanted)
-            for spec in self._manifest.prompts
+            self._step(spec, status, key_by_name)
+            for spec, status in zip(specs, statuses, strict=True)
         ]
-        unpins = list(self._unwanted(wanted, steps))
+        unpins = list(self._unpins(key_by_name, steps))
         unpinned = {step.name for step in unpins}
         kept = [s for s in steps if s.is_stale or s.name not in unpinned]
         return [*kept, *unpins]
 
-    def _look_up(self, spec: PromptSpec) -> "_Found":
+    def _look_up(self, spec: PromptSpec) -> _Status:
         with _error_context(self._manifest, spec):
             generator, prompt = self._rendered(spec)
             key, is_stored = generator.is_built(prompt, **spec.settings)
             if spec.pin:
                 self._check_name_is_free(spec.name, key)
             if is_stored:
-                return _Found(key, None)
+                return _Status(key, None)
             divergence = generator.explain(prompt, **spec.settings).divergence
-            return _Found(key, divergence.culprit if divergence else "not stored yet")
+            return _Status(key, divergence.culprit if divergence else "not stored yet")
 
     def _step(
-        self, spec: PromptSpec, found: "_Found", wanted: Mapping[str, str]
+        self, spec: PromptSpec, status: _Status, key_by_name: Mapping[str, str]
     ) -> SyncStep:
-        is_listed = self._store.listed_at(found.key) is not None
-        key = found.key if is_listed else None
-        if found.missing is not None:
-            return SyncStep(spec.name, "build", key, found.missing)
+        is_listed = self._store.listed_at(status.key) is not None
+        key = status.key if is_listed else None
+        if status.build_reason is not None:
+            return SyncStep(spec.name, "build", key, status.build_reason)
         if spec.pin:
-            action, reason = self._pinning(spec.name, found.key, wanted)
+            action, reason = self._pinning(spec.name, status.key, key_by_name)
             return SyncStep(spec.name, action, key, reason)
         if not is_listed:
             return SyncStep(spec.name, "build", key, "stored as a part of another")
         return SyncStep(spec.name, "keep", key, "up to date")
 
     def _pinning(
-        self, name: str, key: str, wanted: Mapping[str, str]
+        self, name: str, key: str, key_by_name: Mapping[str, str]
     ) -> tuple[Action, str]:
         """Return what to do with the pin of a prompt that is stored."""
         pin = next((pin for pin in self._pins() if pin.key == key), None)
@@ -118,9 +124,9 @@ class SyncPlanner:
             return "pin", "stored, but not pinned"
         if pin.name == name:
             return "keep", "up to date"
-        if self._is_own(pin) and wanted.get(str(pin.name)) != key:
+        if self._is_own(pin) and key_by_name.get(str(pin.name)) != key:
             return "pin", f"was named {pin.name}"
-        # A prefix has one name, and another one keeps it as well.
+        # A prefix has one name, and any name keeps it.
         return "keep", f"pinned as {pin.name}"
 
     def _pins(self) -> list[PrefixRow]:
@@ -133,33 +139,33 @@ class SyncPlanner:
     def _check_name_is_free(self, name: str, key: str) -> None:
         """Raise UsageError if another manifest has given the name to something else."""
         for pin in self._pins():
-            others = pin.manifest not in (None, str(self._manifest.path))
-            if pin.name == name and pin.key != key and others:
+            is_others = pin.manifest not in (None, str(self._manifest.path))
+            if pin.name == name and pin.key != key and is_others:
                 raise UsageError(f"the name is taken by {pin.manifest}")
 
-    def _unwanted(
-        self, wanted: Mapping[str, str], steps: Sequence[SyncStep]
+    def _unpins(
+        self, key_by_name: Mapping[str, str], steps: Sequence[SyncStep]
     ) -> Iterator[SyncStep]:
-        """Yield the pins of this manifest that it does not want any more.
+        """Yield a step for each pin that only an earlier state of the manifest had.
 
-        A name that it wants for something else moves there by itself.
+        A name that is now another prompt's moves there by itself.
         """
         named = {spec.name for spec in self._manifest.prompts}
         renamed = {step.key for step in steps if step.action == "pin"}
         for pin in self._pins():
             name = str(pin.name)
-            if self._is_own(pin) and name not in wanted and pin.key not in renamed:
+            if self._is_own(pin) and name not in key_by_name and pin.key not in renamed:
                 reason = "the manifest names it no longer"
                 if name in named:
                     reason = "the manifest says pin = false"
                 yield SyncStep(name, "unpin", pin.key, reason)
 
     def _rendered(self, spec: PromptSpec) -> tuple[CachedGenerator, RenderedPrompt]:
-        wanted = (spec.model, spec.adapter_path)
-        if wanted not in self._generators:
-            self._generators[wanted] = self._load(*wanted)
-        generator = self._generators[wanted]
-        return generator, generator.render_prefix(_parts(spec))
+        model = (spec.model, spec.adapter_path)
+        if model not in self._generators:
+            self._generators[model] = self._load(*model)
+        generator = self._generators[model]
+        return generator, generator.render_prefix(spec)
 
     def execute(self, steps: Sequence[SyncStep], build: Build) -> list[SyncStep]:
         """Do what is planned; return it with the keys that came of it.
@@ -173,13 +179,13 @@ class SyncPlanner:
         """
         specs = {spec.name: spec for spec in self._manifest.prompts}
         return [
-            self._made(step, specs[step.name], build)
+            self._build(step, specs[step.name], build)
             if step.action in ("build", "pin")
-            else self._unpinned(step)
+            else self._unpin(step)
             for step in steps
         ]
 
-    def _made(self, step: SyncStep, spec: PromptSpec, build: Build) -> SyncStep:
+    def _build(self, step: SyncStep, spec: PromptSpec, build: Build) -> SyncStep:
         with _error_context(self._manifest, spec):
             # Of what is stored already, this lists the end only.
             key = build(*self._rendered(spec), spec).key
@@ -187,20 +193,15 @@ class SyncPlanner:
             self._store.pin(key, spec.name, manifest=str(self._manifest.path))
         return replace(step, key=key)
 
-    def _unpinned(self, step: SyncStep) -> SyncStep:
+    def _unpin(self, step: SyncStep) -> SyncStep:
         if step.action == "unpin":
             self._store.unpin(step.name, namespace="")
         return step
 
 
-def _parts(spec: PromptSpec) -> PromptParts:
-    names = (field.name for field in fields(PromptParts))
-    return PromptParts(**{name: getattr(spec, name) for name in names})
-
-
 @contextlib.contextmanager
 def _error_context(manifest: Manifest, spec: PromptSpec) -> Iterator[None]:
-    """Say of an error which prompt of which manifest it is about."""
+    """Put the manifest and the prompt in front of an error's message."""
     try:
         yield
     except PromptCacheError as error:
