@@ -7,10 +7,10 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Unpack
 
 from promptcache.errors import StoreError
-from promptcache.locks import TELL_SECONDS, Patience, lock
+from promptcache.locks import Limits, Patience, lock
 
 PRIVATE_FOLDER = 0o700
 PRIVATE_FILE = 0o600
@@ -63,26 +63,16 @@ def _open_regular(path: Path, flags: int) -> int:
     raise NotRegularFileError(errno.EISDIR, kind)
 
 
-def open_locked(
-    path: Path,
-    patience: Patience,
-    *,
-    most: float | None = None,
-    tell_after: float = TELL_SECONDS,
-) -> BinaryIO:
+def open_locked(path: Path, patience: Patience, **limits: Unpack[Limits]) -> BinaryIO:
     """Create a file, locked before anything is written to it.
 
-    For `most` and `tell_after` see `Patience.attempts`.
-
-    Raises:
-        TimeoutError: Another process holds the lock.
-        OSError: It cannot be created.
+    Raises OSError, which is a TimeoutError if another process holds the lock.
     """
     while True:
         flags = os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW
         file = os.fdopen(os.open(path, flags, PRIVATE_FILE), "wb")
         try:
-            lock(file.fileno(), path, patience, most=most, tell_after=tell_after)
+            lock(file.fileno(), path, patience, **limits)
             if os.fstat(file.fileno()).st_nlink:
                 file.truncate()
                 return file
@@ -95,17 +85,10 @@ def open_locked(
 
 @contextlib.contextmanager
 def lock_file(
-    path: Path,
-    patience: Patience,
-    *,
-    most: float | None = None,
-    tell_after: float = TELL_SECONDS,
+    path: Path, patience: Patience, **limits: Unpack[Limits]
 ) -> Iterator[None]:
-    """Hold a lock file, which contains this process's id.
-
-    Raises what `open_locked` raises.
-    """
-    with open_locked(path, patience, most=most, tell_after=tell_after) as file:
+    """Hold a lock file with this process's id. Raises what `open_locked` raises."""
+    with open_locked(path, patience, **limits) as file:
         try:
             # Only informs others; the disk may be full.
             with contextlib.suppress(OSError):
@@ -119,9 +102,7 @@ def lock_file(
 def locked_folder(folder: Path, patience: Patience) -> Iterator[None]:
     """Hold a lock on a folder itself; a lock file could be left behind.
 
-    Raises:
-        TimeoutError: Another process holds the lock for too long.
-        OSError: The folder cannot be opened.
+    Raises OSError, which is a TimeoutError if another process holds the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -150,11 +131,10 @@ def lock_at_once(file: BinaryIO | int) -> None:
 
 def fsync_file(descriptor: int) -> None:
     """Make a file durable; on a Mac `fsync` alone stops at the drive's cache."""
-    full = getattr(fcntl, "F_FULLFSYNC", None)
-    if full is None:
-        os.fsync(descriptor)
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     else:
-        fcntl.fcntl(descriptor, full)
+        os.fsync(descriptor)
 
 
 def make_path_durable(path: Path) -> None:

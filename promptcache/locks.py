@@ -1,7 +1,7 @@
 """Locks between processes: how long to wait for one, and who holds it.
 
-Nothing here blocks. A lock is tried again and again, so that a signal ends the wait on
-any thread, and a process that is stopped does not stop the others.
+A lock is tried again and again, so that a signal ends the wait on any thread, and a
+process that is stopped does not stop the others.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 # Locks are held for milliseconds, and for a second during large evictions. A process
 # that holds one for longer is stopped, or its disk hangs.
@@ -40,6 +40,13 @@ class Holder(NamedTuple):
 
 
 Who = Callable[[], Holder | None]
+
+
+class Limits(TypedDict, total=False):
+    """The longest wait in seconds, and when to report it; see `Patience.attempts`."""
+
+    most: float | None
+    tell_after: float
 
 
 class Patience:
@@ -117,21 +124,13 @@ class Patience:
 
 
 def lock(
-    descriptor: int,
-    path: Path,
-    patience: Patience,
-    *,
-    most: float | None = None,
-    tell_after: float = TELL_SECONDS,
+    descriptor: int, path: Path, patience: Patience, **limits: Unpack[Limits]
 ) -> None:
     """Lock an open file or folder.
 
     Raises TimeoutError if another process holds the lock for too long.
     """
-    attempts = patience.attempts(
-        lambda: holder_of(path), most=most, tell_after=tell_after
-    )
-    for _ in attempts:
+    for _ in patience.attempts(lambda: holder_of(path), **limits):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return

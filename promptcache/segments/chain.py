@@ -65,7 +65,6 @@ class Chain:
         return self.data[start * TOKEN_NBYTES : end * TOKEN_NBYTES]
 
     def token_id(self, position: int) -> int:
-        """Return the token id at a position."""
         return int.from_bytes(self.span(position, position + 1), "little")
 
     @cached_property
@@ -96,9 +95,6 @@ class Chain:
         return digest.hex()
 
     def tagged_key_at(self, position: int, tag: str) -> str:
-        """Return the key of a segment with a tag, such as a checkpoint.
-
-        The tag keeps it apart from other segments that end at the same position.
-        """
+        """Return a key that differs from those of other segments with the same end."""
         digest = bytes.fromhex(self.key_at(position))
         return xxhash.xxh3_128_hexdigest(digest + tag.encode()) if tag else digest.hex()

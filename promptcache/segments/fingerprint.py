@@ -1,8 +1,7 @@
-"""Fingerprints: what besides the token ids KV values depend on.
+"""Fingerprints: everything besides the token ids that KV values depend on.
 
-A fingerprint changes when the values could change and only then: paths, file
-times, names and unrelated releases of mlx-lm do not matter. Its parts come from
-`models`.
+A fingerprint changes only when the values could: paths, file times, names and unrelated
+releases of mlx-lm do not matter. Its parts come from `models`.
 """
 
 import json
@@ -14,13 +13,12 @@ import xxhash
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """Everything besides the token ids that KV values depend on.
+    """The hash of named parts.
 
     Attributes:
         digest: 32 hex digits over `parts`, the first parent of every chain hash.
         model: The model's name for people; not part of the digest.
         source: The folder or hub repository that the model was loaded from, or None.
-        parts: What the digest covers, by name.
         exact: If rows are stored in fewer bits, the fingerprint of the same rows
             without loss, which are reused as well.
     """

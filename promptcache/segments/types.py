@@ -29,10 +29,7 @@ class PromptOrigin:
 
 
 class SegmentSlice(NamedTuple):
-    """The rows `[start, stop)` to take from the segment `[start, end)`.
-
-    A checkpoint has no rows: its start, stop and end are the same.
-    """
+    """The rows `[start, stop)` of a segment `[start, end)`, of a checkpoint none."""
 
     key: str
     start: int

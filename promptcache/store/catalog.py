@@ -197,7 +197,7 @@ def _plan_removal(index: Index, key_or_name: str) -> tuple[Prefix, list[Removal]
     with index.database.reading():
         prefix, segment_id = _resolve(index, key_or_name, None)
         freed = _tree(index, prefix.namespace).exclusive_segments(prefix, segment_id)
-        return prefix, prune.removals_of(freed, "removed")
+        return prefix, prune.removals_of(dict.fromkeys(freed, "removed"))
 
 
 def _remove(

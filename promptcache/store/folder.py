@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Self, Unpack
 
 from promptcache.errors import DamagedIndexError, StoreError
 from promptcache.files import broken_link, lock_file
-from promptcache.locks import TELL_SECONDS, Patience
+from promptcache.locks import Limits, Patience
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.blobs.store_files import StoreFiles
 from promptcache.store.index import Database, Index
@@ -157,18 +157,11 @@ class StoreFolder:
             self.patience.on_wait(f"waiting no longer: {error}")
 
     @contextlib.contextmanager
-    def _locked(
-        self, name: str, *, most: float | None = None, tell_after: float = TELL_SECONDS
-    ) -> Iterator[None]:
-        lock = lock_file(
-            self._blobs.files.lock_path(name),
-            self.patience,
-            most=most,
-            tell_after=tell_after,
-        )
+    def _locked(self, name: str, **limits: Unpack[Limits]) -> Iterator[None]:
+        path = self._blobs.files.lock_path(name)
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(lock)
+                stack.enter_context(lock_file(path, self.patience, **limits))
             except OSError as error:
                 kind = _LockedError if isinstance(error, TimeoutError) else StoreError
                 raise kind(

@@ -47,10 +47,7 @@ class BlobFolder:
 
     @readable
     def path(self, key: str) -> Path:
-        """Return where a blob is, or would be.
-
-        Raises DamagedBlobError if this is not a key, or if a link is in the way.
-        """
+        """Return where a blob is or would be. Raises DamagedBlobError if nowhere."""
         if not KEY.fullmatch(key):
             raise DamagedBlobError(f"{key!r} is not a blob key")
         folder = self.files.blobs / key[:2]
@@ -107,7 +104,7 @@ class BlobFolder:
         """Read and check a blob's header.
 
         Raises:
-            DamagedBlobError: The blob is missing, truncated or its header changed.
+            DamagedBlobError: The blob is missing, truncated or changed.
             StoreError: It cannot be read now.
             StoreFormatError: A newer promptcache wrote it.
         """
@@ -125,10 +122,9 @@ class BlobFolder:
         raise DamagedBlobError("token ids are missing")
 
     def check(self, key: str) -> BlobHeader:
-        """Read a whole blob and compare its checksums; return its header.
+        """Read a whole blob, compare its checksums and return its header.
 
-        Raises DamagedBlobError if the blob is not what was written, otherwise what
-        `read_header` raises.
+        Raises what `read_header` raises.
         """
         header = self.read_header(key)
         with self._checked(header) as (file, digests):
@@ -138,10 +134,7 @@ class BlobFolder:
     def read_tensors(
         self, header: BlobHeader, slice_of: Callable[[Tensor], Tensor]
     ) -> list[Tensor]:
-        """Return the result of a function for each tensor of a blob, which is checked.
-
-        Raises what `check` raises.
-        """
+        """Return the result of a function for each tensor, as `check` reads it."""
         tensors = []
         with self._checked(header) as (file, digests):
             for spec in header.tensors:

@@ -1,5 +1,5 @@
 """Maintenance: what keeps a store small and sound.
 
-Eviction and pruning plan first and execute afterwards; verification finds damage and
-rebuilds a lost index from the blobs.
+Pruning plans first and executes afterwards; verification finds damage, and a lost
+index is rebuilt from the blobs.
 """

@@ -52,10 +52,7 @@ class DiskBudget:
         self.num_evicted = 0
 
     def check_free(self, nbytes: int) -> None:
-        """Raise StoreFullError if the disk or the day have no room for more bytes.
-
-        Raises OSError if the folder is gone.
-        """
+        """Raise StoreFullError if the disk or the day have no room for more bytes."""
         check_disk(self._blobs.root, nbytes, self.min_free_nbytes)
         limit = self.max_daily_nbytes
         written = self._index.history.written().today_nbytes
@@ -110,14 +107,13 @@ class DiskBudget:
         evicted = plan_eviction(leaves, nbytes=over, now=self._index.clock.time())
         if prune.sum_nbytes(evicted) < over:
             raise self._full_error(nbytes)
-        removals = prune.removals_of(evicted, "makes room")
+        removals = prune.removals_of(dict.fromkeys(evicted, "makes room"))
         return PrunePlan(tuple(removals), tuple(garbage), total)
 
     def _stuck_nbytes(self) -> int:
         """Return the size of a WAL that cannot be emptied now, because it is read.
 
-        Nothing is evicted for it: evicting would make it larger. Raises StoreFullError
-        before it takes too much.
+        Nothing is evicted for it, which would make it larger.
         """
         nbytes = self._blobs.files.wal_nbytes()
         if nbytes > max(self.max_nbytes // WAL_SHARE, WAL_NBYTES):
@@ -128,10 +124,7 @@ class DiskBudget:
         return nbytes
 
     def _check_foreign(self, over: int) -> None:
-        """Raise StoreFullError if foreign files take the store beyond its limit.
-
-        Then nothing more is saved, and nothing is evicted.
-        """
+        """Raise StoreFullError if foreign files alone exceed the limit."""
         if over <= self.max_nbytes // prune.FOREIGN_SHARE:
             # As in every full store: there is no need to look for them.
             return
@@ -154,10 +147,7 @@ class DiskBudget:
 
 
 def check_disk(folder: Path, nbytes: int, min_free_nbytes: int | None = None) -> None:
-    """Raise StoreFullError if too little of a folder's disk would stay free.
-
-    Raises OSError if the folder is gone.
-    """
+    """Raise StoreFullError if too little of a folder's disk would stay free."""
     volume = os.statvfs(folder)
     free = volume.f_bavail * volume.f_frsize
     floor = min_free_nbytes

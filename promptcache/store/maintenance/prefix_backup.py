@@ -12,10 +12,7 @@ PREFIXES_FILE = "prefixes.json"
 
 
 def write_prefixes(index: Index, blobs: BlobFolder) -> None:
-    """Write the list of prefixes to a file beside the index.
-
-    The file may lag behind where a blob's own `is_prefix` says the same.
-    """
+    """Write all prefixes to the file; those of a blob's `is_prefix` may come later."""
     rows = [row._asdict() for row in index.prefixes.listed()]
     try:
         blobs.files.write_file(PREFIXES_FILE, json.dumps(rows, indent=1).encode())

@@ -54,7 +54,7 @@ def plan_prune(
         reasons |= dict.fromkeys(evicted, reason)
         over -= sum_nbytes(evicted)
     return PrunePlan(
-        tuple(_removals(reasons)),
+        tuple(removals_of(reasons)),
         tuple(garbage),
         total,
         over_nbytes=max(over, 0),
@@ -108,12 +108,8 @@ def sum_nbytes(items: Iterable[Removal | Garbage | SegmentNode | ForeignFile]) -
     return sum(item.nbytes for item in items)
 
 
-def removals_of(leaves: Iterable[SegmentNode], reason: str) -> list[Removal]:
-    """Return the removals, one a segment, that remove stretches for one reason."""
-    return _removals(dict.fromkeys(leaves, reason))
-
-
-def _removals(reasons: Mapping[SegmentNode, str]) -> list[Removal]:
+def removals_of(reasons: Mapping[SegmentNode, str]) -> list[Removal]:
+    """Return one removal a segment for the stretches that go, with their reasons."""
     removals: dict[str, Removal] = {}
     for leaf, reason in reasons.items():
         after = removals.pop(leaf.key, None)

@@ -79,10 +79,7 @@ class _Cover:
     def add(
         self, chain: Chain, key: str, start: int, end: int, rules: ResumeRules
     ) -> None:
-        """Add a segment: it has the places in `(start, end]`, or only its end.
-
-        Only the end counts if the segment cannot be cut.
-        """
+        """Add a segment's places: `(start, end]`, or only `end` if it cannot be cut."""
         after = start if rules.sliceable else max(start, end - 1)
         first = bisect_right(self._positions, after)
         last = bisect_right(self._positions, end)
@@ -132,10 +129,7 @@ def rebuild(index: Index, blobs: BlobFolder, *, skip: Collection[str] = ()) -> i
 
 
 def _headers(blobs: BlobFolder, keys: Iterable[str]) -> list[BlobHeader]:
-    """Return the headers that can be read, parents first.
-
-    Of a segment and the head that it was about to be cut to, the longer comes first.
-    """
+    """Return the headers that can be read, parents first, and segments before heads."""
     headers = []
     for key in keys:
         with contextlib.suppress(StoreError):

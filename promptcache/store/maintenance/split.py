@@ -22,15 +22,7 @@ from promptcache.store.reports import Removal
 
 
 class Head(NamedTuple):
-    """The head of a segment, which is complete in `tmp/`.
-
-    Attributes:
-        key: Of the segment that it replaces.
-        nbytes: The size of that segment's blob.
-        info: The head.
-        chain: The token ids up to its end.
-        staged: Its blob.
-    """
+    """The head of a segment, complete in `tmp/`; key and nbytes are the segment's."""
 
     key: str
     nbytes: int
@@ -40,7 +32,6 @@ class Head(NamedTuple):
 
     @property
     def freed_nbytes(self) -> int:
-        """Return how many bytes the replacement frees."""
         return self.nbytes - self.staged.nbytes
 
     def can_replace(self, index: Index) -> bool:
@@ -48,10 +39,9 @@ class Head(NamedTuple):
         return index.can_cut(self.key, self.info)
 
     def replace(self, index: Index) -> None:
-        """Replace the segment, whose blob is garbage then, in the open transaction.
+        """Replace the segment in the open transaction; its blob is garbage then.
 
         The file of prefixes may lag behind: prefixes are found by their own keys.
-        Raises OSError.
         """
         self.staged.publish()
         index.cut(self.key, self.info, self.chain, nbytes=self.staged.nbytes)
@@ -62,13 +52,9 @@ class Head(NamedTuple):
 def staged_heads(
     index: Index, blobs: BlobFolder, removals: Iterable[Removal]
 ) -> Iterator[list[Head]]:
-    """Write the heads of the segments that removals cut to `tmp/`.
+    """Write the heads of the segments that removals cut, if still there, to `tmp/`.
 
-    Segments that were removed or cut meanwhile are left out.
-
-    Raises:
-        DamagedBlobError: A segment does not hold what was written.
-        StoreError: It cannot be read, or its head not be written.
+    Raises StoreError, which is a DamagedBlobError if a segment is damaged.
     """
     cuts = [(r.key, r.cut_at) for r in removals if r.cut_at is not None]
     try:
