@@ -14,6 +14,7 @@ from promptcache.store.maintenance.eviction import (
     plan_eviction,
     surplus_checkpoints,
 )
+from promptcache.store.maintenance.prune import removals_of
 from tests.helpers.strategies import trees
 
 anything = settings(deadline=None, max_examples=300)
@@ -160,6 +161,14 @@ def test_rows_that_no_run_can_resume_from_go_first() -> None:
     evicted = plan_eviction(segments, now=1000)
 
     assert [segment.id for segment in evicted] == [4, 1, 3, 2, 5]
+
+
+def test_whole_segments_go_before_those_that_are_cut() -> None:
+    cut, whole = leaf(1)._replace(cut_at=5), leaf(2)
+
+    removals = removals_of({cut: "old", whole: "old"})
+
+    assert [removal.key for removal in removals] == [whole.key, cut.key]
 
 
 def test_parent_with_one_child_left_stays() -> None:

@@ -109,20 +109,20 @@ def sum_nbytes(items: Iterable[Removal | Garbage | SegmentNode | ForeignFile]) -
 
 
 def removals_of(reasons: Mapping[SegmentNode, str]) -> list[Removal]:
-    """Return one removal a segment for the stretches that go, with their reasons."""
+    """Return one removal a segment for stretches and their reasons, in order."""
     removals: dict[str, Removal] = {}
     for leaf, reason in reasons.items():
         after = removals.pop(leaf.key, None)
         nbytes = leaf.nbytes + (after.nbytes if after else 0)
         removals[leaf.key] = Removal(leaf.key, reason, nbytes, leaf.cut_at)
-    return list(removals.values())
+    # Whole segments go first: that makes room for the heads of the others.
+    return sorted(removals.values(), key=lambda removal: removal.cut_at is not None)
 
 
 def execute(index: Index, blobs: BlobFolder, plan: PrunePlan) -> PruneReport:
     """Do what a plan says, except for what got used, pinned or adopted meanwhile."""
     swept = [g for g in plan.garbage if _sweep(index, blobs, g)]
     removals: list[Removal] = []
-    # Whole segments go first: that makes room for the heads of the others.
     whole = [removal for removal in plan.removals if removal.cut_at is None]
     for start in range(0, len(whole), EVICTION_BATCH):
         evicted = _evict(index, whole[start : start + EVICTION_BATCH])
