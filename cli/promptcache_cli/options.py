@@ -25,14 +25,12 @@ class Parsed(click.ParamType[Any]):
     """A value that a function of the library reads, with its error message."""
 
     def __init__(self, name: str, convert: Callable[[str], Any]) -> None:
-        """Take the name to show in the help and the function."""
         self.name = name
         self._convert = convert
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Any:
-        """Return the value, or fail in one line."""
         try:
             return self._convert(value) if isinstance(value, str) else value
         except PromptCacheError as error:
@@ -40,11 +38,11 @@ class Parsed(click.ParamType[Any]):
 
 
 def checked_text(text: str) -> str:
-    """Return text. Raises UsageError for bytes that were no UTF-8."""
+    """Return text. Raises UsageError for bytes that were not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UsageError("the input is no text in UTF-8") from error
+        raise UsageError("the input is not UTF-8 text") from error
     return text
 
 
@@ -64,7 +62,7 @@ def read_file(path: str) -> str:
     """Return a file's text, stdin's for `-`.
 
     Raises:
-        UsageError: It cannot be read, or is no text.
+        UsageError: It cannot be read, or is not text.
     """
     try:
         if path == "-":
@@ -74,7 +72,7 @@ def read_file(path: str) -> str:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         name = "stdin" if path == "-" else path
-        raise UsageError(f"{name} is no text in UTF-8") from error
+        raise UsageError(f"{name} is not UTF-8 text") from error
 
 
 def stdin() -> TextIO:
@@ -85,33 +83,26 @@ def stdin() -> TextIO:
 
 
 def read_json_object(text: str) -> dict[str, Any]:
-    """Return a JSON object that is given as text, or as `@FILE`.
-
-    Raises:
-        UsageError: It is something else.
-    """
-    try:
-        value = json.loads(read_text(text))
-    except ValueError as error:
-        raise UsageError(f"this is not JSON: {error}") from error
+    """Return a JSON object from text or `@FILE`. Raises UsageError for other values."""
+    value = _decoded(read_text(text), "this")
     if not isinstance(value, dict):
         raise UsageError("this must be a JSON object")
     return value
 
 
 def read_json_list(path: str) -> list[dict[str, Any]]:
-    """Return the objects of a JSON list in a file.
-
-    Raises:
-        UsageError: The file holds something else.
-    """
-    try:
-        value = json.loads(read_file(path))
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON: {error}") from error
+    """Return a JSON list of objects from a file. Raises UsageError for other values."""
+    value = _decoded(read_file(path), path)
     if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
         raise UsageError(f"{path} must hold a JSON list of objects")
     return value
+
+
+def _decoded(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{name} is not JSON: {error}") from error
 
 
 SIZE = Parsed("size", parse_size)
@@ -145,10 +136,13 @@ dry_run_option = click.option(
 yes_option = click.option(
     "-y", "--yes", is_flag=True, help="Don't ask for confirmation"
 )
+draft_option = click.option(
+    "--draft-model", help="A smaller model for speculative decoding"
+)
 
 
-def stacked(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Return one decorator that adds several options, the first on top."""
+def option_group(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Return one decorator that adds several options, the first one first in help."""
 
     def decorate(function: F) -> F:
         for option in reversed(options):
@@ -158,7 +152,7 @@ def stacked(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-model_options = stacked(
+model_options = option_group(
     click.option(
         "-m",
         "--model",
@@ -172,7 +166,7 @@ model_options = stacked(
 system_option = click.option(
     "-s", "--system", type=TEXT, help="System prompt, or @FILE"
 )
-template_options = stacked(
+template_options = option_group(
     click.option("--tools", type=JSON_FILE, help="Tools, a JSON list of objects"),
     click.option(
         "--chat-template-config",
@@ -186,12 +180,7 @@ store_bits_option = click.option(
     callback=lambda ctx, param, value: value and int(value),
     help="Store keys and values in fewer bits, with a small loss",
 )
-cache_options = stacked(
-    click.option(
-        "--kv-bits",
-        type=int,
-        help="Quantize keys and values to 2, 3, 4, 5, 6 or 8 bits",
-    ),
+quantization_options = option_group(
     click.option(
         "--kv-group-size",
         type=int,
@@ -206,14 +195,23 @@ cache_options = stacked(
         show_default=True,
         help="Quantize from this many tokens on",
     ),
-    store_bits_option,
+)
+prefill_step_option = click.option(
+    "--prefill-step-size",
+    type=click.IntRange(1),
+    default=2048,
+    show_default=True,
+    help="Most prompt tokens to process at once",
+)
+cache_options = option_group(
     click.option(
-        "--prefill-step-size",
-        type=click.IntRange(1),
-        default=2048,
-        show_default=True,
-        help="Most prompt tokens to process at once",
+        "--kv-bits",
+        type=int,
+        help="Quantize keys and values to 2, 3, 4, 5, 6 or 8 bits",
     ),
+    quantization_options,
+    store_bits_option,
+    prefill_step_option,
     click.option(
         "--max-kv-size",
         type=click.IntRange(1),
@@ -226,7 +224,8 @@ cache_options = stacked(
         "[default: tight, where the model allows it]",
     ),
 )
-prompt_options = stacked(
+prompt_options = option_group(
+    click.argument("prompt", type=PROMPT, required=False),
     model_options,
     system_option,
     click.option(
@@ -244,9 +243,6 @@ prompt_options = stacked(
     click.option("--raw", is_flag=True, help="Do not use the chat template"),
     cache_options,
 )
-draft_option = click.option(
-    "--draft-model", help="A smaller model for speculative decoding"
-)
 
 
 def open_store(
@@ -256,15 +252,16 @@ def open_store(
     say: Callable[[str], None] | None = None,
     patience: Patience | None = None,
 ) -> PrefixStore:
-    """Open the store, and tell if its index had to be rebuilt.
+    """Open the store, and warn if its index had to be rebuilt.
 
     Args:
         store_path: Its folder.
         max_nbytes: Its size limit.
-        say: Gets a line where another process is waited for, in place of stderr.
+        say: Called with a line while it waits for a different process; stderr if None.
         patience: How long to wait for one, else a minute.
     """
-    patience = patience or Patience(COMMAND_SECONDS, say or _tell)
+    say = say or (lambda line: output.say(f"promptcache: {line}"))
+    patience = patience or Patience(COMMAND_SECONDS, say)
     store = PrefixStore(store_path, max_nbytes=max_nbytes, patience=patience)
     if store.rebuilt:
         output.warn(
@@ -276,31 +273,28 @@ def open_store(
 
 @contextlib.contextmanager
 def open_existing(store_path: str | None) -> Iterator[PrefixStore]:
-    """Open a store that is there; the default one may be still to come.
+    """Open a store that exists; the default one may not exist yet.
 
     Raises StoreError if there is none.
     """
     path = config.store_dir(store_path)
-    if is_to_come(path) and path == config.default_store_dir():
-        with empty_store() as store:
-            yield store
-        return
-    if is_to_come(path):
+    is_default_to_come = is_to_come(path) and path == config.default_store_dir()
+    if is_to_come(path) and not is_default_to_come:
         raise StoreError(f"there is no store {path}")
-    if not path.is_symlink() and not PrefixStore.is_in(path):
+    if not is_default_to_come and not path.is_symlink() and not PrefixStore.is_in(path):
         raise StoreError(f"there is no store in {path}")
-    with open_store(store_path) as store:
+    with empty_store() if is_default_to_come else open_store(store_path) as store:
         yield store
 
 
 def is_to_come(path: Path) -> bool:
-    """Return whether a store is still to be created; a link leads to one."""
+    """Return whether a store does not exist yet; a link leads to one."""
     return not path.exists() and not path.is_symlink()
 
 
 @contextlib.contextmanager
 def empty_store() -> Iterator[PrefixStore]:
-    """Stand in for a store that is still to be created."""
+    """Open a temporary store in place of one that does not exist yet."""
     # Imported here because it takes 5 ms.
     import tempfile
 
@@ -309,10 +303,6 @@ def empty_store() -> Iterator[PrefixStore]:
         PrefixStore(Path(folder) / "store") as store,
     ):
         yield store
-
-
-def _tell(line: str) -> None:
-    output.say(f"promptcache: {line}")
 
 
 def confirm(question: str, *, yes: bool) -> None:

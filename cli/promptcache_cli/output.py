@@ -92,39 +92,35 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 def say(line: str = "", *, end: str = "\n") -> None:
     """Print a line on stderr."""
-    _say(printable(line) + end)
+    _print_on_stderr(printable(line) + end)
 
 
 def say_text(lines: str) -> None:
     """Print a text of several lines on stderr."""
-    _say(printable_text(lines) + "\n")
+    _print_on_stderr(printable_text(lines) + "\n")
 
 
-def _say(shown: str) -> None:
-    # What is done goes on, whether or not somebody can be told.
+def _print_on_stderr(shown: str) -> None:
+    # The work goes on, whether or not anybody can read this.
     with contextlib.suppress(OSError):
         click.echo(shown, nl=False, err=True)
 
 
 def warn(message: object) -> None:
-    """Print a warning."""
     say(f"promptcache: warning: {message}")
 
 
 def fail(message: object) -> None:
-    """Print what went wrong."""
     say(f"promptcache: error: {message}")
 
 
-class Talk:
-    """What goes to stderr; a quiet one says only what went wrong."""
+class Console:
+    """Information and progress on stderr; a quiet one shows neither."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        """Take whether to leave out everything but warnings."""
         self._quiet = quiet
 
-    def say(self, text: str) -> None:
-        """Print a line unless quiet."""
+    def info(self, text: str) -> None:
         if not self._quiet:
             say(text)
 
@@ -140,12 +136,12 @@ class Talk:
             return
         with _bar(unit) as bar:
             task = bar.add_task(printable(label), total=None)
-            first: list[int] = []
+            calls: list[int] = []
 
             def update(done: int, total: int) -> None:
                 # What was there from the start does not count for the speed.
-                first.append(done)
-                bar.update(task, total=total - first[0], completed=done - first[0])
+                calls.append(done)
+                bar.update(task, total=total - calls[0], completed=done - calls[0])
                 if done == total:
                     # What comes next may print on the same terminal.
                     bar.stop()
@@ -222,20 +218,18 @@ def end() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def warn_of_volatile_text(found: Sequence["VolatileText"]) -> None:
-    """Print a warning for the first ones, and how many there are more."""
-    for text in found[:MAX_WARNINGS]:
+def warn_of_volatile_text(texts: Sequence["VolatileText"]) -> None:
+    """Print a warning for each of the first texts, and the number of the others."""
+    for text in texts[:MAX_WARNINGS]:
         warn(text.message)
-    if found[MAX_WARNINGS:]:
-        more = len(found) - MAX_WARNINGS
-        warn(f"and {more} more like these")
+    if texts[MAX_WARNINGS:]:
+        warn(f"and {len(texts) - MAX_WARNINGS} more like these")
 
 
 class LogFormatter(logging.Formatter):
-    """Makes a line of a message, whatever clients have put there."""
+    """Writes a message as one line, whatever clients have put there."""
 
     def __init__(self) -> None:
-        """Begin lines with the time and the level."""
         super().__init__("%(asctime)s %(levelname)s %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:

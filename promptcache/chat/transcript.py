@@ -36,7 +36,7 @@ class Transcript:
 
     Invariants:
         What `messages` holds is in the file, if there is one.
-        A file is only ever added to, and one that is no transcript is left alone.
+        A file is only ever added to, and one that is not a transcript is left alone.
 
     Attributes:
         head: What the conversation started with: `system`, `tools` and
@@ -55,7 +55,7 @@ class Transcript:
         Raises:
             UsageError: The file belongs to a conversation that started otherwise, or
                 another process has it open.
-            StoreError: It cannot be read or written, or is no transcript.
+            StoreError: It cannot be read or written, or is not a transcript.
         """
         # As the file gives it back.
         self.head = json.loads(_encoded(head))
@@ -90,7 +90,7 @@ class Transcript:
                 for line in lines[1:]:
                     self._apply(json.loads(line))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise StoreError(f"{path} is no transcript of a conversation") from None
+            raise StoreError(f"{path} is not a transcript of a conversation") from None
         if version > VERSION:
             raise StoreError(f"a newer promptcache wrote {path}, upgrade promptcache")
         for name, value in given.items():
@@ -226,7 +226,7 @@ class _LineFile:
         end = content.rfind(b"\n") + 1
         torn = content[:end] or content
         if torn and not torn.startswith(BEGINNING[: len(torn)]):
-            raise StoreError(f"{self._path} is no transcript of a conversation")
+            raise StoreError(f"{self._path} is not a transcript of a conversation")
         if not end:
             self.cut_torn_line()
         return content[:end].splitlines()
@@ -309,7 +309,7 @@ def transcript_path(folder: Path, name: str, *, namespace: str = "") -> Path:
         raise UsageError(
             f"{name[:40]!r} cannot name a conversation, use printable characters"
         )
-    # A name is no path: neither `..` nor `/` mean anything.
+    # A name is not a path: neither `..` nor `/` mean anything.
     quoted = quote(name, safe=" ").replace(".", "%2E")
     # No quoted name has an `@`, and a namespace may be longer than a file's name.
     whose = xxhash.xxh3_128_hexdigest(namespace.encode()) + "@" if namespace else ""

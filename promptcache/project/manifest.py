@@ -323,7 +323,7 @@ def _read(path: Path, *, encoding: str = "utf-8") -> str:
 def _reason(error: Exception) -> str:
     """Return what keeps a file from being read, in one line."""
     if isinstance(error, UnicodeDecodeError):
-        return "no text in UTF-8"
+        return "not UTF-8 text"
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return getattr(error, "strerror", None) or str(error)

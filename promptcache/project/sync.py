@@ -13,7 +13,6 @@ from promptcache.store import PrefixStore
 from promptcache.store.index.rows import PrefixRow
 
 Action = Literal["keep", "build", "pin", "unpin"]
-Load = Callable[[str | None, str | None], CachedGenerator]
 Build = Callable[[CachedGenerator, RenderedPrompt, PromptSpec], BuiltPrefix]
 
 
@@ -53,13 +52,18 @@ class SyncPlanner:
     needed.
     """
 
-    def __init__(self, manifest: Manifest, store: PrefixStore, load: Load) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        store: PrefixStore,
+        load: Callable[..., CachedGenerator],
+    ) -> None:
         """Plan for a store.
 
         Args:
             manifest: What the store should hold.
             store: The store.
-            load: Loads a model with an adapter, sharing the store.
+            load: `CachedGenerator.load`, sharing the store.
         """
         self._manifest = manifest
         self._store = store
@@ -155,7 +159,7 @@ class SyncPlanner:
         for pin in self._pins():
             name = str(pin.name)
             if self._is_own(pin) and name not in key_by_name and pin.key not in renamed:
-                reason = "the manifest names it no longer"
+                reason = "the manifest no longer names it"
                 if name in named:
                     reason = "the manifest says pin = false"
                 yield SyncStep(name, "unpin", pin.key, reason)
@@ -163,7 +167,9 @@ class SyncPlanner:
     def _rendered(self, spec: PromptSpec) -> tuple[CachedGenerator, RenderedPrompt]:
         model = (spec.model, spec.adapter_path)
         if model not in self._generators:
-            self._generators[model] = self._load(*model)
+            self._generators[model] = self._load(
+                spec.model, adapter_path=spec.adapter_path
+            )
         generator = self._generators[model]
         return generator, generator.render_prefix(spec)
 

@@ -150,7 +150,7 @@ def test_commands_talk_on_stderr_and_are_no_turns() -> None:
 
     answer = result.stdout.rstrip("\n")
     assert re.fullmatch("[A-Z]{8}", answer)
-    help_, rest = result.stderr.split("No command /nonsense, /help tells them\n")
+    help_, rest = result.stderr.split("No command /nonsense, /help lists them\n")
     assert all(word in help_ for word in ("/help", "/history", "/undo", "/exit"))
     assert rest == f"user: Hello\nassistant: {answer}\n"
 
@@ -196,7 +196,7 @@ def test_named_chat_goes_on_in_another_process_and_reads_what_is_new() -> None:
 
     (first, _), (second, talk) = runs
     assert second["cached_tokens"] == first["prompt_tokens"] + 7
-    assert talk == "Going on after turn 1, /history shows them all\n"
+    assert talk == "Continuing after turn 1, /history shows them all\n"
     assert [m["content"] for m in messages("n")] == [
         *("Hello", first["text"], "Why?", second["text"])
     ]

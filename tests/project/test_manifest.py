@@ -357,7 +357,7 @@ NOTHING = "nothing to build, give system, files, messages, tools or prompt"
         ),
         (
             "files = ['manual.txt', 'latin.txt']",
-            ".files: cannot read latin.txt (no text in UTF-8)",
+            ".files: cannot read latin.txt (not UTF-8 text)",
         ),
         (
             "messages = 'no.json'",
@@ -365,7 +365,7 @@ NOTHING = "nothing to build, give system, files, messages, tools or prompt"
         ),
         (
             "messages = 'latin.json'",
-            ".messages: cannot read latin.json (no text in UTF-8)",
+            ".messages: cannot read latin.json (not UTF-8 text)",
         ),
         (
             "messages = 'cut.json'",
@@ -419,7 +419,7 @@ def test_bad_prompt_is_refused_in_one_line(
         (NAME, f"{NAME}: cannot be read (No such file or directory)"),
         ("./no/p.toml", "./no/p.toml: cannot be read (No such file or directory)"),
         ("more", "more: cannot be read (Is a directory)"),
-        ("latin.txt", "latin.txt: cannot be read (no text in UTF-8)"),
+        ("latin.txt", "latin.txt: cannot be read (not UTF-8 text)"),
         ("a\nb\0", "'a\\nb\\x00': cannot be read (embedded null byte)"),
     ],
 )

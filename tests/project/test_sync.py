@@ -208,7 +208,7 @@ def test_prompt_that_is_named_no_longer_is_unpinned(project: Path) -> None:
 
     assert sync("--check", code=1)["manual"] == (
         "unpin",
-        "the manifest names it no longer",
+        "the manifest no longer names it",
     )
     assert actions() == {"story": "keep", "manual": "unpin"}
 

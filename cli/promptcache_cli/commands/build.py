@@ -1,12 +1,12 @@
 """`promptcache build`."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from promptcache_cli import output
 from promptcache_cli.options import (
-    PROMPT,
     draft_option,
     json_option,
     max_size_option,
@@ -17,9 +17,16 @@ from promptcache_cli.options import (
 )
 from promptcache_cli.prompt_options import PromptOptions
 
+if TYPE_CHECKING:
+    from promptcache import BuiltPrefix, VolatileText
+
+FIELDS = (
+    *("key", "name", "model", "num_tokens", "cached_tokens"),
+    *("nbytes", "seconds"),
+)
+
 
 @click.command()
-@click.argument("prompt", type=PROMPT, required=False)
 @prompt_options
 @draft_option
 @click.option("--name", help="Pin the prefix under this name, so that it stays")
@@ -53,17 +60,17 @@ def build(
     """
     from promptcache.generator import CachedGenerator
 
-    talk = output.Talk(quiet=quiet)
-    options = PromptOptions.take(settings)
-    options.check_prefix()
-    with open_store(store_path, max_size, say=talk.say) as store:
+    console = output.Console(quiet=quiet)
+    parts = PromptOptions.take(settings)
+    parts.check_prefix()
+    with open_store(store_path, max_size, say=console.info) as store:
         generator = CachedGenerator.load(
-            model, adapter_path=adapter_path, store=store, announce=talk.say
+            model, adapter_path=adapter_path, store=store, announce=console.info
         )
-        prompt = generator.render_prefix(options)
+        prompt = generator.render_prefix(parts)
         volatile = generator.lint(prompt)
         output.warn_of_volatile_text(volatile)
-        with talk.progress("Reading", "tokens") as progress:
+        with console.progress("Reading", "tokens") as progress:
             prefix = generator.build(
                 prompt,
                 name=name,
@@ -72,21 +79,17 @@ def build(
                 **settings,
             )
     if json_:
-        output.json_data(
-            {
-                "key": prefix.key,
-                "name": prefix.name,
-                "model": prefix.model,
-                "num_tokens": prefix.num_tokens,
-                "cached_tokens": prefix.cached_tokens,
-                "nbytes": prefix.nbytes,
-                "seconds": prefix.seconds,
-                "volatile": [found._asdict() for found in volatile],
-            }
-        )
+        output.json_data(_as_json(prefix, volatile))
         return
     output.data(prefix.key)
-    talk.say(
+    console.info(
         f"{prefix.num_tokens} tokens of {prefix.model}, "
         f"{prefix.cached_tokens} were there already, {prefix.seconds:.1f} s"
     )
+
+
+def _as_json(
+    prefix: "BuiltPrefix", volatile: Sequence["VolatileText"]
+) -> dict[str, object]:
+    values = {name: getattr(prefix, name) for name in FIELDS}
+    return {**values, "volatile": [text._asdict() for text in volatile]}

@@ -45,7 +45,7 @@ Ctrl-C stops an answer and keeps what was said."""
 
 
 @click.command()
-@click.option("--name", help="Keep the conversation, and go on with it another time")
+@click.option("--name", help="Keep the conversation, to continue it later")
 @model_options
 @system_option
 @template_options
@@ -72,11 +72,11 @@ def chat(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Hold a conversation that picks up where it stopped
+    """Hold a conversation that continues where it stopped
 
     Reads a message a line. Every turn reuses what was said before, and is saved, so
     that it is not read again after a restart either. With --name the conversation
-    itself is kept, too. /help tells the commands. With --json each turn is printed as
+    itself is kept, too. /help lists the commands. With --json each turn is printed as
     a line of JSON.
 
     Example:
@@ -91,13 +91,13 @@ def chat(
 
     # Checked before the model is loaded, which takes longer.
     Settings.of(**read_options(options))
-    talk = output.Talk(quiet=quiet)
+    console = output.Console(quiet=quiet)
     with CachedGenerator.load(
         model,
         adapter_path=adapter_path,
         store=store_path,
         max_nbytes=max_size,
-        announce=talk.say,
+        announce=console.info,
     ) as generator:
         conversation = Conversation(
             generator,
@@ -108,7 +108,7 @@ def chat(
         )
         options["save"] = save
         with conversation:
-            _Session(conversation, talk, options, json_=json_, usage=usage).run()
+            _Session(conversation, console, options, json_=json_, usage=usage).run()
 
 
 class _Session:
@@ -117,32 +117,34 @@ class _Session:
     def __init__(
         self,
         conversation: "Conversation",
-        talk: output.Talk,
+        console: output.Console,
         options: dict[str, Any],
         *,
         json_: bool,
         usage: bool,
     ) -> None:
         self._conversation = conversation
-        self._talk = talk
+        self._console = console
         self._options = options
         self._json = json_
         self._usage = usage
 
     def run(self) -> None:
         if num_turns := self._conversation.num_turns:
-            self._talk.say(f"Going on after turn {num_turns}, /history shows them all")
+            self._console.info(
+                f"Continuing after turn {num_turns}, /history shows them all"
+            )
         if not self._conversation.is_answered:
             self._show(None)
         for line in _lines():
             if line.startswith("/"):
                 if line == "/exit":
                     return
-                self._obey(line)
+                self._run_command(line)
             elif line:
                 self._show(line)
 
-    def _obey(self, command: str) -> None:
+    def _run_command(self, command: str) -> None:
         if command == "/help":
             output.say_text(HELP)
         elif command == "/history":
@@ -150,35 +152,35 @@ class _Session:
                 output.say_text(f"{message['role']}: {message['content']}")
         elif command == "/undo":
             undone = self._conversation.undo()
-            self._talk.say("Taken back" if undone else "Nothing to take back")
+            self._console.info("Taken back" if undone else "Nothing to take back")
         else:
-            output.say(f"No command {command}, /help tells them")
+            output.say(f"No command {command}, /help lists them")
 
     def _show(self, text: str | None) -> None:
-        """Show an answer as it comes; an error is told, and the next message read.
+        """Show an answer as it comes; after an error, the next message is read.
 
-        Without a text that is the answer to a message which has none yet.
+        Without a text, it answers the message that has no answer yet.
         """
-        taken: list[GenerationResponse] = []
+        shown: list[GenerationResponse] = []
         explanation = None
         try:
             if text is not None:
                 checked_text(text)
             explanation = self._explain(text) if self._usage else None
-            with self._talk.progress("Reading", "tokens") as progress:
+            with self._console.progress("Reading", "tokens") as progress:
                 responses = self._answer(text, progress)
                 with contextlib.closing(responses):
                     stoppable = _until_interrupted(responses)
                     for response in streamed(stoppable, echo=not self._json):
-                        taken.append(response)
+                        shown.append(response)
         except UsageError as error:
             output.fail(error)
         except KeyboardInterrupt:
-            self._talk.say("Stopped before the answer began")
-        if taken and self._json:
-            output.json_line(answer_as_json(taken))
-        if taken and self._usage:
-            output.say(usage_line(taken[-1], explanation))
+            self._console.info("Stopped before the answer began")
+        if shown and self._json:
+            output.json_line(answer_as_json(shown))
+        if shown and self._usage:
+            output.say(usage_line(shown[-1], explanation))
 
     def _explain(self, text: str | None) -> "Explanation | None":
         with contextlib.suppress(StoreError):
@@ -211,7 +213,7 @@ def _lines() -> Iterator[str]:
 
 
 def _ask() -> str:
-    """Return a line that is typed; stdout is for answers if it is no terminal."""
+    """Return a line that is typed; stdout is for answers if not a terminal."""
     if output.is_terminal(sys.stdout):
         return input("> ")
     output.say("> ", end="")

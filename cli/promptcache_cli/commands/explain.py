@@ -6,7 +6,6 @@ import click
 
 from promptcache_cli import output
 from promptcache_cli.options import (
-    PROMPT,
     draft_option,
     json_option,
     open_existing,
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("prompt", type=PROMPT, required=False)
 @prompt_options
 @draft_option
 @store_option
@@ -47,21 +45,21 @@ def explain(
         promptcache explain -s @narrator.txt "I open the door"
         promptcache explain -f manual.txt "How do I reset it?" --json
     """
-    options = PromptOptions.take(settings)
-    options.check()
+    parts = PromptOptions.take(settings)
+    parts.check()
     from promptcache.generator import CachedGenerator
 
-    talk = output.Talk(quiet=quiet)
+    console = output.Console(quiet=quiet)
     with open_existing(store_path) as store:
         generator = CachedGenerator.load(
             model,
             adapter_path=adapter_path,
             store=store,
-            announce=talk.say,
+            announce=console.info,
             lazy=True,
         )
         explanation = generator.explain(
-            generator.render_parts(options),
+            generator.render_parts(parts),
             draft_model=draft_model and generator.load_draft(draft_model),
             **settings,
         )

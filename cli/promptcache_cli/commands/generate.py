@@ -9,13 +9,12 @@ import click
 from promptcache import StoreError, UsageError
 from promptcache_cli import output
 from promptcache_cli.options import (
-    PROMPT,
     draft_option,
     json_option,
     max_size_option,
+    option_group,
     prompt_options,
     quiet_option,
-    stacked,
     store_option,
 )
 from promptcache_cli.prompt_options import PromptOptions
@@ -24,13 +23,20 @@ if TYPE_CHECKING:
     from promptcache import CachedGenerator, Explanation, GenerationResponse
 
 
+# Of the last response, in JSON.
+FIELDS = (
+    *("prompt_tokens", "cached_tokens", "generation_tokens", "finish_reason"),
+    *("load_seconds", "prefill_seconds", "ttft_seconds", "key", "saved_seconds"),
+)
+
+
 def _not_zero(ctx: click.Context, param: click.Parameter, value: int) -> int:
     if value == 0:
         raise UsageError("--max-tokens must not be 0, use -1 for no limit")
     return value
 
 
-sampling_options = stacked(
+sampling_options = option_group(
     click.option(
         "--max-tokens",
         type=click.IntRange(-1),
@@ -76,7 +82,6 @@ sampling_options = stacked(
 
 
 @click.command()
-@click.argument("prompt", type=PROMPT, required=False)
 @prompt_options
 @sampling_options
 @draft_option
@@ -123,13 +128,13 @@ def generate(
         promptcache generate -s @narrator.txt -u "I open the door"
         promptcache generate -f manual.txt "How do I reset it?"
     """
-    asked = PromptOptions.take(options)
-    asked.check()
+    parts = PromptOptions.take(options)
+    parts.check()
     if no_cache and save:
         raise UsageError("use just one of --no-cache and --save")
     from promptcache.generator import CachedGenerator
 
-    talk = output.Talk(quiet=quiet)
+    console = output.Console(quiet=quiet)
     generator = CachedGenerator.load(
         model,
         adapter_path=adapter_path,
@@ -137,28 +142,25 @@ def generate(
         max_nbytes=max_size,
         reuse=not no_cache,
         save=False if no_cache else "auto" if save is None else save,
-        announce=talk.say,
+        announce=console.info,
     )
     draft = draft_model and generator.load_draft(draft_model)
-    prompt = generator.render_parts(asked)
+    prompt = generator.render_parts(parts)
     explanation = None
     if usage and not no_cache:
         # Afterwards the prompt may be stored itself.
         explanation = _explain(generator, prompt, draft, options)
-    with generator, talk.progress("Reading", "tokens") as progress:
-        responses = generator.stream_generate(
-            prompt,
-            draft_model=draft,
-            prompt_progress_callback=progress,
-            **options,
+    with generator, console.progress("Reading", "tokens") as progress:
+        stream = generator.stream_generate(
+            prompt, draft_model=draft, prompt_progress_callback=progress, **options
         )
         # Closed before the store is, also when stdout is closed early.
-        with contextlib.closing(responses):
-            taken = list(streamed(responses, echo=not json_))
+        with contextlib.closing(stream):
+            responses = list(streamed(stream, echo=not json_))
     if json_:
-        output.json_data(answer_as_json(taken))
+        output.json_data(answer_as_json(responses))
     if usage:
-        output.say(usage_line(taken[-1], explanation))
+        output.say(usage_line(responses[-1], explanation))
 
 
 def streamed(
@@ -179,15 +181,7 @@ def answer_as_json(responses: list["GenerationResponse"]) -> dict[str, object]:
     return {
         "text": "".join(response.text for response in responses),
         "token_ids": [response.token for response in responses],
-        "prompt_tokens": last.prompt_tokens,
-        "cached_tokens": last.cached_tokens,
-        "generation_tokens": last.generation_tokens,
-        "finish_reason": last.finish_reason,
-        "load_seconds": last.load_seconds,
-        "prefill_seconds": last.prefill_seconds,
-        "ttft_seconds": last.ttft_seconds,
-        "key": last.key,
-        "saved_seconds": last.saved_seconds,
+        **{name: getattr(last, name) for name in FIELDS},
     }
 
 

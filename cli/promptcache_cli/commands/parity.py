@@ -6,12 +6,11 @@ from typing import Any
 import click
 
 from promptcache_cli import output
-from promptcache_cli.options import PROMPT, json_option, prompt_options, quiet_option
+from promptcache_cli.options import json_option, prompt_options, quiet_option
 from promptcache_cli.prompt_options import PromptOptions
 
 
 @click.command()
-@click.argument("prompt", type=PROMPT, required=False)
 @prompt_options
 @click.option(
     "--max-tokens",
@@ -42,22 +41,22 @@ def parity(
         promptcache parity --exact -f manual.txt "How do I reset it?"
         promptcache parity --store-bits 8 -f manual.txt "How do I reset it?"
     """
-    options = PromptOptions.take(settings)
-    options.check()
+    parts = PromptOptions.take(settings)
+    parts.check()
     from promptcache.generator import CachedGenerator
     from promptcache.parity import check_parity
 
-    talk = output.Talk(quiet=quiet)
+    console = output.Console(quiet=quiet)
     generator = CachedGenerator.load(
         model,
         adapter_path=adapter_path,
         save=False,
         reuse=False,
-        announce=talk.say,
+        announce=console.info,
     )
-    with talk.progress("Comparing", "runs") as progress:
+    with console.progress("Comparing", "runs") as progress:
         report = check_parity(
-            generator, generator.render_parts(options), on_progress=progress, **settings
+            generator, generator.render_parts(parts), on_progress=progress, **settings
         )
     if json_:
         details = {"same_tokens": report.same_tokens, "verdict": report.verdict}

@@ -61,4 +61,4 @@ def _report(prefix: Prefix, summary: str, *, json_: bool, quiet: bool) -> None:
     if json_:
         output.json_data(prefix.to_json())
     else:
-        output.Talk(quiet=quiet).say(summary)
+        output.Console(quiet=quiet).info(summary)

@@ -31,7 +31,9 @@ from promptcache_cli.options import (
     type=SIZE,
     help="Evict until the store has this size  [default: the store's limit]",
 )
-@click.option("--older-than", type=AGE, help="Evict what was not used for so long: 7d")
+@click.option(
+    "--older-than", type=AGE, help="Evict what was not used for this long: 7d"
+)
 @click.option("-m", "--model", help="Evict everything of this model")
 @store_option
 @json_option
@@ -62,41 +64,42 @@ def prune(
     """
     from promptcache.models.load import display_name
 
-    talk = output.Talk(quiet=quiet)
+    console = output.Console(quiet=quiet)
     with open_existing(store_path) as store:
         limit = store.max_nbytes if max_size is None else max_size
         policy = PrunePolicy(
             max_nbytes=limit,
             older_than=older_than,
-            model=model and _known(store, display_name(model)),
+            model=model and _stored_model(store, display_name(model)),
         )
         plan = store.plan_prune(policy)
         if not json_:
             _print_plan(plan)
         num_files = len(plan.removals) + len(plan.garbage)
-        if dry_run:
-            report = _dry_report(plan)
-        else:
-            if num_files:
-                confirm(f"Remove {num_files} files?", yes=yes)
-            report = store.execute(plan)
+        if num_files and not dry_run:
+            confirm(f"Remove {num_files} files?", yes=yes)
+        report = _dry_report(plan) if dry_run else store.execute(plan)
         if json_:
             output.json_data(_as_json(plan, report, dry_run=dry_run))
+    freed, kept = format_size(report.freed_nbytes), format_size(report.kept_nbytes)
     verb = "Would free" if dry_run else "Freed"
-    freed = format_size(report.freed_nbytes)
-    kept = format_size(report.kept_nbytes)
-    talk.say(f"{verb} {freed}, {kept} kept" if num_files else f"Nothing to do, {kept}")
+    console.info(
+        f"{verb} {freed}, {kept} kept" if num_files else f"Nothing to do, {kept}"
+    )
+    _warn_of_rest(plan, limit)
+
+
+def _warn_of_rest(plan: PrunePlan, limit: int) -> None:
     if plan.foreign:
         output.warn(describe_foreign(plan.foreign))
     if plan.over_nbytes:
-        over = format_size(plan.over_nbytes)
         output.warn(
-            f"still {over} over {format_size(limit)}: "
+            f"still {format_size(plan.over_nbytes)} over {format_size(limit)}: "
             "the rest is pinned or not a prefix"
         )
 
 
-def _known(store: PrefixStore, model: str) -> str:
+def _stored_model(store: PrefixStore, model: str) -> str:
     """Return a model's name. Raises KeyNotFoundError if nothing is stored of it."""
     models = sorted({prefix.model for prefix in store.prefixes()})
     if model not in models:

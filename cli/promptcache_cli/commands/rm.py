@@ -64,8 +64,8 @@ def rm(
     for prefix in prefixes:
         output.data(prefix.key)
     verbs = ("Would remove", "free") if dry_run else ("Removed", "freed")
-    talk = output.Talk(quiet=quiet)
-    talk.say(f"{verbs[0]} {len(prefixes)}, {verbs[1]} {format_size(freed)}")
+    console = output.Console(quiet=quiet)
+    console.info(f"{verbs[0]} {len(prefixes)}, {verbs[1]} {format_size(freed)}")
 
 
 def _remove(store: PrefixStore, prefixes: list[Prefix]) -> dict[str, int]:

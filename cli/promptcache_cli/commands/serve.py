@@ -3,7 +3,7 @@
 import logging
 import signal
 from argparse import Namespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,19 +13,25 @@ from promptcache_cli import output
 from promptcache_cli.options import (
     JSON_OBJECT,
     SIZE,
+    draft_option,
     max_size_option,
     model_options,
     open_store,
+    option_group,
+    prefill_step_option,
+    quantization_options,
     quiet_option,
-    stacked,
     store_bits_option,
     store_option,
 )
 
+if TYPE_CHECKING:
+    from promptcache.server.app import Server
+
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 # Named as in mlx-lm's server, with its defaults.
-server_options = stacked(
+server_options = option_group(
     click.option(
         "--host", default="127.0.0.1", show_default=True, help="Where to listen"
     ),
@@ -43,7 +49,7 @@ server_options = stacked(
         callback=lambda ctx, param, value: value.split(","),
         help="Web pages that may ask, separated by commas",
     ),
-    click.option("--draft-model", help="A smaller model for speculative decoding"),
+    draft_option,
     click.option(
         "--num-draft-tokens",
         type=click.IntRange(0),
@@ -86,7 +92,7 @@ server_options = stacked(
         type=click.IntRange(0),
         default=0,
         show_default=True,
-        help="Sample from so many of the likeliest tokens, 0 for all",
+        help="Sample from this number of the likeliest tokens, 0 for all",
     ),
     click.option(
         "--min-p",
@@ -122,13 +128,7 @@ server_options = stacked(
         show_default=True,
         help="Prompts to read at once",
     ),
-    click.option(
-        "--prefill-step-size",
-        type=click.IntRange(1),
-        default=2048,
-        show_default=True,
-        help="Most prompt tokens to process at once",
-    ),
+    prefill_step_option,
     click.option(
         "--prompt-cache-size",
         type=int,
@@ -138,20 +138,7 @@ server_options = stacked(
     click.option(
         "--kv-bits", type=int, help="Quantize keys and values; no batches then"
     ),
-    click.option(
-        "--kv-group-size",
-        type=int,
-        default=64,
-        show_default=True,
-        help="How many values share a scale when quantized",
-    ),
-    click.option(
-        "--quantized-kv-start",
-        type=int,
-        default=5000,
-        show_default=True,
-        help="Quantize from this many tokens on",
-    ),
+    quantization_options,
     click.option("--pipeline", is_flag=True, help="Without effect on one machine"),
 )
 
@@ -193,7 +180,7 @@ server_options = stacked(
     "store's limit]",
 )
 @click.option(
-    "--insecure", is_flag=True, help="Let others than this machine in without a key"
+    "--insecure", is_flag=True, help="Accept remote clients without an API key"
 )
 @click.option(
     "--max-request-size",
@@ -226,10 +213,10 @@ def serve(
     """Serve a model with the OpenAI API and the durable cache
 
     This is mlx-lm's server, with its options, and a prompt cache that is in memory and
-    on disk: what was read once is not read again, not after a restart either. System
+    on disk: what was read once is not read again, even after a restart. System
     prompts and the ends of prompts are stored at once, answers when they are done.
 
-    GET /v1/cache lists what is stored, POST /v1/cache/explain tells why a prompt hits
+    GET /v1/cache lists what is stored, POST /v1/cache/explain says why a prompt hits
     or misses, POST /v1/cache/pin keeps a prefix; each API key is answered as if it
     were the only one. GET /metrics is for Prometheus.
 
@@ -241,7 +228,7 @@ def serve(
     """
     from promptcache.server.app import Server
 
-    talk = output.Talk(quiet=quiet)
+    console = output.Console(quiet=quiet)
     _log(options["log_level"])
     if memory_limit is None:
         memory_limit = options["prompt_cache_bytes"]
@@ -263,16 +250,20 @@ def serve(
             store_bits=store_bits,
             most_nbytes=max_request_size,
             most_tokens=max_prompt_tokens,
-            announce=talk.say,
+            announce=console.info,
         )
         with server:
-            host = options["host"]
-            at = f"[{host}]" if ":" in host else host
-            talk.say(f"Serving {server.model} at http://{at}:{server.port}/v1")
-            try:
-                server.serve()
-            except KeyboardInterrupt:
-                talk.say("Stopping")
+            _serve(server, options["host"], console)
+
+
+def _serve(server: "Server", host: str, console: output.Console) -> None:
+    """Serve until an interrupt."""
+    address = f"[{host}]" if ":" in host else host
+    console.info(f"Serving {server.model} at http://{address}:{server.port}/v1")
+    try:
+        server.serve()
+    except KeyboardInterrupt:
+        console.info("Stopping")
 
 
 def _log(level: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -48,7 +49,7 @@ def sync(
     json_: bool,
     quiet: bool,
 ) -> int:
-    """Build what a manifest names, and unpin what it names no longer
+    """Build what a manifest names, and unpin what it no longer names
 
     MANIFEST is promptcache.toml if not given. A prompt is built when it is not stored
     as it would be read now: a source file, the template or the weights changed, or it
@@ -64,50 +65,45 @@ def sync(
     from promptcache.project.manifest import read_manifest
 
     # Read before the models are, which takes longer.
-    found = read_manifest(manifest)
+    project = read_manifest(manifest)
     from promptcache.generator import CachedGenerator
     from promptcache.project.sync import SyncPlanner
 
-    talk = output.Talk(quiet=quiet)
-
-    def build(
-        generator: "CachedGenerator", prompt: "RenderedPrompt", spec: "PromptSpec"
-    ) -> "BuiltPrefix":
-        output.warn_of_volatile_text(generator.lint(prompt))
-        with talk.progress(f"Reading {spec.name}", "tokens") as progress:
-            return generator.build(
-                prompt,
-                prompt_progress_callback=progress,
-                **spec.settings,
-            )
+    console = output.Console(quiet=quiet)
 
     is_plan = check or dry_run
-    opened = (
+    is_new = is_to_come(config.store_dir(store_path))
+    with (
         empty_store()
-        if is_plan and is_to_come(config.store_dir(store_path))
-        else open_store(store_path, max_size, say=talk.say)
-    )
-    with opened as store:
-
-        def load(model: str | None, adapter_path: str | None) -> "CachedGenerator":
-            return CachedGenerator.load(
-                model,
-                adapter_path=adapter_path,
-                store=store,
-                announce=talk.say,
-                lazy=True,
-            )
-
-        syncing = SyncPlanner(found, store, load)
-        steps = syncing.plan()
+        if is_plan and is_new
+        else open_store(store_path, max_size, say=console.info)
+    ) as store:
+        load = partial(
+            CachedGenerator.load, store=store, announce=console.info, lazy=True
+        )
+        planner = SyncPlanner(project, store, load)
+        steps = planner.plan()
         if not is_plan:
-            steps = syncing.execute(steps, build)
-    _print(steps, is_plan=is_plan, json_=json_, talk=talk)
+            steps = planner.execute(steps, partial(_build, console))
+    _print(steps, is_plan=is_plan, json_=json_, console=console)
     return int(check and any(step.is_stale for step in steps))
 
 
+def _build(
+    console: output.Console,
+    generator: "CachedGenerator",
+    prompt: "RenderedPrompt",
+    spec: "PromptSpec",
+) -> "BuiltPrefix":
+    output.warn_of_volatile_text(generator.lint(prompt))
+    with console.progress(f"Reading {spec.name}", "tokens") as progress:
+        return generator.build(
+            prompt, prompt_progress_callback=progress, **spec.settings
+        )
+
+
 def _print(
-    steps: list["SyncStep"], *, is_plan: bool, json_: bool, talk: output.Talk
+    steps: list["SyncStep"], *, is_plan: bool, json_: bool, console: output.Console
 ) -> None:
     if json_:
         rows = [{**asdict(step), "stale": step.is_stale} for step in steps]
@@ -119,5 +115,5 @@ def _print(
     )
     counts = Counter[str](step.action for step in steps)
     words = {action: action for action in VERBS} if is_plan else VERBS
-    told = [f"{counts[action]} {words[action]}" for action in VERBS if counts[action]]
-    talk.say(("To do: " if is_plan else "Done: ") + ", ".join(told))
+    summary = [f"{counts[act]} {words[act]}" for act in VERBS if counts[act]]
+    console.info(("To do: " if is_plan else "Done: ") + ", ".join(summary))

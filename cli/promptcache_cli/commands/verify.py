@@ -34,20 +34,20 @@ def verify(
     \b
         promptcache verify --fix
     """
-    talk = output.Talk(quiet=quiet)
+    console = output.Console(quiet=quiet)
     path = config.store_dir(store_path)
     if fix and PrefixStore.is_in(path):
         PrefixStore.clear_the_way(path)
     with (
         open_existing(store_path) as store,
-        talk.progress("Checking", "blobs") as progress,
+        console.progress("Checking", "blobs") as progress,
     ):
         report = store.verify(fix=fix, progress=progress)
     if json_:
         output.json_data(_as_json(report))
     else:
         _print_damage(report)
-    talk.say(_summary(report))
+    console.info(_summary(report))
     if report.foreign:
         output.warn(describe_foreign(report.foreign))
     if not report.is_sound:
