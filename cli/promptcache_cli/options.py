@@ -152,6 +152,8 @@ def option_group(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+store_options = option_group(store_option, json_option, quiet_option)
+save_options = option_group(store_option, max_size_option, json_option, quiet_option)
 model_options = option_group(
     click.option(
         "-m",

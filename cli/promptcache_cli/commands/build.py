@@ -8,12 +8,9 @@ import click
 from promptcache_cli import output
 from promptcache_cli.options import (
     draft_option,
-    json_option,
-    max_size_option,
     open_store,
     prompt_options,
-    quiet_option,
-    store_option,
+    save_options,
 )
 from promptcache_cli.prompt_options import PromptOptions
 
@@ -30,10 +27,7 @@ FIELDS = (
 @prompt_options
 @draft_option
 @click.option("--name", help="Pin the prefix under this name, so that it stays")
-@store_option
-@max_size_option
-@json_option
-@quiet_option
+@save_options
 def build(
     model: str | None,
     adapter_path: str | None,

@@ -21,12 +21,9 @@ from promptcache_cli.commands.generate import (
 from promptcache_cli.options import (
     cache_options,
     checked_text,
-    json_option,
-    max_size_option,
     model_options,
-    quiet_option,
+    save_options,
     stdin,
-    store_option,
     system_option,
     template_options,
 )
@@ -53,10 +50,7 @@ Ctrl-C stops an answer and keeps what was said."""
 @sampling_options
 @click.option("--save/--no-save", default=True, help="Save what is said, or not")
 @click.option("-u", "--usage", is_flag=True, help="Print a line of figures each turn")
-@store_option
-@max_size_option
-@json_option
-@quiet_option
+@save_options
 def chat(
     name: str | None,
     model: str | None,

@@ -7,11 +7,9 @@ import click
 from promptcache_cli import output
 from promptcache_cli.options import (
     draft_option,
-    json_option,
     open_existing,
     prompt_options,
-    quiet_option,
-    store_option,
+    store_options,
 )
 from promptcache_cli.prompt_options import PromptOptions
 
@@ -22,9 +20,7 @@ if TYPE_CHECKING:
 @click.command()
 @prompt_options
 @draft_option
-@store_option
-@json_option
-@quiet_option
+@store_options
 def explain(
     model: str | None,
     adapter_path: str | None,

@@ -10,12 +10,9 @@ from promptcache import StoreError, UsageError
 from promptcache_cli import output
 from promptcache_cli.options import (
     draft_option,
-    json_option,
-    max_size_option,
     option_group,
     prompt_options,
-    quiet_option,
-    store_option,
+    save_options,
 )
 from promptcache_cli.prompt_options import PromptOptions
 
@@ -99,10 +96,7 @@ sampling_options = option_group(
 )
 @click.option("--no-cache", is_flag=True, help="Neither reuse nor save anything")
 @click.option("-u", "--usage", is_flag=True, help="Print one line of figures on stderr")
-@store_option
-@max_size_option
-@json_option
-@quiet_option
+@save_options
 def generate(
     model: str | None,
     adapter_path: str | None,

@@ -5,18 +5,11 @@ import click
 from promptcache import Prefix
 from promptcache.units import format_size
 from promptcache_cli import output
-from promptcache_cli.options import (
-    json_option,
-    open_existing,
-    quiet_option,
-    store_option,
-)
+from promptcache_cli.options import open_existing, store_options
 
 
 @click.command()
-@store_option
-@json_option
-@quiet_option
+@store_options
 def ls(store_path: str | None, json_: bool, quiet: bool) -> None:
     """List prefixes, the last used first
 

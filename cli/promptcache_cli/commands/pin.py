@@ -4,20 +4,13 @@ import click
 
 from promptcache import Prefix
 from promptcache_cli import output
-from promptcache_cli.options import (
-    json_option,
-    open_existing,
-    quiet_option,
-    store_option,
-)
+from promptcache_cli.options import open_existing, store_options
 
 
 @click.command()
 @click.argument("key")
 @click.argument("name")
-@store_option
-@json_option
-@quiet_option
+@store_options
 def pin(key: str, name: str, store_path: str | None, json_: bool, quiet: bool) -> None:
     """Name a prefix, so that eviction keeps it
 
@@ -41,9 +34,7 @@ def pin(key: str, name: str, store_path: str | None, json_: bool, quiet: bool) -
 
 @click.command()
 @click.argument("name")
-@store_option
-@json_option
-@quiet_option
+@store_options
 def unpin(name: str, store_path: str | None, json_: bool, quiet: bool) -> None:
     """Take a name away, so that its prefix may be evicted
 

@@ -17,10 +17,8 @@ from promptcache_cli.options import (
     SIZE,
     confirm,
     dry_run_option,
-    json_option,
     open_existing,
-    quiet_option,
-    store_option,
+    store_options,
     yes_option,
 )
 
@@ -35,9 +33,7 @@ from promptcache_cli.options import (
     "--older-than", type=AGE, help="Evict what was not used for this long: 7d"
 )
 @click.option("-m", "--model", help="Evict everything of this model")
-@store_option
-@json_option
-@quiet_option
+@store_options
 @dry_run_option
 @yes_option
 def prune(

@@ -8,19 +8,15 @@ from promptcache_cli import output
 from promptcache_cli.options import (
     confirm,
     dry_run_option,
-    json_option,
     open_existing,
-    quiet_option,
-    store_option,
+    store_options,
     yes_option,
 )
 
 
 @click.command()
 @click.argument("keys", nargs=-1, required=True, metavar="KEY...")
-@store_option
-@json_option
-@quiet_option
+@store_options
 @dry_run_option
 @yes_option
 def rm(

@@ -13,11 +13,8 @@ from promptcache_cli.options import (
     dry_run_option,
     empty_store,
     is_to_come,
-    json_option,
-    max_size_option,
     open_store,
-    quiet_option,
-    store_option,
+    save_options,
 )
 
 if TYPE_CHECKING:
@@ -36,10 +33,7 @@ VERBS = {"keep": "kept", "build": "built", "pin": "pinned", "unpin": "unpinned"}
     "--check", is_flag=True, help="Do nothing, and exit with 1 if something is stale"
 )
 @dry_run_option
-@store_option
-@max_size_option
-@json_option
-@quiet_option
+@save_options
 def sync(
     manifest: str,
     check: bool,

@@ -5,19 +5,12 @@ import click
 from promptcache import PrefixStore, VerifyReport, config
 from promptcache.store.reports import describe_foreign
 from promptcache_cli import output
-from promptcache_cli.options import (
-    json_option,
-    open_existing,
-    quiet_option,
-    store_option,
-)
+from promptcache_cli.options import open_existing, store_options
 
 
 @click.command()
 @click.option("--fix", is_flag=True, help="Take out what is damaged or missing")
-@store_option
-@json_option
-@quiet_option
+@store_options
 @click.pass_context
 def verify(
     ctx: click.Context, fix: bool, store_path: str | None, json_: bool, quiet: bool
