@@ -93,7 +93,7 @@ def _versions() -> dict[str, str]:
 
 
 def _safetensors_header(
-    metadata: dict[str, str], specs: list[TensorSpec], least_nbytes: int = 0
+    metadata: dict[str, str], specs: list[TensorSpec], min_nbytes: int = 0
 ) -> bytes:
     """Return the length and the JSON, as the safetensors format defines them."""
     header: dict[str, object] = {"__metadata__": metadata}
@@ -107,7 +107,7 @@ def _safetensors_header(
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * max(-len(text) % 8, least_nbytes - 8 - len(text))
+    text += b" " * max(-len(text) % 8, min_nbytes - 8 - len(text))
     return len(text).to_bytes(8, "little") + text
 
 

@@ -41,7 +41,8 @@ class Fingerprint:
         return (alone,) if self.exact is None else (self.exact, alone)
 
 
-# Raised when the way segments are computed or kept makes older ones unusable.
+# Incremented when segments are computed or stored in a way that makes older ones
+# unusable.
 STATE_VERSION = "3"
 
 

@@ -128,7 +128,7 @@ class Priority(IntEnum):
 
 
 def tag_of(resumption: ResumeRules, *, is_checkpoint: bool) -> str:
-    """Return what tells a segment's key from others' that end at the same position."""
+    """Return the tag of a segment's key; see `Chain.tagged_key_at`."""
     kinds = {
         "checkpoint": is_checkpoint,
         "logits": resumption.has_logits,

@@ -108,10 +108,10 @@ def surplus_checkpoints(
     """
     *older, newest = on_way
     boundaries = [c for c in older if c.is_prefix or c.priority > Priority.STEP]
-    kept = {*boundaries[:1], *boundaries[-1:]}
+    staying = {*boundaries[:1], *boundaries[-1:]}
     if next_turn is not None and next_turn < newest.position:
         before = [c for c in older if c.position <= next_turn]
-        kept = {*boundaries[:1], *before[-1:]}
+        staying = {*boundaries[:1], *before[-1:]}
     best: dict[int, CheckpointRow] = {}
     for checkpoint in older:
         distance = newest.position - checkpoint.position
@@ -119,8 +119,8 @@ def surplus_checkpoints(
         rival = best.get(bucket)
         if rival is None or _rank(rival) < _rank(checkpoint):
             best[bucket] = checkpoint
-    kept.update(best.values())
-    surplus = [c for c in older if c not in kept]
+    staying.update(best.values())
+    surplus = [c for c in older if c not in staying]
     for is_answer in (True, False):
         alike = [c for c in beside if (c.priority is Priority.ANSWER) is is_answer]
         surplus += alike[:-CHECKPOINTS_BESIDE]

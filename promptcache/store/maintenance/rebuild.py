@@ -2,7 +2,7 @@
 
 A blob names its parent by a place: the position where it starts, with the chain hash
 there. So it stays as it is when its parent is split; which segment has that place now
-is found here.
+is determined here.
 """
 
 import contextlib
@@ -90,7 +90,7 @@ class _Cover:
                 self._holders[place].append(holder)
 
     def parent_of(self, info: SegmentInfo) -> str | None:
-        """Return the key of the segment that another one starts in, or None.
+        """Return the key of the segment that a segment starts in, or None.
 
         Longer prompts go on from what is extendable; a checkpoint belongs to rows that
         are good for the same prompts as it is.
