@@ -18,10 +18,10 @@ def cache_dir() -> Path:
 
 
 def absolute(path: str | Path) -> Path:
-    """Return a path that stays good when the process changes its directory.
+    """Return a path that stays valid when the process changes its directory.
 
     Raises:
-        StoreError: The current directory is gone, or there is no such home.
+        StoreError: The current directory is gone, or the home folder is unknown.
     """
     try:
         return Path(path).expanduser().absolute()
@@ -115,13 +115,13 @@ def model_name() -> str | None:
 
 
 def hostnames() -> tuple[str, ...]:
-    """Return the names of this machine, which prompts had better not begin with."""
+    """Return the names of this machine, which prompts should not begin with."""
     name = socket.gethostname()
     return (name, name.split(".")[0]) if "." in name else (name,)
 
 
 def directories() -> tuple[str, ...]:
-    """Return the working directory and the user's home, for the same reason."""
+    """Return the working directory and the user's home, as `hostnames` does."""
     try:
         return str(Path.cwd()), str(Path.home())
     except (OSError, RuntimeError):

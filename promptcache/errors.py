@@ -13,7 +13,7 @@
         └── DamagedBlobError
 
 Messages are one sentence without a full stop that says what to do next. What a
-generation survives is no error but a warning.
+generation survives is a warning, not an error.
 """
 
 import warnings
@@ -22,7 +22,7 @@ from promptcache.printable import printable
 
 
 class PromptCacheError(Exception):
-    """Something that a user, a disk or a model caused, told in one line."""
+    """Something that a user, a disk or a model caused, in one line."""
 
     exit_code = 1
 
@@ -32,19 +32,19 @@ class PromptCacheError(Exception):
 
 
 class UsageError(PromptCacheError):
-    """The request itself makes no sense."""
+    """The request itself is not valid."""
 
     exit_code = 2
 
 
 class KeyNotFoundError(UsageError):
-    """No prefix, or more than one, goes by the given key or name."""
+    """No prefix, or more than one, has the given key or name."""
 
     exit_code = 1
 
 
 class QuotaError(UsageError):
-    """More would be pinned in a namespace than may be."""
+    """More would be pinned in a namespace than its quota allows."""
 
     exit_code = 1
 
@@ -66,7 +66,7 @@ class StoreFormatError(StoreError):
 
 
 class DamagedIndexError(StoreError):
-    """The index is no database any more; it can be rebuilt from the blobs."""
+    """The index is not a database any more; it can be rebuilt from the blobs."""
 
 
 class StoreFullError(StoreError):
@@ -82,5 +82,5 @@ class PromptCacheWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Tell that the cache had trouble which the generation survives."""
+    """Warn of trouble with the cache that a generation survives."""
     warnings.warn(printable(message), PromptCacheWarning, stacklevel=3)

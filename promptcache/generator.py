@@ -115,11 +115,9 @@ class CachedGenerator:
     `PromptCacheWarning` and a prefill. `build` raises instead.
 
     Attributes:
-        model: The mlx-lm model.
-        tokenizer: Its tokenizer.
         store: The store, or None if it cannot be used.
         save: Whether to save the prompts that are read, unless a call says otherwise.
-        namespace: What it finds, builds, names and explains is in this namespace.
+        namespace: Prefixes are found, built, named and explained in this namespace.
     """
 
     def __init__(
@@ -243,32 +241,32 @@ class CachedGenerator:
 
     @property
     def identity(self) -> ModelIdentity:
-        """Return what the model is now; it is hashed if that is not known.
+        """Return what the model is now; hash it if that is unknown.
 
-        Raises ModelError if that fails.
+        Raises ModelError if it cannot be hashed.
         """
         return self._loaded.identity
 
     def refresh_identity(self) -> None:
-        """Have the model, and its drafts, hashed again before they are used.
+        """Hash the model and its drafts again before their next use.
 
-        Call it after an array of theirs was changed in place (`weight[0] = 1`). Arrays,
-        modules and plain attributes that were replaced are noticed by themselves.
+        Needed after an array was changed in place (`weight[0] = 1`). Arrays, modules
+        and plain attributes that were replaced are noticed without this.
         """
         self._loaded.refresh_identity()
 
     def fingerprint(self, settings: Settings = DEFAULT_SETTINGS) -> Fingerprint:
         """Return what KV values depend on now, besides the token ids.
 
-        Raises ModelError if that cannot be told.
+        Raises ModelError if the model cannot be hashed.
         """
         return self._loaded.fingerprint(settings)
 
     def load_draft(self, path_or_hf_repo: str | Path) -> Any:
-        """Load a draft model, to hand to `build` and `stream_generate`.
+        """Load a draft model for `build` and `stream_generate`.
 
         Raises:
-            ModelError: It cannot be found or loaded, or has another vocabulary.
+            ModelError: It cannot be found or loaded, or its vocabulary differs.
         """
         return self._loaded.load_draft(path_or_hf_repo, self.tokenizer.vocab_size)
 
@@ -278,7 +276,7 @@ class CachedGenerator:
         tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
     ) -> RenderedPrompt:
-        """Return a prompt as token ids, with the places where it is worth resuming.
+        """Return a prompt as token ids, with the boundaries worth resuming from.
 
         Args:
             prompt: Text, token ids or chat messages.
@@ -287,7 +285,7 @@ class CachedGenerator:
                 the generator's.
 
         Raises:
-            UsageError: The prompt is empty, or no prompt of this model.
+            UsageError: The prompt is empty, or not a prompt of this model.
         """
         rendered = render.render_prompt(
             self.tokenizer,
@@ -322,16 +320,16 @@ class CachedGenerator:
         return rendered
 
     def render_parts(self, parts: PromptParts) -> RenderedPrompt:
-        """Return a whole prompt that is given in parts. Raises UsageError."""
+        """Return a whole prompt from its parts. Raises UsageError."""
         if parts.raw:
             return self.render(parts.text())
         messages = parts.compose(parts.prompt)
         return self.render(messages, parts.tools, parts.chat_template_config)
 
     def render_prefix(self, parts: PromptParts) -> RenderedPrompt:
-        """Return what is to be built of a prompt that is given in parts.
+        """Return what to build for a prompt in parts.
 
-        Without a user's text that is everything before it. Raises UsageError.
+        Without a user's text, that is everything before it. Raises UsageError.
         """
         if not parts.is_open:
             return self.render_parts(parts)
@@ -361,7 +359,7 @@ class CachedGenerator:
     ) -> Match:
         """Return what a generation of this prompt would reuse.
 
-        The last token is part of it only where the logits after it are stored: the
+        It includes the last token only where the logits after it are stored: the
         model has to read something.
 
         Args:
@@ -371,7 +369,7 @@ class CachedGenerator:
             options: See `ReadOptions`.
 
         Raises:
-            UsageError: The prompt is empty, or no prompt of this model.
+            UsageError: The prompt is empty, or not a prompt of this model.
             StoreError: The store cannot be read.
         """
         token_ids = self.render(prompt, tools, chat_template_config).token_ids
@@ -386,7 +384,7 @@ class CachedGenerator:
         chat_template_config: Mapping[str, Any] | None = None,
         **options: Unpack[ReadOptions],
     ) -> Explanation:
-        """Say what a generation of this prompt would reuse, and why not more.
+        """Explain what a generation of this prompt would reuse, and why not more.
 
         Args:
             prompt: Text, token ids or chat messages.
@@ -395,20 +393,20 @@ class CachedGenerator:
             options: See `ReadOptions`.
 
         Raises:
-            UsageError: The prompt is empty, or no prompt of this model.
+            UsageError: The prompt is empty, or not a prompt of this model.
             StoreError: The store cannot be read.
         """
         rendered = self.render(prompt, tools, chat_template_config)
         fingerprint = self.fingerprint(Settings.of(**options))
         store = self._usable_store()
-        around = store.nearby(rendered.token_ids, fingerprint, rendered.origin)
-        estimate = store.estimate(fingerprint, around.match.cached_tokens)
+        nearby = store.nearby(rendered.token_ids, fingerprint, rendered.origin)
+        estimate = store.estimate(fingerprint, nearby.match.cached_tokens)
         declines = estimate is not None and estimate.prefill_is_faster
         return explain.explain(
             self.tokenizer,
             rendered,
             fingerprint,
-            around,
+            nearby,
             declined=estimate if declines else None,
         )
 
@@ -585,19 +583,17 @@ class CachedGenerator:
         _check(max_tokens, sampling, settings, input_embeddings)
         rendered = self.render(prompt, tools, chat_template_config)
         self._check_draft(settings, rendered)
-        plan = self._loaded.plan(settings, rendered.boundaries, rendered.answer)
-        read = PromptRead(
-            rendered.token_ids,
-            plan,
-            settings,
-            origin=rendered.origin,
-            reuse=self._reuse if reuse is None else reuse,
-            save=self.save if save is None else save,
-            can_be_stored=input_embeddings is None,
-        )
         sampler, logits_processors = _sampling(cast(SamplingOptions, sampling))
         request = Request(
-            read,
+            PromptRead(
+                rendered.token_ids,
+                self._loaded.plan(settings, rendered.boundaries, rendered.answer),
+                settings,
+                origin=rendered.origin,
+                reuse=self._reuse if reuse is None else reuse,
+                save=self.save if save is None else save,
+                can_be_stored=input_embeddings is None,
+            ),
             max_tokens=max_tokens,
             sampler=sampler,
             logits_processors=logits_processors,

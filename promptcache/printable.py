@@ -1,4 +1,4 @@
-"""Printable text: what others wrote, in a form that a terminal only shows.
+"""Printable text: foreign text, in a form that a terminal only shows.
 
 Names, prompts and request lines come from stores, files and clients. Raw, they could
 set a terminal's title, clear it, write to its clipboard, or show other text than there
@@ -29,7 +29,7 @@ def printable(text: object) -> str:
     r"""Return a text in one line: what a terminal would not show is escaped.
 
     That is control characters (`\x1b`), marks that turn the direction of writing
-    (`\u202e`), characters that are not seen, and bytes that were no text (`\udcff`).
+    (`\u202e`), characters that are not seen, and bytes that were not text (`\udcff`).
     """
     return _escaped(str(text), _NOTHING, _as_python)
 

@@ -2,21 +2,17 @@
 
 import re
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
 from promptcache.errors import UsageError
 
-if TYPE_CHECKING:
-    pass
-
 NBYTES_BY_UNIT = {
-    **{unit: 10**power for unit, power in zip("KMGT", (3, 6, 9, 12), strict=True)},
+    **{u: 10**p for u, p in zip("KMGT", (3, 6, 9, 12), strict=True)},
     **{f"{u}B": 10**p for u, p in zip("KMGT", (3, 6, 9, 12), strict=True)},
     **{f"{u}IB": 2**p for u, p in zip("KMGT", (10, 20, 30, 40), strict=True)},
     "B": 1,
     "": 1,
 }
-# No calendar goes on after the year 9999.
+# Python's calendar ends with the year 9999.
 MAX_SECONDS = 253_402_300_800.0
 SECONDS_BY_UNIT = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -24,14 +20,13 @@ SECONDS_BY_UNIT = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 def parse_size(text: str) -> int:
     """Return the number of bytes in a size such as `10GB`, `1.5GiB` or `4096`.
 
-    Raises:
-        UsageError: The text is not a size.
+    Raises UsageError if the text is not a size.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
     # Twenty digits are more than there are bytes on any disk.
-    if not found or len(found[1]) > 20 or found[2].upper() not in NBYTES_BY_UNIT:
+    if not match or len(match[1]) > 20 or match[2].upper() not in NBYTES_BY_UNIT:
         raise UsageError(f"{text!r} is not a size, write for example 10GB or 512MiB")
-    return int(float(found[1]) * NBYTES_BY_UNIT[found[2].upper()])
+    return int(float(match[1]) * NBYTES_BY_UNIT[match[2].upper()])
 
 
 def format_size(nbytes: int) -> str:
@@ -46,13 +41,12 @@ def format_size(nbytes: int) -> str:
 def parse_age(text: str) -> float:
     """Return the seconds in an age such as `30m`, `12h`, `7d` or `2w`.
 
-    Raises:
-        UsageError: The text is not an age.
+    Raises UsageError if the text is not an age.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
-    if not found:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
+    if not match:
         raise UsageError(f"{text!r} is not an age, write for example 30m, 12h or 7d")
-    return float(found[1]) * SECONDS_BY_UNIT[found[2]]
+    return float(match[1]) * SECONDS_BY_UNIT[match[2]]
 
 
 def format_age(seconds: float) -> str:

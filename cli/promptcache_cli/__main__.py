@@ -17,7 +17,7 @@ def main() -> None:
     try:
         signal.signal(signal.SIGINT, _on_interrupt)
         _open_streams()
-        _let_limits_be()
+        _tolerate_limits()
         from promptcache_cli.main import cli
 
         cli(prog_name="promptcache")
@@ -28,8 +28,8 @@ def main() -> None:
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt, or end at once while a module is imported.
 
-    What is raised in there may get lost: Python drops errors of its own callbacks.
-    Nothing is lost either way, as a store survives any end.
+    An exception in there may get lost: Python drops errors of its own callbacks.
+    No data is lost either way, as a store survives any end.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -45,18 +45,18 @@ def _leave() -> NoReturn:
 
 
 def _open_streams() -> None:
-    """Open what was closed of stdin, stdout and stderr, for writing to nowhere.
+    """Open closed ones of stdin, stdout and stderr as `/dev/null`.
 
-    Else the next file that is opened gets the number of one of them, and with it what
-    is written there; MLX takes no file for number 0.
+    Otherwise the next file that is opened gets the number of one of them, and what is
+    written there ends up in that file; MLX does not accept a file with number 0.
     """
     while (descriptor := os.open(os.devnull, os.O_WRONLY)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
 
 
-def _let_limits_be() -> None:
-    """Let mlx-lm be imported where it may not raise the limit on open files."""
+def _tolerate_limits() -> None:
+    """Make mlx-lm importable where it may not raise the limit on open files."""
     import resource
 
     set_limit = resource.setrlimit

@@ -1,4 +1,4 @@
-"""Conversations: turns that each reuse what the ones before have left."""
+"""Conversations: turns that each reuse the cache of the earlier ones."""
 
 import contextlib
 import time
@@ -20,13 +20,12 @@ class Conversation:
     """A conversation with a model.
 
     Every turn is rendered as a whole and matched by its token ids, so that it reuses
-    what still agrees, also where the chat template drops what was thought before. The
+    what is still the same, even where the chat template drops earlier thoughts. The
     prompt and the answer are saved, and the next turn, in this process or in another
     one, reads only what is new.
 
-    A generator that saves nothing saves nothing here, either.
-
-    A named conversation is written down in the store's folder before it is shown.
+    With a generator that saves nothing, nothing is saved here, either. A named
+    conversation is written to a file in the store's folder before it is shown.
     """
 
     def __init__(
@@ -38,11 +37,11 @@ class Conversation:
         tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Begin a conversation, or go on with the one of this name.
+        """Begin a conversation, or continue the one of this name.
 
         Args:
-            generator: What answers.
-            name: Under which it is kept; without one it ends with the process.
+            generator: The generator of the answers.
+            name: Keep it under this name; without one it ends with the process.
             system: The system prompt of a new conversation.
             tools: Tools for the chat template.
             chat_template_config: Further arguments of the chat template.
@@ -82,16 +81,16 @@ class Conversation:
 
     @property
     def is_answered(self) -> bool:
-        """Return whether the last user's message has an answer, if only a part of one.
+        """Return whether the last user's message has an answer, or a part of one.
 
-        A process that was killed before its first token leaves one without.
+        A process that was killed before its first token leaves none.
         """
         return self._transcript.is_ended
 
     def say(self, text: str, **options: Any) -> Generator[GenerationResponse]:
-        """Say something and yield the answer, token by token.
+        """Add a user's message and yield the answer, token by token.
 
-        What was yielded is kept, also when the generator is closed early.
+        What was yielded is kept, even when the generator is closed early.
 
         Args:
             text: The user's message.
@@ -121,10 +120,10 @@ class Conversation:
     def explain(
         self, text: str | None = None, **options: Unpack[ReadOptions]
     ) -> Explanation:
-        """Say what a turn would reuse, and why not more.
+        """Explain what a turn would reuse, and why not more.
 
         Args:
-            text: What the user would say, or None for a message without an answer.
+            text: The user's next message, or None to answer the last one.
             options: See `ReadOptions`.
 
         Raises:
@@ -174,12 +173,12 @@ class Conversation:
         )
 
     def _replace_listed(self, key: str, started: float) -> None:
-        """List what was saved in place of what the turn before had listed."""
+        """List what was saved in place of what the previous turn had listed."""
         before, store = self._transcript.key, self._generator.store
         # With a store that fails, the list only has more in it.
         with contextlib.suppress(PromptCacheError):
             assert store is not None
-            # Others may have listed the same before: it is not ours to take away.
+            # Others may have listed the same before: then it is not ours to unlist.
             listed_at = store.listed_at(key)
             if listed_at is None or listed_at < started:
                 return
@@ -188,7 +187,7 @@ class Conversation:
                 store.unlist(before)
 
     def undo(self) -> bool:
-        """Take back the last user's message and its answer; tell if there was one.
+        """Remove the last user's message and its answer; return whether one existed.
 
         Raises:
             UsageError: An answer is going on.

@@ -1,7 +1,7 @@
-"""Transcripts: the file in which a conversation is written down as it goes on.
+"""Transcripts: the file that records a conversation as it happens.
 
-A line is added for everything said, for an answer piece by piece, before it is shown:
-whatever kills the process, nothing that was shown is lost.
+Each message, and each piece of an answer, is added as a line before it is shown:
+nothing that was shown is lost, whatever kills the process.
 """
 
 import contextlib
@@ -46,15 +46,15 @@ class Transcript:
     """
 
     def __init__(self, path: Path | None, head: Mapping[str, Any]) -> None:
-        """Open a transcript; a file that is there goes on with its own head.
+        """Open a transcript; an existing file keeps its own head.
 
         Args:
             path: The file, or None to keep it in memory only.
-            head: What a new conversation starts with. Nothing is said of what is None.
+            head: What a new conversation starts with. A value of None fits any file.
 
         Raises:
-            UsageError: The file belongs to a conversation that started otherwise, or
-                another process has it open.
+            UsageError: The file belongs to a conversation that started differently,
+                or a different process has it open.
             StoreError: It cannot be read or written, or is not a transcript.
         """
         # As the file gives it back.
@@ -81,7 +81,7 @@ class Transcript:
             raise
 
     def _read(self, path: Path, lines: list[bytes]) -> None:
-        given = {k: v for k, v in self.head.items() if v is not None}
+        expected = {k: v for k, v in self.head.items() if v is not None}
         try:
             head = json.loads(lines[0])
             version = head.pop("version")
@@ -93,7 +93,7 @@ class Transcript:
             raise StoreError(f"{path} is not a transcript of a conversation") from None
         if version > VERSION:
             raise StoreError(f"a newer promptcache wrote {path}, upgrade promptcache")
-        for name, value in given.items():
+        for name, value in expected.items():
             if (value or None) != (self.head[name] or None):
                 raise UsageError(
                     f"this conversation began with another {name}, leave it out or "
@@ -106,15 +106,15 @@ class Transcript:
 
     @property
     def is_ended(self) -> bool:
-        """Return whether the last thing said, if any, is an answer that has ended."""
-        said = self.messages
-        return not self._is_answering and (not said or said[-1]["role"] != "user")
+        """Return whether the last message, if any, is an answer that has ended."""
+        messages = self.messages
+        is_open = bool(messages) and messages[-1]["role"] == "user"
+        return not self._is_answering and not is_open
 
     def _apply(self, event: Mapping[str, Any]) -> None:
-        """Take over what a line says."""
         if "message" in event:
             message = event["message"]
-            # As far as they are needed to go on.
+            # What is needed to continue.
             self.messages.append({**message, "role": str(message["role"])})
         elif "text" in event:
             if not self._is_answering:
@@ -158,7 +158,7 @@ class Transcript:
         self._add({"key": key}, durably=False)
 
     def undo(self) -> bool:
-        """Take back the last user's message and what followed; tell if there was one.
+        """Remove the last user's message and the rest; return whether one existed.
 
         Raises StoreError.
         """
@@ -169,7 +169,7 @@ class Transcript:
         return bool(places)
 
     def close(self) -> None:
-        """Close the file, so that another process may go on with it."""
+        """Close the file, so that a different process may open it."""
         if self._file is not None:
             self._file.close()
 
@@ -195,7 +195,7 @@ class _LineFile:
         self._descriptor: int | None = None
         self._path = path
         with self._translated():
-            # It stays the same file wherever the process goes.
+            # It stays the same file when the process changes its directory.
             self._path = path.absolute()
             _create_folder(self._path.parent)
             self._descriptor = open_private(self._path)
@@ -237,7 +237,7 @@ class _LineFile:
             return file.read()
 
     def cut_torn_line(self) -> None:
-        """Take away a last line that was not written in full, if there is one."""
+        """Cut off a last line that was not written in full, if there is one."""
         content = self._content()
         end = content.rfind(b"\n") + 1
         if end < len(content):
@@ -246,15 +246,15 @@ class _LineFile:
 
     @contextlib.contextmanager
     def added(self, line: bytes, *, durably: bool) -> Iterator[None]:
-        """Add a line, and take it back if what is done with it fails.
+        """Add a line, and remove it again if the block fails.
 
-        If durably, a power failure does not take it either. Raises StoreError.
+        If durably, it survives a power failure. Raises StoreError.
         """
         with self._translated():
             descriptor = self._open()
             start = os.lseek(descriptor, 0, os.SEEK_END)
             try:
-                # On a disk that is nearly full, a part of it may be written.
+                # On a disk that is nearly full, only a part may be written.
                 while line:
                     line = line[os.write(descriptor, line) :]
                 if durably:
@@ -265,7 +265,6 @@ class _LineFile:
                 raise
 
     def close(self) -> None:
-        """Close the file; nothing can be added any more."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -286,7 +285,7 @@ class _LineFile:
 
 
 def _create_folder(folder: Path) -> None:
-    """Create a private folder, durably; one that is there must be private.
+    """Create a private folder, durably; an existing one must be private.
 
     Raises StoreError, and OSError.
     """
@@ -300,10 +299,10 @@ def _create_folder(folder: Path) -> None:
 def transcript_path(folder: Path, name: str, *, namespace: str = "") -> Path:
     """Return where a conversation of this name is kept in a store's folder.
 
-    Conversations of the same name in two namespaces are two.
+    Each namespace has its own conversation of a name.
 
     Raises:
-        UsageError: The name cannot be one.
+        UsageError: The name is not valid.
     """
     if not name.strip() or not name.isprintable() or len(quote(name, safe=" ")) > 200:
         raise UsageError(
@@ -312,5 +311,5 @@ def transcript_path(folder: Path, name: str, *, namespace: str = "") -> Path:
     # A name is not a path: neither `..` nor `/` mean anything.
     quoted = quote(name, safe=" ").replace(".", "%2E")
     # No quoted name has an `@`, and a namespace may be longer than a file's name.
-    whose = xxhash.xxh3_128_hexdigest(namespace.encode()) + "@" if namespace else ""
-    return folder / "chats" / f"{whose}{quoted}.jsonl"
+    owner = xxhash.xxh3_128_hexdigest(namespace.encode()) + "@" if namespace else ""
+    return folder / "chats" / f"{owner}{quoted}.jsonl"
