@@ -1,7 +1,6 @@
 """Where things are kept on this machine, and the only reader of the environment."""
 
 import os
-import socket
 from pathlib import Path
 
 import platformdirs
@@ -116,6 +115,9 @@ def model_name() -> str | None:
 
 def hostnames() -> tuple[str, ...]:
     """Return the names of this machine, which prompts should not begin with."""
+    # Imported here because it takes 3 ms, which most commands do not need.
+    import socket
+
     name = socket.gethostname()
     return (name, name.split(".")[0]) if "." in name else (name,)
 

@@ -5,15 +5,18 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
-from promptcache import PrefixStore, PromptCacheError, StoreError, UsageError, config
+from promptcache import PromptCacheError, StoreError, UsageError, config
 from promptcache.locks import Patience
 from promptcache.printable import printable
 from promptcache.units import parse_age, parse_size
 from promptcache_cli import output
+
+if TYPE_CHECKING:
+    from promptcache import PrefixStore
 
 # How long a command that people wait for waits for another process.
 COMMAND_SECONDS = 60.0
@@ -253,7 +256,7 @@ def open_store(
     *,
     say: Callable[[str], None] | None = None,
     patience: Patience | None = None,
-) -> PrefixStore:
+) -> "PrefixStore":
     """Open the store, and warn if its index had to be rebuilt.
 
     Args:
@@ -262,6 +265,9 @@ def open_store(
         say: Called with a line while it waits for a different process; stderr if None.
         patience: How long to wait for one, else a minute.
     """
+    # Imported here because it takes 30 ms, which `--help` does not need.
+    from promptcache.store.store import PrefixStore
+
     say = say or (lambda line: output.say(f"promptcache: {line}"))
     patience = patience or Patience(COMMAND_SECONDS, say)
     store = PrefixStore(store_path, max_nbytes=max_nbytes, patience=patience)
@@ -274,11 +280,13 @@ def open_store(
 
 
 @contextlib.contextmanager
-def open_existing(store_path: str | None) -> Iterator[PrefixStore]:
+def open_existing(store_path: str | None) -> "Iterator[PrefixStore]":
     """Open a store that exists; the default one may not exist yet.
 
     Raises StoreError if there is none.
     """
+    from promptcache.store.store import PrefixStore
+
     path = config.store_dir(store_path)
     is_default_to_come = is_to_come(path) and path == config.default_store_dir()
     if is_to_come(path) and not is_default_to_come:
@@ -295,10 +303,12 @@ def is_to_come(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def empty_store() -> Iterator[PrefixStore]:
+def empty_store() -> "Iterator[PrefixStore]":
     """Open a temporary store in place of one that does not exist yet."""
     # Imported here because it takes 5 ms.
     import tempfile
+
+    from promptcache.store.store import PrefixStore
 
     with (
         tempfile.TemporaryDirectory(prefix="promptcache-") as folder,

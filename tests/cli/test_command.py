@@ -231,7 +231,7 @@ from promptcache_cli.main import cli
 try:
     cli(sys.argv[1:])
 finally:
-    heavy = {"mlx", "mlx_lm", "transformers", "numpy", "rich", "torch"}
+    heavy = {"mlx", "mlx_lm", "transformers", "numpy", "rich", "sqlite3", "torch"}
     print(sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
 
@@ -247,6 +247,7 @@ def test_housekeeping_imports_neither_mlx_nor_transformers(
     assert done.returncode == 0
     modules = set(json.loads(done.stderr.splitlines()[-1].replace("'", '"')))
     assert not modules & {"mlx", "mlx_lm", "transformers", "torch"}
+    assert ("sqlite3" in modules) == (args[0] in ("ls", "prune"))
 
 
 @pytest.mark.parametrize("args", [["--help"], ["ls"], ["ls", "--json"]], ids=" ".join)

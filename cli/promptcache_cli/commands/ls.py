@@ -1,11 +1,15 @@
 """`promptcache ls`."""
 
+from typing import TYPE_CHECKING
+
 import click
 
-from promptcache import Prefix
 from promptcache.units import format_size
 from promptcache_cli import output
 from promptcache_cli.options import open_existing, store_options
+
+if TYPE_CHECKING:
+    from promptcache import Prefix
 
 
 @click.command()
@@ -38,7 +42,7 @@ def ls(store_path: str | None, json_: bool, quiet: bool) -> None:
             output.say(f"{count}, {used} of {limit} used")
 
 
-def _print_table(prefixes: list[Prefix]) -> None:
+def _print_table(prefixes: "list[Prefix]") -> None:
     if not prefixes:
         return
     rows = [

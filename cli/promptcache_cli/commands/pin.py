@@ -1,10 +1,14 @@
 """`promptcache pin` and `promptcache unpin`."""
 
+from typing import TYPE_CHECKING
+
 import click
 
-from promptcache import Prefix
 from promptcache_cli import output
 from promptcache_cli.options import open_existing, store_options
+
+if TYPE_CHECKING:
+    from promptcache import Prefix
 
 
 @click.command()
@@ -48,7 +52,7 @@ def unpin(name: str, store_path: str | None, json_: bool, quiet: bool) -> None:
     _report(prefix, f"Unpinned {prefix.key[:12]}", json_=json_, quiet=quiet)
 
 
-def _report(prefix: Prefix, summary: str, *, json_: bool, quiet: bool) -> None:
+def _report(prefix: "Prefix", summary: str, *, json_: bool, quiet: bool) -> None:
     if json_:
         output.json_data(prefix.to_json())
     else:

@@ -1,15 +1,10 @@
 """`promptcache prune`."""
 
+from typing import TYPE_CHECKING
+
 import click
 
-from promptcache import (
-    KeyNotFoundError,
-    PrefixStore,
-    PrunePlan,
-    PrunePolicy,
-    PruneReport,
-)
-from promptcache.store.reports import Removal, describe_foreign
+from promptcache import KeyNotFoundError
 from promptcache.units import format_size
 from promptcache_cli import output
 from promptcache_cli.options import (
@@ -21,6 +16,9 @@ from promptcache_cli.options import (
     store_options,
     yes_option,
 )
+
+if TYPE_CHECKING:
+    from promptcache import PrefixStore, PrunePlan, PruneReport, Removal
 
 
 @click.command()
@@ -59,6 +57,7 @@ def prune(
         promptcache prune --max-size 5GB --older-than 2w
     """
     from promptcache.models.load import display_name
+    from promptcache.store.reports import PrunePolicy
 
     console = output.Console(quiet=quiet)
     with open_existing(store_path) as store:
@@ -85,7 +84,9 @@ def prune(
     _warn_of_rest(plan, limit)
 
 
-def _warn_of_rest(plan: PrunePlan, limit: int) -> None:
+def _warn_of_rest(plan: "PrunePlan", limit: int) -> None:
+    from promptcache.store.reports import describe_foreign
+
     if plan.foreign:
         output.warn(describe_foreign(plan.foreign))
     if plan.over_nbytes:
@@ -95,7 +96,7 @@ def _warn_of_rest(plan: PrunePlan, limit: int) -> None:
         )
 
 
-def _stored_model(store: PrefixStore, model: str) -> str:
+def _stored_model(store: "PrefixStore", model: str) -> str:
     """Return a model's name. Raises KeyNotFoundError if nothing is stored of it."""
     models = sorted({prefix.model for prefix in store.prefixes()})
     if model not in models:
@@ -104,27 +105,29 @@ def _stored_model(store: PrefixStore, model: str) -> str:
     return model
 
 
-def _print_plan(plan: PrunePlan) -> None:
+def _print_plan(plan: "PrunePlan") -> None:
     rows = [[r.key[:12], format_size(r.nbytes), _reason(r)] for r in plan.removals]
     rows += [[g.path, format_size(g.nbytes), "garbage"] for g in plan.garbage]
     if rows:
         output.table(["WHAT", "SIZE", "REASON"], rows)
 
 
-def _reason(removal: Removal) -> str:
+def _reason(removal: "Removal") -> str:
     if removal.cut_at is None:
         return removal.reason
     return f"{removal.reason}; others need its first {removal.cut_at} tokens"
 
 
-def _dry_report(plan: PrunePlan) -> PruneReport:
+def _dry_report(plan: "PrunePlan") -> "PruneReport":
+    from promptcache.store.reports import PruneReport
+
     freed = sum(removal.nbytes for removal in plan.removals)
     freed += sum(garbage.nbytes for garbage in plan.garbage)
     return PruneReport(plan.removals, plan.garbage, freed, plan.total_nbytes - freed)
 
 
 def _as_json(
-    plan: PrunePlan, report: PruneReport, *, dry_run: bool
+    plan: "PrunePlan", report: "PruneReport", *, dry_run: bool
 ) -> dict[str, object]:
     return {
         "removed": [removal._asdict() for removal in report.removals],

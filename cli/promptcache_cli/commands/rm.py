@@ -1,8 +1,10 @@
 """`promptcache rm`."""
 
+from typing import TYPE_CHECKING
+
 import click
 
-from promptcache import KeyNotFoundError, Prefix, PrefixStore
+from promptcache import KeyNotFoundError
 from promptcache.units import format_size
 from promptcache_cli import output
 from promptcache_cli.options import (
@@ -12,6 +14,9 @@ from promptcache_cli.options import (
     store_options,
     yes_option,
 )
+
+if TYPE_CHECKING:
+    from promptcache import Prefix, PrefixStore
 
 
 @click.command()
@@ -64,7 +69,7 @@ def rm(
     console.info(f"{verbs[0]} {len(prefixes)}, {verbs[1]} {format_size(freed)}")
 
 
-def _remove(store: PrefixStore, prefixes: list[Prefix]) -> dict[str, int]:
+def _remove(store: "PrefixStore", prefixes: "list[Prefix]") -> dict[str, int]:
     """Remove prefixes and return the bytes that each freed."""
     freed = {}
     for prefix in prefixes:

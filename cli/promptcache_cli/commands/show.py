@@ -1,11 +1,16 @@
 """`promptcache show`."""
 
+from typing import TYPE_CHECKING
+
 import click
 
-from promptcache import ModelError, PrefixReport, units
+from promptcache import ModelError, units
 from promptcache.units import format_size
 from promptcache_cli import output
 from promptcache_cli.options import json_option, open_existing, store_option
+
+if TYPE_CHECKING:
+    from promptcache import PrefixReport
 
 
 @click.command()
@@ -30,7 +35,7 @@ def show(key: str, store_path: str | None, json_: bool) -> None:
         output.text(f"\n{text}" if text is not None else "")
 
 
-def _text(report: PrefixReport) -> str | None:
+def _text(report: "PrefixReport") -> str | None:
     """Return the text of a prefix, or None if its tokenizer is gone."""
     # Imported here because it imports mlx_lm, which takes a second.
     from promptcache.models.load import load_tokenizer
@@ -43,7 +48,7 @@ def _text(report: PrefixReport) -> str | None:
     return str(tokenizer.decode(list(report.token_ids)))
 
 
-def _as_json(report: PrefixReport, text: str | None) -> dict[str, object]:
+def _as_json(report: "PrefixReport", text: str | None) -> dict[str, object]:
     from promptcache.kvcache.layout import describe
 
     return {
@@ -65,7 +70,7 @@ def _as_json(report: PrefixReport, text: str | None) -> dict[str, object]:
     }
 
 
-def _print_report(report: PrefixReport) -> None:
+def _print_report(report: "PrefixReport") -> None:
     from promptcache.kvcache.layout import describe
 
     prefix = report.prefix

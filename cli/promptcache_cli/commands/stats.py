@@ -2,14 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from promptcache.store.reports import Usage
 from promptcache.units import format_size
 from promptcache_cli import output
 from promptcache_cli.options import json_option, open_existing, store_option
+
+if TYPE_CHECKING:
+    from promptcache import Usage
 
 
 @click.command()
@@ -55,12 +57,12 @@ def stats(store_path: str | None, json_: bool) -> None:
     )
 
 
-def _by_model(usage: Iterable[Usage]) -> list[list[Usage]]:
+def _by_model(usage: "Iterable[Usage]") -> "list[list[Usage]]":
     ordered = sorted(usage, key=lambda u: u.model)
     return [list(group) for _, group in groupby(ordered, key=lambda u: u.model)]
 
 
-def _sums(usage: Sequence[Usage]) -> dict[str, Any]:
+def _sums(usage: "Sequence[Usage]") -> dict[str, Any]:
     """Return figures as JSON shows them."""
 
     def seconds(values: Iterable[float]) -> float:
@@ -77,7 +79,7 @@ def _sums(usage: Sequence[Usage]) -> dict[str, Any]:
     }
 
 
-def _of_model(usage: Sequence[Usage]) -> dict[str, Any]:
+def _of_model(usage: "Sequence[Usage]") -> dict[str, Any]:
     prefixes = [
         {"key": u.key, "name": u.name, "namespace": u.namespace, **_sums([u])}
         for u in usage
@@ -86,7 +88,7 @@ def _of_model(usage: Sequence[Usage]) -> dict[str, Any]:
     return {"model": usage[0].model, **_sums(usage), "by_prefix": prefixes}
 
 
-def _table_rows(usage: Sequence[Usage]) -> list[list[object]]:
+def _table_rows(usage: "Sequence[Usage]") -> list[list[object]]:
     """Return a row for each prefix, and for the misses."""
     return [
         [

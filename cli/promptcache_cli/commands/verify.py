@@ -1,11 +1,15 @@
 """`promptcache verify`."""
 
+from typing import TYPE_CHECKING
+
 import click
 
-from promptcache import PrefixStore, VerifyReport, config
-from promptcache.store.reports import describe_foreign
+from promptcache import config
 from promptcache_cli import output
 from promptcache_cli.options import open_existing, store_options
+
+if TYPE_CHECKING:
+    from promptcache import VerifyReport
 
 
 @click.command()
@@ -27,6 +31,9 @@ def verify(
     \b
         promptcache verify --fix
     """
+    from promptcache.store.reports import describe_foreign
+    from promptcache.store.store import PrefixStore
+
     console = output.Console(quiet=quiet)
     path = config.store_dir(store_path)
     if fix and PrefixStore.is_in(path):
@@ -47,7 +54,7 @@ def verify(
         ctx.exit(1)
 
 
-def _as_json(report: VerifyReport) -> dict[str, object]:
+def _as_json(report: "VerifyReport") -> dict[str, object]:
     return {
         "checked": report.checked,
         "damaged": [damage._asdict() for damage in report.damaged],
@@ -60,7 +67,7 @@ def _as_json(report: VerifyReport) -> dict[str, object]:
     }
 
 
-def _print_damage(report: VerifyReport) -> None:
+def _print_damage(report: "VerifyReport") -> None:
     rows = [[damage.key, damage.reason] for damage in report.damaged]
     rows += [[key, "blob is missing"] for key in report.missing]
     rows += [[key, "set aside in quarantine/"] for key in report.quarantined]
@@ -68,7 +75,7 @@ def _print_damage(report: VerifyReport) -> None:
         output.table(["KEY", "DAMAGE"], rows)
 
 
-def _summary(report: VerifyReport) -> str:
+def _summary(report: "VerifyReport") -> str:
     counts = (
         f"{report.checked} blobs checked, {len(report.damaged)} damaged, "
         f"{len(report.missing)} missing, {report.rebuilt} added to the index"
