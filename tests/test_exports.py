@@ -1,5 +1,6 @@
 """What `import promptcache` offers."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,12 @@ def test_every_error_is_a_promptcache_error_with_an_exit_code() -> None:
 
 def test_package_says_that_it_is_typed() -> None:
     assert (Path(promptcache.__file__).parent / "py.typed").exists()
+
+
+def test_public_names_are_on_the_page_of_the_python_api() -> None:
+    page = (ROOT / "docs/python-api.md").read_text()
+
+    assert [n for n in promptcache.__all__ if not re.search(rf"\b{n}\b", page)] == []
 
 
 @pytest.mark.parametrize("kind", [GenerateOptions, ReadOptions, SamplingOptions])
