@@ -75,7 +75,7 @@ def save_cache(
     def encode(start: int, end: int) -> Any:
         return encode_rows(cache, [taken], token_ids, start, end)
 
-    store.save(token_ids, fingerprint, encode, cut_at=cut_at)
+    store.segments.save(token_ids, fingerprint, encode, cut_at=cut_at)
 
 
 def blobs_of(store: Path) -> list[Path]:

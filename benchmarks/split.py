@@ -57,9 +57,9 @@ def measured(
         PrefixStore(Path(folder) / "store") as store,
     ):
         secret = list(range(num_tokens))
-        key = store.save(secret, FINGERPRINT, encoded(secret))
+        key = store.segments.save(secret, FINGERPRINT, encoded(secret))
         other = [*secret[:num_shared], 7, 7]
-        store.save(other, FINGERPRINT, encoded(other))
+        store.segments.save(other, FINGERPRINT, encoded(other))
         path = next(store.path.glob(f"blobs/*/{key}.safetensors"))
         copied = copy(path, path.stat().st_size * num_shared // num_tokens)
         started = time.perf_counter()

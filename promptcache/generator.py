@@ -399,8 +399,8 @@ class CachedGenerator:
         rendered = self.render(prompt, tools, chat_template_config)
         fingerprint = self.fingerprint(Settings.of(**options))
         store = self._usable_store()
-        nearby = store.nearby(rendered.token_ids, fingerprint, rendered.origin)
-        estimate = store.estimate(fingerprint, nearby.match.cached_tokens)
+        nearby = store.segments.nearby(rendered.token_ids, fingerprint, rendered.origin)
+        estimate = store.usage_log.estimate(fingerprint, nearby.match.cached_tokens)
         declines = estimate is not None and estimate.prefill_is_faster
         return explain.explain(
             self.tokenizer,

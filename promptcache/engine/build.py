@@ -50,7 +50,7 @@ class Build:
         self._told: str | None = None
         self._token_ids = self._reusable(rendered)
         self._num_tokens = len(self._token_ids)
-        self.key = store.key_of(self._token_ids, self._fingerprint)
+        self.key = store.segments.key_of(self._token_ids, self._fingerprint)
 
     def _is_prompt(self, rendered: RenderedPrompt) -> bool:
         """Return whether the prefix is a prompt whose next token's logits are needed.
@@ -108,7 +108,7 @@ class Build:
             UsageError: The cache cannot be quantized as the settings say.
             StoreError: The store cannot be written.
         """
-        with self._store.building(self.key, on_wait):
+        with self._store.segments.building(self.key, on_wait):
             num_cached = self._read(on_progress)
         if self._told is not None:
             warn(self._told)
@@ -170,7 +170,9 @@ class Build:
             )
             # A receipt is not worth waiting for, let alone failing.
             with contextlib.suppress(StoreError):
-                self._store.add_speed(self._fingerprint, end - num_cached, seconds)
+                self._store.usage_log.add_speed(
+                    self._fingerprint, end - num_cached, seconds
+                )
             if end < self._num_tokens:
                 logits = read_rest(reader, cache, token_ids, num_read=end)
                 saver.capture(end, self._num_tokens, logits)

@@ -222,10 +222,10 @@ class Generation:
             last.prefill_seconds,
         )
         with contextlib.suppress(StoreError):
-            self._store.add_speed(start.fingerprint, *self._prefilled)
+            self._store.usage_log.add_speed(start.fingerprint, *self._prefilled)
             loaded = (start.loaded_tokens, last.load_seconds)
-            self._store.add_load(start.fingerprint, *loaded)
-            return self._store.record(receipt)
+            self._store.usage_log.add_load(start.fingerprint, *loaded)
+            return self._store.usage_log.record(receipt)
         return nothing
 
     # Running the model

@@ -21,12 +21,8 @@ from promptcache.store.maintenance import prune, rebuild, verify
 from promptcache.store.reports import PrunePlan, PrunePolicy, PruneReport, VerifyReport
 from promptcache.store.secret import store_secret
 
-# Long prompts are read for minutes. Whoever has waited for that long computes the
-# prefix as well, which harms nothing.
-BUILD_SECONDS = 1800.0
 
-
-class _LockedError(StoreError):
+class LockedError(StoreError):
     """Another process has held a lock for too long."""
 
 
@@ -75,7 +71,7 @@ class StoreFolder:
         try:
             database.attempt()
         except DamagedIndexError:
-            with self._locked("index"):
+            with self.locked("index"):
                 self._recover_index(database)
 
     def _create_folders(self) -> None:
@@ -132,38 +128,14 @@ class StoreFolder:
         return store_secret(self._blobs)
 
     @contextlib.contextmanager
-    def building(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Hold the lock for computing a prefix, so that only one process does.
-
-        `on_wait` is called when another process holds it. The lock of a process
-        that dies is released, and one that is stopped is not waited for for long: the
-        prefix is then computed here, too. Raises StoreError.
-        """
-        if self.is_read_only:
-            raise StoreError(f"the store {self.path} is read-only")
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(self._locked(key, most=0.0))
-            except _LockedError:
-                on_wait()
-                self._wait_for_build(stack, key)
-            yield
-
-    def _wait_for_build(self, stack: contextlib.ExitStack, key: str) -> None:
-        waiting = self._locked(key, most=BUILD_SECONDS, tell_after=0.0)
-        try:
-            stack.enter_context(waiting)
-        except _LockedError as error:
-            self.patience.on_wait(f"waiting no longer: {error}")
-
-    @contextlib.contextmanager
-    def _locked(self, name: str, **limits: Unpack[Limits]) -> Iterator[None]:
+    def locked(self, name: str, **limits: Unpack[Limits]) -> Iterator[None]:
+        """Hold a lock of the store. Raises LockedError after some time, StoreError."""
         path = self._blobs.files.lock_path(name)
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(lock_file(path, self.patience, **limits))
             except OSError as error:
-                kind = _LockedError if isinstance(error, TimeoutError) else StoreError
+                kind = LockedError if isinstance(error, TimeoutError) else StoreError
                 raise kind(
                     f"cannot write to the store {self.path} ({error.strerror})"
                 ) from error
@@ -226,15 +198,8 @@ class StoreFolder:
 
     def _replace_unsound_index(self, database: Database) -> None:
         if not verify.is_sound(self._index, self._blobs):
-            with self._locked("index"):
+            with self.locked("index"):
                 # Another process may have replaced it while this one waited.
                 if not database.is_replaced():
                     rebuild.quarantine_index(database, self._blobs)
         database.refresh()
-
-    def give_up(self, key: str) -> list[str]:
-        """Forget a segment that cannot be used, with all that hangs on it.
-
-        Its blob moves to `quarantine/`. Return the names that went. Raises StoreError.
-        """
-        return verify.quarantine_segment(self._index, self._blobs, key)

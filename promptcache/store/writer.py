@@ -56,11 +56,14 @@ class SegmentWriter:
         token_ids: Sequence[int],
         fingerprint: Fingerprint,
         *,
-        is_tail: bool,
-        cut_at: Collection[int],
-        after: int,
+        is_tail: bool = False,
+        cut_at: Collection[int] = (),
+        after: int = 0,
     ) -> list[tuple[int, int]]:
-        """Return the ranges of a prefix that `save` would ask for now."""
+        """Return the ranges of a prefix that `save` would ask for, as things are now.
+
+        Up to `after` it is as good as stored; see `save`. Raises StoreError.
+        """
         chain = Chain(fingerprint.digest, token_ids)
         rows = longest_stored(self._index, chain, limit=len(chain), is_tail=is_tail)
         return [*_cuts(max(rows.cached_tokens, after), len(chain), cut_at)]
@@ -71,13 +74,32 @@ class SegmentWriter:
         fingerprint: Fingerprint,
         encode: Encode,
         *,
-        is_prefix: bool,
-        is_tail: bool,
-        cut_at: Collection[int],
-        state_nbytes: int,
-        next_turn: int | None,
+        is_prefix: bool = True,
+        is_tail: bool = False,
+        cut_at: Collection[int] = (),
+        state_nbytes: int = 0,
+        next_turn: int | None = None,
     ) -> str:
-        """Save what is not stored yet of a prefix; return its key."""
+        """Save what is not stored yet of a prefix; return its key.
+
+        Args:
+            token_ids: The whole prefix.
+            fingerprint: What its KV values depend on.
+            encode: Returns the state of a token range `[start, end)`; it is called
+                for the ranges that are missing only.
+            is_prefix: Whether to list its end, or keep it as a step on the way.
+            is_tail: Whether what comes after the last of `cut_at` is good for this
+                very prompt only.
+            cut_at: Where segments must end, in place of multiples of
+                `MAX_SEGMENT_TOKENS`.
+            state_nbytes: Size of the checkpoint that follows, without which the rows
+                are of no use: what fits only without it is not saved.
+            next_turn: See `save_checkpoint`.
+
+        Raises:
+            StoreFullError: It does not fit and nothing more may be evicted.
+            StoreError: It cannot be written.
+        """
         chain = Chain(fingerprint.digest, token_ids)
         state_nbytes += ROWS_NBYTES if state_nbytes else 0
 
@@ -116,11 +138,27 @@ class SegmentWriter:
         fingerprint: Fingerprint,
         segment: EncodedSegment,
         *,
-        is_prefix: bool,
-        priority: Priority,
-        next_turn: int | None,
+        is_prefix: bool = True,
+        priority: Priority = Priority.STEP,
+        next_turn: int | None = None,
     ) -> str:
-        """Save the state at the end of a prefix; return its key."""
+        """Save the state at the end of a prefix whose rows are stored; return its key.
+
+        Older checkpoints on the way there are thinned out.
+
+        Args:
+            token_ids: The whole prefix.
+            fingerprint: What its KV values depend on.
+            segment: The state.
+            is_prefix: Whether to list its end, or keep it as a step on the way.
+            priority: How much it is worth against others.
+            next_turn: Where the next turn is likely to part from this one, so that the
+                last checkpoint up to there stays.
+
+        Raises:
+            StoreFullError: It does not fit and nothing more may be evicted.
+            StoreError: It cannot be written.
+        """
         chain = Chain(fingerprint.digest, token_ids)
         position = len(chain)
         is_tail = not segment.resumption.extendable

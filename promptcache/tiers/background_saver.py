@@ -145,7 +145,7 @@ class BackgroundSaver:
         ending.attempts += 1
         submitted = (ending.fingerprint.digest, pack(ending.token_ids))
         cut_at = ending.plan.segment_ends(ending.num_tokens, ending.kv)
-        missing = self._store.missing(
+        missing = self._store.segments.missing(
             ending.token_ids,
             ending.fingerprint,
             cut_at=cut_at,
@@ -204,7 +204,7 @@ class BackgroundSaver:
         encode: Callable[[int, int], EncodedSegment],
         state: EncodedSegment | None,
     ) -> None:
-        key = self._store.save(
+        key = self._store.segments.save(
             ending.token_ids,
             ending.fingerprint,
             encode,
@@ -215,7 +215,7 @@ class BackgroundSaver:
         )
         if state is not None:
             is_turn = ending.num_tokens == ending.next_turn
-            self._store.save_checkpoint(
+            self._store.segments.save_checkpoint(
                 ending.token_ids,
                 ending.fingerprint,
                 state,
@@ -224,7 +224,7 @@ class BackgroundSaver:
                 next_turn=ending.next_turn,
             )
         if ending.is_listed and ending.origin is not None:
-            self._store.set_origin(key, ending.origin)
+            self._store.segments.set_origin(key, ending.origin)
 
 
 def _encoded_rows(ending: Ending, start: int, end: int) -> EncodedSegment:

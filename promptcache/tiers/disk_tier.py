@@ -91,12 +91,12 @@ def restore_prefix(
             )
             if not match.slices:
                 return RestoredPrefix(match)
-            estimate = store.estimate(fingerprint, match.cached_tokens)
+            estimate = store.usage_log.estimate(fingerprint, match.cached_tokens)
             if may_decline and estimate is not None and estimate.prefill_is_faster:
                 return RestoredPrefix(match, declined=estimate)
             loader.at = match.slices[0]
             try:
-                memory_limits.check_fits(store.nbytes_of(match))
+                memory_limits.check_fits(store.segments.nbytes_of(match))
                 segments = loader.load(match.slices)
                 cache[:] = restore.restore(cache, segments, room)
                 break
@@ -104,7 +104,7 @@ def restore_prefix(
                 skip.add(loader.at.key)
             except StoreError as error:
                 # Split or removed since it was found: another look finds what is left.
-                if not store.holds(loader.at):
+                if not store.segments.holds(loader.at):
                     continue
                 _give_up(store, loader.at, error)
                 # What does not fit into memory does not fit in part either.
@@ -175,7 +175,7 @@ class _Loader:
         if part in self._loaded:
             return
         self.at = part
-        path, header = self._store.open_blob(part)
+        path, header = self._store.segments.open_blob(part)
         self.digests[part.key] = header.info.fingerprint.digest
         # A run from nothing still reads these rows as they were computed.
         if is_quantized(header.layout) and part.start < self._quantized_from:
@@ -214,9 +214,9 @@ def check_blobs(store: PrefixStore, match: Match) -> bool:
     """Return whether the blobs of a match are there, forgetting one that is damaged."""
     for part in match.slices:
         try:
-            store.open_blob(part)
+            store.segments.open_blob(part)
         except StoreError as error:
-            if store.holds(part):
+            if store.segments.holds(part):
                 _give_up(store, part, error)
             return False
     return True
@@ -226,7 +226,7 @@ def _give_up(store: PrefixStore, part: SegmentSlice, error: StoreError) -> None:
     names: list[str] = []
     if isinstance(error, DamagedBlobError):
         with contextlib.suppress(StoreError):
-            names = store.give_up(part.key)
+            names = store.segments.give_up(part.key)
     lost = f", and {', '.join(names)} is no longer pinned" if names else ""
     warn(
         f"cached segment {part.key[:12]} cannot be used and is read again: "

@@ -229,7 +229,7 @@ class Saver:
                 self.begin(end, is_listed=is_listed)
         self._begun = (0, False)
         self._forget()
-        return self._store.key_of(self._token_ids[:end], self._fingerprint)
+        return self._store.segments.key_of(self._token_ids[:end], self._fingerprint)
 
     def _submissions(self, end: int, *, is_listed: bool) -> Iterator[None]:
         """Hand over what is new of `[0, end)`, and yield after each part of it."""
@@ -239,7 +239,7 @@ class Saver:
         checkpoints = [c for c in unsaved if self._wants_checkpoint(c)]
         is_prefix = is_listed and end == len(token_ids)
         is_state_last = bool(checkpoints) and checkpoints[-1].end == end
-        missing = self._store.missing(
+        missing = self._store.segments.missing(
             token_ids[:end],
             self._fingerprint,
             is_tail=self._is_tail(end),
@@ -262,8 +262,11 @@ class Saver:
                 yield
             done = stop
         if is_prefix and self._origin is not None:
-            key, origin = self._store.key_of(token_ids, self._fingerprint), self._origin
-            self._submit(lambda: self._store.set_origin(key, origin), 0)
+            key, origin = (
+                self._store.segments.key_of(token_ids, self._fingerprint),
+                self._origin,
+            )
+            self._submit(lambda: self._store.segments.set_origin(key, origin), 0)
         self._saved_to = end
 
     def _room_for(self, states: Sequence[snapshot.Snapshot]) -> int:
@@ -299,7 +302,7 @@ class Saver:
         cut_at = self._plan.segment_ends(stop, self._kv)
 
         def job() -> None:
-            self._store.save(
+            self._store.segments.save(
                 token_ids,
                 self._fingerprint,
                 encode,
@@ -316,7 +319,7 @@ class Saver:
         token_ids, priority = self._token_ids[:end], self._worth(end)
 
         def job() -> None:
-            self._store.save_checkpoint(
+            self._store.segments.save_checkpoint(
                 token_ids,
                 self._fingerprint,
                 segment,

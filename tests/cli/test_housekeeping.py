@@ -470,7 +470,7 @@ def test_old_prefixes_show_their_age(path: Path) -> None:
     with PrefixStore(path) as store:
         key = segments.save(store, segments.tokens(10))
         match = store.lookup(segments.tokens(11), segments.TINY)
-        store.touch(match)
+        store.usage_log.touch(match)
 
     (prefix,) = listed().values()
 

@@ -61,7 +61,7 @@ def usage(generator: CachedGenerator) -> list[Usage]:
 
 def speed(generator: CachedGenerator) -> float | None:
     assert generator.store is not None
-    return generator.store.prefill_speed(generator.fingerprint())
+    return generator.store.usage_log.prefill_speed(generator.fingerprint())
 
 
 def totals(rows: Sequence[Usage]) -> tuple[int, int, int, int]:
@@ -122,7 +122,7 @@ def test_hits_count_for_the_prefix_that_was_reused(generator: CachedGenerator) -
     assert generator.store is not None
     run(generator, MANUAL)
     run(generator, QUESTION)
-    key = generator.store.key_of(MANUAL, generator.fingerprint())
+    key = generator.store.segments.key_of(MANUAL, generator.fingerprint())
     generator.store.pin(key, "manual")
 
     run(generator, MANUAL)
@@ -175,12 +175,12 @@ def test_speed_is_that_of_the_last_reads_mostly(
 ) -> None:
     fingerprint = generator.fingerprint()
 
-    store.add_speed(fingerprint, 100, 1.0)
-    store.add_speed(fingerprint, 300, 1.0)
-    store.add_speed(fingerprint, 63, 100.0)
-    store.add_speed(fingerprint, 100, 0.0)
+    store.usage_log.add_speed(fingerprint, 100, 1.0)
+    store.usage_log.add_speed(fingerprint, 300, 1.0)
+    store.usage_log.add_speed(fingerprint, 63, 100.0)
+    store.usage_log.add_speed(fingerprint, 100, 0.0)
 
-    assert store.prefill_speed(fingerprint) == (50 + 300) / (0.5 + 1.0)
+    assert store.usage_log.prefill_speed(fingerprint) == (50 + 300) / (0.5 + 1.0)
 
 
 def test_a_build_is_no_request_but_tells_the_speed(generator: CachedGenerator) -> None:
@@ -220,13 +220,13 @@ def test_figures_survive_reopening_and_removal(
     run(generator)
     run(generator)
     before, fingerprint = store.usage(), generator.fingerprint()
-    tokens_a_second = store.prefill_speed(fingerprint)
-    store.remove(store.key_of(MANUAL, fingerprint))
+    tokens_a_second = store.usage_log.prefill_speed(fingerprint)
+    store.remove(store.segments.key_of(MANUAL, fingerprint))
     store.close()
 
     with PrefixStore(store.path) as reopened:
         assert reopened.usage() == before
-        assert reopened.prefill_speed(fingerprint) == tokens_a_second
+        assert reopened.usage_log.prefill_speed(fingerprint) == tokens_a_second
 
 
 def test_two_processes_at_once_lose_nothing(
@@ -327,7 +327,7 @@ def test_generate_json_tells_what_was_saved(
     ok("generate", *args, "--no-cache")
 
     assert first["saved_seconds"] == 0
-    tokens_a_second = store.prefill_speed(generator.fingerprint())
+    tokens_a_second = store.usage_log.prefill_speed(generator.fingerprint())
     assert tokens_a_second
     expected = second["cached_tokens"] / tokens_a_second
     assert second["saved_seconds"] == pytest.approx(expected)

@@ -145,7 +145,7 @@ def hostile_store(tmp_path: Path) -> Path:
         key = segments.save(store, segments.tokens(40))
         store.pin(key, "name")
         found = store.lookup(segments.tokens(41), segments.TINY)
-        store.record(RequestUsage(segments.TINY, found, 40, 1, 0.1, 0.1))
+        store.usage_log.record(RequestUsage(segments.TINY, found, 40, 1, 0.1, 0.1))
         segments.save(store, segments.tokens(9, first=500))
     with sqlite3.connect(path / "index.db") as index:
         index.execute("UPDATE prefixes SET name = ? WHERE name = 'name'", [HOSTILE])

@@ -56,7 +56,7 @@ def test_store_with_a_relative_path_stays_where_it_was_opened(
         for i in range(4):
             save(store, [i, *tokens(40)], width=300)
             next(elsewhere)
-        with store.building(key, lambda: None):
+        with store.segments.building(key, lambda: None):
             next(elsewhere)
         assert store.verify().is_sound
         next(elsewhere)

@@ -359,7 +359,7 @@ def test_nothing_cached_begins_like_an_unknown_prompt(ask: Ask) -> None:
 
 
 def remove(ask: Ask) -> None:
-    key = ask.store.key_of(ask.token_ids, ask.fingerprint)
+    key = ask.store.segments.key_of(ask.token_ids, ask.fingerprint)
     ask.store.remove(key)
 
 
@@ -447,7 +447,7 @@ def test_full_hit_says_so(ask: Ask) -> None:
     assert not explanation.is_miss
     assert explanation.verdict.startswith("a full hit: ")
     assert explanation.cached_tokens == len(ask.token_ids) - 1
-    assert explanation.key == ask.store.key_of(ask.token_ids, ask.fingerprint)
+    assert explanation.key == ask.store.segments.key_of(ask.token_ids, ask.fingerprint)
 
 
 def test_new_question_after_a_built_system_prompt_is_no_miss(ask: Ask) -> None:
@@ -569,7 +569,7 @@ def test_explaining_is_quick_among_many_prompts(ask: Ask, folder: Path) -> None:
         rendered = ask.generator.render(each.prompt, each.tools)
         key = segments.save(ask.store, rendered.token_ids, each.fingerprint)
         assert rendered.origin is not None
-        ask.store.set_origin(key, rendered.origin)
+        ask.store.segments.set_origin(key, rendered.origin)
     changed = CAUSES["date"].change(ask, folder)
 
     started = time.perf_counter()

@@ -74,12 +74,14 @@ def fill(folder: Path) -> None:
 def fill_history(store: PrefixStore) -> None:
     """Leave something in each table of what happened."""
     key = save(store, [9, *tokens(20)])
-    store.set_origin(key, ORIGIN)
+    store.segments.set_origin(key, ORIGIN)
     store.remove(key)
-    store.set_origin(store.resolve("name").key, ORIGIN)
-    store.add_speed(TINY, 1000, 0.5)
-    store.add_load(TINY, 1000, 0.5)
-    store.record(RequestUsage(TINY, store.lookup(PROMPT, TINY), 40, 10, 0.1, 0.1))
+    store.segments.set_origin(store.resolve("name").key, ORIGIN)
+    store.usage_log.add_speed(TINY, 1000, 0.5)
+    store.usage_log.add_load(TINY, 1000, 0.5)
+    store.usage_log.record(
+        RequestUsage(TINY, store.lookup(PROMPT, TINY), 40, 10, 0.1, 0.1)
+    )
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def save(
 ) -> str:
     """Save a prefix with fake values and return its key."""
     encode = encoder(token_ids, width=width, resumption=resumption)
-    return store.save(
+    return store.segments.save(
         token_ids,
         model,
         encode,
@@ -147,7 +147,7 @@ def save_checkpoint(
     segment = checkpoint(
         token_ids, width=width, extendable=extendable, has_logits=has_logits
     )
-    return store.save_checkpoint(
+    return store.segments.save_checkpoint(
         token_ids, model, segment, is_prefix=is_prefix, priority=priority
     )
 
@@ -238,7 +238,7 @@ def check_match(store: PrefixStore, match: Match, token_ids: Sequence[int]) -> N
     position = 0
     for i, part in enumerate(match.slices):
         assert part.start == position <= part.stop <= part.end
-        path, header = store.open_blob(part)
+        path, header = store.segments.open_blob(part)
         if part.start == part.end:
             assert i == len(match.slices) - 1 > 0, "a checkpoint comes last, after rows"
             wanted = state(token_ids[: part.end])

@@ -129,12 +129,12 @@ def live(folder: Path) -> None:
         with PrefixStore(folder) as store, PrefixStore(folder) as other:
             key = save(store, tokens(100))
             store.pin(key, "name")
-            other.record(
+            other.usage_log.record(
                 RequestUsage(TINY, other.lookup(tokens(100), TINY), 1, 1, 0.1, 0.1)
             )
             store.verify(fix=True)
             store.remove(key)
-            store.give_up(save(other, tokens(90)))
+            store.segments.give_up(save(other, tokens(90)))
             other.execute(other.plan_prune(PrunePolicy(max_nbytes=0)))
 
 
@@ -219,7 +219,7 @@ def save_for_a_while(folder: Path, number: int) -> None:
 def hold_build(folder: Path, number: int) -> None:
     """Hold the lock of a build until killed."""
     key = f"{number:032x}" if number else "ab" * 16
-    with PrefixStore(folder) as store, store.building(key, lambda: None):
+    with PrefixStore(folder) as store, store.segments.building(key, lambda: None):
         print("ready", flush=True)
         sys.stdin.read()
 

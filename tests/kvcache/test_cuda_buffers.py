@@ -98,7 +98,7 @@ def test_damage_is_one_warning_and_nothing_hangs(tmp_path: Path, damage: str) ->
         for end in (100, 200, 300):
             generator.build(PROMPT[:end])
         found = generator.store.lookup(PROMPT[:300], generator.fingerprint())
-        path, header = generator.store.open_blob(found.slices[1])
+        path, header = generator.store.segments.open_blob(found.slices[1])
         data = bytearray(path.read_bytes())
         if damage == "flip":
             data[header.data_start + 5000] ^= 1

@@ -106,17 +106,17 @@ def evict(folder: Path, done: Done) -> None:
 
 def pin(folder: Path, done: Done) -> None:
     with PrefixStore(folder) as store:
-        store.pin(store.key_of(OLD, TINY), "old")
+        store.pin(store.segments.key_of(OLD, TINY), "old")
         done("pin")
         store.unpin("pinned")
         done("unpin")
-        store.pin(store.key_of(KEPT, OTHER), "old")
+        store.pin(store.segments.key_of(KEPT, OTHER), "old")
         done("moved")
 
 
 def remove(folder: Path, done: Done) -> None:
     with PrefixStore(folder) as store:
-        store.remove(store.key_of(OLD, TINY))
+        store.remove(store.segments.key_of(OLD, TINY))
         done("removed")
 
 
@@ -131,7 +131,7 @@ def share(folder: Path) -> None:
 
 def split(folder: Path, done: Done) -> None:
     with PrefixStore(folder) as store:
-        assert store.remove(store.key_of(OLD, TINY)).freed_nbytes
+        assert store.remove(store.segments.key_of(OLD, TINY)).freed_nbytes
         done("split")
 
 
@@ -151,7 +151,7 @@ def prune(folder: Path, done: Done) -> None:
 
 def damage_some(folder: Path) -> None:
     with PrefixStore(folder) as store:
-        flip(BlobFolder(folder).path(store.key_of(OLD, TINY)))
+        flip(BlobFolder(folder).path(store.segments.key_of(OLD, TINY)))
     publish(BlobFolder(folder), [1, 2, 3])
 
 
@@ -305,13 +305,16 @@ def check_split(folder: Path, job: TensorRead, told: Sequence[str]) -> None:
 def check_names(store: PrefixStore, told: Sequence[str], *, has_pinned: bool) -> None:
     names = {entry.name: entry.key for entry in store.pins()}
     if has_pinned and "pin" not in told:
-        assert names.get("pinned") == store.key_of(PINNED, TINY)
+        assert names.get("pinned") == store.segments.key_of(PINNED, TINY)
     if "unpin" in told:
         assert "pinned" not in names
     if "moved" in told:
-        assert names["old"] == store.key_of(KEPT, OTHER)
+        assert names["old"] == store.segments.key_of(KEPT, OTHER)
     elif "unpin" in told:
-        assert names["old"] in (store.key_of(OLD, TINY), store.key_of(KEPT, OTHER))
+        assert names["old"] in (
+            store.segments.key_of(OLD, TINY),
+            store.segments.key_of(KEPT, OTHER),
+        )
     if "built" in told:
         assert "built" in names
 

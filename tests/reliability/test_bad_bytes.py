@@ -57,11 +57,13 @@ def use(folder: Path, outside: Path) -> None:
                 store.usage,
                 store.pins,
                 lambda: [store.report(p.key) for p in store.prefixes()],
-                lambda: store.nearby([9, *PROMPT], TINY, ORIGIN),
-                lambda: store.estimate(TINY, 100),
+                lambda: store.segments.nearby([9, *PROMPT], TINY, ORIGIN),
+                lambda: store.usage_log.estimate(TINY, 100),
                 lambda: store.configs(ORIGIN.template),
                 lambda: [store.listed_at(p.key) for p in store.prefixes()],
-                lambda: store.record(RequestUsage(TINY, Match(), 0, 10, 0.1, 0.1)),
+                lambda: store.usage_log.record(
+                    RequestUsage(TINY, Match(), 0, 10, 0.1, 0.1)
+                ),
                 store.written,
                 store.verify,
                 lambda: store.verify(fix=True),
@@ -81,11 +83,11 @@ def read(store: PrefixStore, prompt: list[int]) -> None:
         match = store.lookup(prompt, TINY)
         for part in match.slices:
             # As every load does, which then compares the checksum of the data.
-            store.open_blob(part)
+            store.segments.open_blob(part)
             store._blobs.check(part.key)
         assert match.cached_tokens <= len(prompt)
         check_match(store, match, prompt)
-        store.touch(match)
+        store.usage_log.touch(match)
     except StoreError:
         return
 
@@ -411,8 +413,8 @@ def test_checksum_is_compared_before_bytes_are_used(
 def test_field_of_the_wrong_kind_is_damage(filled: Path, field: str, text: str) -> None:
     with copied(filled) as (folder, _), PrefixStore(folder) as store:
         (part,) = store.lookup(PROMPT, TINY).slices
-        path, _header = store.open_blob(part)
+        path, _header = store.segments.open_blob(part)
         seal(path, {field: text}, {})
 
         with pytest.raises(DamagedBlobError, match="header cannot be read"):
-            store.open_blob(part)
+            store.segments.open_blob(part)

@@ -61,13 +61,13 @@ def save_new(folder: Path) -> None:
 def build_named(folder: Path) -> None:
     with PrefixStore(folder) as store:
         store.pin(save(store, [*OLD, *tokens(40)]), "old")
-        store.pin(store.key_of(OLD, TINY), "old")
+        store.pin(store.segments.key_of(OLD, TINY), "old")
 
 
 def remove_and_prune(folder: Path) -> None:
     publish(BlobFolder(folder), [1, 2])
     with PrefixStore(folder) as store:
-        store.remove(store.key_of([3, *tokens(45)], TINY))
+        store.remove(store.segments.key_of([3, *tokens(45)], TINY))
         store.execute(store.plan_prune(PrunePolicy()))
 
 
@@ -201,7 +201,7 @@ def test_removing_makes_room_on_a_full_file_system(
 
     with PrefixStore(folder, min_free_nbytes=0) as store:
         before = os.statvfs(folder).f_bfree
-        store.remove(store.key_of([9, 0, *tokens(40)], TINY))
+        store.remove(store.segments.key_of([9, 0, *tokens(40)], TINY))
         store.execute(store.plan_prune(PrunePolicy(max_nbytes=500_000)))
         after = os.statvfs(folder).f_bfree
         frsize = os.statvfs(folder).f_frsize

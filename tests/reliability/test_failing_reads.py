@@ -86,8 +86,8 @@ def look_everywhere(folder: Path) -> None:
     """Ask a store for all that it can tell."""
     with PrefixStore(folder) as store:
         for part in store.lookup(tokens(70), TINY).slices:
-            store.open_blob(part)
-        store.nearby(tokens(60), TINY)
+            store.segments.open_blob(part)
+        store.segments.nearby(tokens(60), TINY)
         for prefix in store.prefixes():
             store.report(prefix.key)
         store.plan_prune(PrunePolicy(max_nbytes=0))

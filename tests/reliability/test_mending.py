@@ -225,7 +225,7 @@ def check_list(filled: Path, text: str) -> None:
         with PrefixStore(folder) as store:
             assert store.rebuilt == 5
             assert store.lookup(PROMPT, TINY).cached_tokens == len(PROMPT)
-            store.pin(store.key_of(PROMPT, TINY), "again")
+            store.pin(store.segments.key_of(PROMPT, TINY), "again")
         check_invariants(folder)
 
 

@@ -128,7 +128,7 @@ def test_build_does_not_wait_for_a_builder_that_is_stopped(
         PrefixStore(tmp_path, patience=Patience(60, told.append)) as store,
         suspended("hold_build", tmp_path) as process,
         taking_less_than(5),
-        store.building("ab" * 16, lambda: waits.append(True)),
+        store.segments.building("ab" * 16, lambda: waits.append(True)),
     ):
         assert waits == [True]
 

@@ -74,7 +74,7 @@ def test_hit_counts_for_the_system_prompt_that_it_goes_through(
     save_turn(store, question(1000))
     for first in range(2000, 5000, 1000):
         save_turn(store, tokens(300, first=first))
-    store.touch(store.lookup(question(1000, 2), TINY))
+    store.usage_log.touch(store.lookup(question(1000, 2), TINY))
 
     prune_to(store, 0.5)
 

@@ -52,7 +52,7 @@ def put(store: PrefixStore, *prompts: int) -> None:
 
 def use(store: PrefixStore, *prompts: int) -> None:
     for i in prompts:
-        store.touch(store.lookup(PROMPTS[i], TINY))
+        store.usage_log.touch(store.lookup(PROMPTS[i], TINY))
 
 
 @pytest.mark.parametrize("is_saved_then", [True, False])
@@ -161,12 +161,12 @@ def test_speed_from_the_future_is_not_believed(
 ) -> None:
     now = time.time()
     set_clock(now + YEARS)
-    small.add_speed(TINY, 1000, 1.0)
-    small.add_load(TINY, 1000, 1.0)
+    small.usage_log.add_speed(TINY, 1000, 1.0)
+    small.usage_log.add_load(TINY, 1000, 1.0)
     set_clock(now)
 
-    assert small.prefill_speed(TINY) is None
-    assert small.estimate(TINY, 1000) is None
+    assert small.usage_log.prefill_speed(TINY) is None
+    assert small.usage_log.estimate(TINY, 1000) is None
 
 
 def test_rebuilt_index_has_no_times_from_the_future(

@@ -304,9 +304,9 @@ def test_writing_to_a_read_only_store_says_so(
             lambda: save(store, tokens(100)),
             lambda: store.pin(key, "name"),
             lambda: store.remove(key),
-            lambda: store.touch(store.lookup(tokens(100), TINY)),
-            lambda: store.give_up(key),
-            lambda: store.building(key, lambda: None).__enter__(),
+            lambda: store.usage_log.touch(store.lookup(tokens(100), TINY)),
+            lambda: store.segments.give_up(key),
+            lambda: store.segments.building(key, lambda: None).__enter__(),
         ]
         for operation in operations:
             with pytest.raises(StoreError):

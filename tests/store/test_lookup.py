@@ -274,7 +274,7 @@ def save_and_record(
         ranges.append((start, end))
         return encode(start, end)
 
-    store.save(token_ids, TINY, encode_and_record, cut_at=cut_at)
+    store.segments.save(token_ids, TINY, encode_and_record, cut_at=cut_at)
     return ranges
 
 

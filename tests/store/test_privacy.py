@@ -36,9 +36,9 @@ def test_modes_are_private_whatever_the_umask(
     with PrefixStore(tmp_path / "store") as store:
         key = save(store, tokens(70))
         store.pin(key, "name")
-        with store.building("ab" * 16, lambda: None):
+        with store.segments.building("ab" * 16, lambda: None):
             check_modes(store.path)
-        store.give_up(key)
+        store.segments.give_up(key)
         save(store, tokens(70))
 
     check_modes(tmp_path / "store")
@@ -203,7 +203,7 @@ def test_blob_that_is_a_link_is_damaged(store: PrefixStore, outside: Path) -> No
 
     (match,) = store.lookup(tokens(70), TINY).slices
     with pytest.raises(DamagedBlobError, match="a link"):
-        store.open_blob(match)
+        store.segments.open_blob(match)
 
     assert len(store.verify(fix=True).damaged) == 1
     store.execute(store.plan_prune(PrunePolicy()))

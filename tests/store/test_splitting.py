@@ -67,7 +67,7 @@ def test_of_a_segment_and_its_head_a_new_index_takes_the_one_that_has_all(
 ) -> None:
     for prompt in (SECRET, PIRATE, LONGER):
         save(store, prompt)
-    store.pin(store.key_of(SECRET, TINY), "secret")
+    store.pin(store.segments.key_of(SECRET, TINY), "secret")
     before = {prefix.key: prefix.name for prefix in store.prefixes()}
     publish_root(store, SECRET[:position])
     store.close()
@@ -188,7 +188,7 @@ def test_what_is_removed_goes_and_what_is_shared_stays(
     with tempfile.TemporaryDirectory() as folder, PrefixStore(folder) as store:
         for prompt in stored:
             save(store, prompt)
-        left = {store.key_of(prompt, TINY): prompt for prompt in stored}
+        left = {store.segments.key_of(prompt, TINY): prompt for prompt in stored}
         while left:
             key = random_.choice(sorted(left))
             removed = left.pop(key)
@@ -215,7 +215,7 @@ def test_prefix_that_ends_inside_keeps_what_it_needs(
     store.pin(inside, "inside")
 
     if first == "end":
-        store.remove(store.key_of(SECRET, TINY))
+        store.remove(store.segments.key_of(SECRET, TINY))
 
         assert cached_tokens(store, SECRET) == 50
         assert [p.key for p in store.pins()] == [inside]
@@ -236,7 +236,7 @@ def test_names_of_what_is_shared_survive_a_split_and_a_lost_index(
     store.pin(save(store, SECRET[:50]), "inside")
     store.pin(save(store, SECRET[:45]), "before")
     save(store, PIRATE)
-    store.remove(store.key_of(SECRET, TINY))
+    store.remove(store.segments.key_of(SECRET, TINY))
     store.close()
     (store.path / "index.db").unlink()
 
@@ -255,7 +255,7 @@ def test_checkpoints_of_what_goes_go_and_those_of_what_is_shared_stay(
     save_with_checkpoints(store, SECRET, [20, 40, 60])
     save_with_checkpoints(store, PIRATE)
 
-    store.remove(store.key_of(SECRET, TINY))
+    store.remove(store.segments.key_of(SECRET, TINY))
 
     for prompt in (SECRET[:20], PIRATE):
         match = store.lookup(prompt, TINY)
@@ -263,7 +263,7 @@ def test_checkpoints_of_what_goes_go_and_those_of_what_is_shared_stay(
         check_match(store, match, prompt)
     assert cached_tokens(store, SECRET) == 20
     check_invariants(store)
-    store.remove(store.key_of(PIRATE, TINY))
+    store.remove(store.segments.key_of(PIRATE, TINY))
     assert blob_paths(store) == []
 
 
@@ -272,7 +272,7 @@ def test_segment_that_cannot_be_cut_is_not_split(store: PrefixStore) -> None:
     save(store, SECRET, resumption=whole)
     save(store, [*SECRET, *tokens(40, first=500)], resumption=whole)
 
-    report = store.remove(store.key_of(SECRET, TINY))
+    report = store.remove(store.segments.key_of(SECRET, TINY))
 
     assert report.freed_nbytes == 0
     check_found(store, [[*SECRET, *tokens(40, first=500)]])
@@ -337,7 +337,7 @@ def test_oldest_of_dated_prompts_that_share_a_head_goes_first(
     store: PrefixStore,
 ) -> None:
     dated = [save_dated(store, i, 100.0 + i) for i in range(4)]
-    before = {store.resolve(store.key_of(p, TINY)).nbytes for p in dated}
+    before = {store.resolve(store.segments.key_of(p, TINY)).nbytes for p in dated}
     # The oldest has the head that all share, its size is what its own tokens take.
     assert max(before) - min(before) < 1500
 
@@ -377,12 +377,12 @@ def test_use_of_what_is_shared_keeps_no_tail(store: PrefixStore) -> None:
     """Nor does it count for more than it went through."""
     dated = [save_dated(store, i, 100.0 + i) for i in range(3)]
     for prompt in (dated[1], dated[2]):
-        store.touch(store.lookup(prompt, TINY))
+        store.usage_log.touch(store.lookup(prompt, TINY))
 
     leaves = [leaf for leaf in store._index.leaves() if leaf.cut_at == 12]
 
     assert [leaf.used_at for leaf in leaves] == [100.0]
-    store.touch(store.lookup([*dated[0][:50], 7], TINY))
+    store.usage_log.touch(store.lookup([*dated[0][:50], 7], TINY))
     (leaf,) = (leaf for leaf in store._index.leaves() if leaf.cut_at == 12)
     assert leaf.used_at > 1000
     # What hangs there now was the use.
@@ -432,7 +432,7 @@ def test_split_is_not_done_where_something_came_to_hang_meanwhile(
     elif change == "pin":
         store.pin(key, "name")
     elif change == "gone":
-        store.remove(store.key_of(PIRATE, TINY))
+        store.remove(store.segments.key_of(PIRATE, TINY))
         store.remove(key)
     else:
         store.remove(key)
@@ -471,7 +471,7 @@ def test_eviction_frees_what_it_plans_and_keeps_what_is_pinned(
         for i, prompt in enumerate(stored):
             set_times(store, save(store, prompt), 100.0 + i)
         pinned = stored[number % len(stored)]
-        store.pin(store.key_of(pinned, TINY), "pinned")
+        store.pin(store.segments.key_of(pinned, TINY), "pinned")
         while True:
             plan = store.plan_prune(a_byte_less(store))
             if not plan.removals:

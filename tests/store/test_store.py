@@ -165,7 +165,7 @@ def test_saving_again_encodes_nothing(store: PrefixStore) -> None:
     def refuse(start: int, end: int) -> EncodedSegment:
         raise AssertionError(f"asked for [{start}, {end})")
 
-    assert store.save(tokens(100), TINY, refuse) == key
+    assert store.segments.save(tokens(100), TINY, refuse) == key
 
 
 def test_step_on_the_way_is_not_listed(store: PrefixStore) -> None:
@@ -176,7 +176,7 @@ def test_step_on_the_way_is_not_listed(store: PrefixStore) -> None:
 
 
 def test_key_of_is_what_save_returns(store: PrefixStore) -> None:
-    wanted = store.key_of(tokens(77), TINY)
+    wanted = store.segments.key_of(tokens(77), TINY)
 
     assert save(store, tokens(77)) == wanted
 
@@ -188,7 +188,7 @@ def test_failed_encode_keeps_what_was_there(store: PrefixStore) -> None:
         raise ValueError("no state")
 
     with pytest.raises(ValueError, match="no state"):
-        store.save(tokens(100), TINY, fail)
+        store.segments.save(tokens(100), TINY, fail)
 
     assert cached_tokens(store, tokens(100)) == 50
     check_invariants(store)
@@ -203,7 +203,7 @@ def test_interrupted_save_keeps_the_pieces_it_finished(store: PrefixStore) -> No
         return encode(start, end)
 
     with pytest.raises(KeyboardInterrupt):
-        store.save(tokens(5000), TINY, encode_two)
+        store.segments.save(tokens(5000), TINY, encode_two)
 
     assert cached_tokens(store, tokens(5000)) == 4096
     assert [prefix.num_tokens for prefix in store.prefixes()] == [4096]
@@ -214,7 +214,7 @@ def test_hit_is_counted_and_dated(store: PrefixStore) -> None:
     save(store, tokens(100))
     before = store.prefixes()[0]
 
-    store.touch(store.lookup(tokens(120), TINY))
+    store.usage_log.touch(store.lookup(tokens(120), TINY))
 
     after = store.prefixes()[0]
     assert after.hits == before.hits + 1
@@ -224,7 +224,7 @@ def test_hit_is_counted_and_dated(store: PrefixStore) -> None:
 def test_empty_match_counts_for_nothing(store: PrefixStore) -> None:
     save(store, tokens(100))
 
-    store.touch(Match())
+    store.usage_log.touch(Match())
 
     assert store.prefixes()[0].hits == 0
 
@@ -235,14 +235,14 @@ def test_blob_of_a_match_that_went_away_is_damage(store: PrefixStore) -> None:
     store.remove(key)
 
     with pytest.raises(DamagedBlobError, match="blob is missing"):
-        store.open_blob(match.slices[0])
+        store.segments.open_blob(match.slices[0])
 
 
 def test_blob_of_another_range_is_damage(store: PrefixStore) -> None:
     key = save(store, tokens(100))
 
     with pytest.raises(DamagedBlobError, match="another range"):
-        store.open_blob(SegmentSlice(key, 0, 50, 99))
+        store.segments.open_blob(SegmentSlice(key, 0, 50, 99))
 
 
 def test_report_tells_all_of_a_prefix(filled: PrefixStore) -> None:
@@ -399,7 +399,7 @@ def test_least_recently_used_prefix_goes_first(path: Path, tmp_path: Path) -> No
     with PrefixStore(path, max_nbytes=base_nbytes(tmp_path) + 150_000) as store:
         for i in range(3):
             save(store, [i, *tokens(300)], width=30)
-        store.touch(store.lookup([0, *tokens(300)], TINY))
+        store.usage_log.touch(store.lookup([0, *tokens(300)], TINY))
 
         save(store, [3, *tokens(300)], width=30)
 
@@ -440,7 +440,7 @@ def save_and_record(
         starts.append(start)
         return encode(start, end)
 
-    store.save(token_ids, TINY, encode_and_record)
+    store.segments.save(token_ids, TINY, encode_and_record)
     return starts
 
 
@@ -850,7 +850,7 @@ def test_damaged_root_takes_its_descendants_and_prune_sweeps_them(
 def test_segment_that_was_given_up_can_be_saved_again(filled: PrefixStore) -> None:
     key = expected_key(TINY.digest, STORED[1])
     flip(blob_path(filled, key))
-    filled.give_up(key)
+    filled.segments.give_up(key)
 
     for prompt in STORED:
         save(filled, prompt)
@@ -915,7 +915,7 @@ def test_blob_of_a_newer_format_is_left_alone(filled: PrefixStore) -> None:
         report = store.verify(fix=True)
         match = Match((SegmentSlice(key, 90, 130, 130),))
         with pytest.raises(StoreFormatError, match="upgrade promptcache"):
-            store.open_blob(match.slices[0])
+            store.segments.open_blob(match.slices[0])
 
         assert report.damaged == ()
         assert cached_tokens(store, STORED[2]) == 90
@@ -1190,7 +1190,7 @@ def test_processes_that_save_the_same_checkpoint_do_not_disturb_each_other(
 ) -> None:
     save(store, tokens(100), resumption=NEEDS_CHECKPOINT)
     others: list[PrefixStore] = []
-    writer = store._writer
+    writer = store.segments
     add = writer._add
 
     def add_slowly(*args: object) -> bool:
@@ -1253,7 +1253,7 @@ def test_eviction_of_a_checkpoint_leaves_the_rows_usable(
 def test_hit_of_a_checkpoint_is_counted_and_dated(resumable: PrefixStore) -> None:
     before = resumable.resolve("first")
 
-    resumable.touch(resumable.lookup(tokens(800), TINY, generating=True))
+    resumable.usage_log.touch(resumable.lookup(tokens(800), TINY, generating=True))
 
     after = resumable.resolve("first")
     assert after.hits == before.hits + 1
@@ -1265,7 +1265,7 @@ def test_hit_of_a_checkpoint_is_counted_and_dated(resumable: PrefixStore) -> Non
 
 def test_least_recently_used_checkpoint_goes_first(store: PrefixStore) -> None:
     save_with_checkpoints(store, tokens(1000), [40, 500])
-    store.touch(store.lookup(tokens(700), TINY))
+    store.usage_log.touch(store.lookup(tokens(700), TINY))
 
     plan = store.plan_prune(EVERYTHING)
 
@@ -1345,7 +1345,7 @@ def test_damaged_checkpoint_is_given_up_alone(
 
 
 def test_damaged_rows_take_their_checkpoints_with_them(resumable: PrefixStore) -> None:
-    names = resumable.give_up(expected_key(TINY.digest, TURNS[1]))
+    names = resumable.segments.give_up(expected_key(TINY.digest, TURNS[1]))
 
     assert names == ["first"]
     assert [found(resumable, prompt) for prompt in TURNS] == [(0, False)] * 3
@@ -1481,7 +1481,7 @@ def test_build_lock_ends_with_the_process_that_holds_it(store: PrefixStore) -> N
         waited.append(True)
         process.kill()
 
-    with store.building("ab" * 16, kill):
+    with store.segments.building("ab" * 16, kill):
         pass
 
     process.communicate()
@@ -1490,7 +1490,7 @@ def test_build_lock_ends_with_the_process_that_holds_it(store: PrefixStore) -> N
 
 
 def test_build_lock_is_no_garbage_while_it_is_held(store: PrefixStore) -> None:
-    with store.building("ab" * 16, lambda: None):
+    with store.segments.building("ab" * 16, lambda: None):
         plan = store.plan_prune(PrunePolicy())
 
     assert plan.garbage == ()
@@ -1532,7 +1532,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert match.cached_tokens <= longest_shared(prompt, self.prompts)
         assert match.cached_tokens <= len(prompt) - generating
         check_match(self.store, match, prompt)
-        self.store.touch(match)
+        self.store.usage_log.touch(match)
 
     @rule(prompt=prompts(), width=st.integers(1, 60), data=st.data())
     def save_checkpointed(
@@ -1560,7 +1560,7 @@ class StoreMachine(RuleBasedStateMachine):
         )
         assert not match.slices or match.slices[-1].start == match.cached_tokens
         check_match(self.store, match, prompt)
-        self.store.touch(match)
+        self.store.usage_log.touch(match)
 
     @precondition(lambda self: self.store.prefixes())
     @rule(data=st.data(), name=st.sampled_from("ab"))
@@ -1681,7 +1681,7 @@ def test_blob_that_cannot_be_opened_just_now_is_no_damage(store: PrefixStore) ->
 
     try:
         with pytest.raises(StoreError, match="Too many open files") as caught:
-            store.open_blob(part)
+            store.segments.open_blob(part)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

@@ -87,10 +87,10 @@ deeds = st.builds(
 def do(store: PrefixStore, deed: Deed) -> object:
     """Do it, and return what the tenant is told of it."""
     namespace, model = deed.tenant, of(deed.tenant, deed.weights)
-    key = store.key_of(deed.prompt, model)
+    key = store.segments.key_of(deed.prompt, model)
     if deed.kind == "save":
         save(store, deed.prompt, model)
-        store.set_origin(key, deed.origin)
+        store.segments.set_origin(key, deed.origin)
         return key
     if deed.kind == "pin":
         quota = PinQuota(2, 10**6)
@@ -100,8 +100,8 @@ def do(store: PrefixStore, deed: Deed) -> object:
     if deed.kind == "use":
         match = store.lookup(deed.prompt, model, generating=True)
         new = len(deed.prompt) - match.cached_tokens
-        store.add_speed(model, 100 + new, 1.0)
-        return store.record(
+        store.usage_log.add_speed(model, 100 + new, 1.0)
+        return store.usage_log.record(
             RequestUsage(model, match, match.cached_tokens, new, 0.1, 0.2)
         )
     return len(store.remove(store.resolve(key, namespace=namespace).key).removals)
@@ -116,12 +116,12 @@ def answers(store: PrefixStore, asked: Sequence[Deed], namespace: str) -> list[o
     ]
     for deed in asked:
         model = of(namespace, deed.weights)
-        key = store.key_of(deed.prompt, model)
+        key = store.segments.key_of(deed.prompt, model)
         told += [
             store.lookup(deed.prompt, model),
-            store.nearby(deed.prompt, model, deed.origin),
+            store.segments.nearby(deed.prompt, model, deed.origin),
             store.configs(deed.origin.template, namespace=namespace),
-            store.estimate(model, 100),
+            store.usage_log.estimate(model, 100),
             store.listed_at(key) is None,
         ]
         for wanted in (deed.name, key, key[:1], key[:3]):
@@ -194,11 +194,11 @@ def test_answers_take_no_longer_with_others(store: PrefixStore) -> None:
     prompt, own = tokens(100), of(BERT)
     origin = PromptOrigin("t", system="s")
     key = save(store, prompt, own)
-    store.set_origin(key, origin)
+    store.segments.set_origin(key, origin)
 
     def steps() -> list[int]:
         questions = [
-            lambda: store.nearby([*prompt[:90], 5], own, origin),
+            lambda: store.segments.nearby([*prompt[:90], 5], own, origin),
             lambda: store.prefixes(namespace=BERT),
             lambda: store.resolve(key[:6], namespace=BERT),
             lambda: store.pins(namespace=BERT),
@@ -212,10 +212,10 @@ def test_answers_take_no_longer_with_others(store: PrefixStore) -> None:
         for namespace in ("anna", "zoe"):
             other = of(namespace, str(number))
             key = save(store, [number, *prompt], other)
-            store.set_origin(key, origin)
+            store.segments.set_origin(key, origin)
             store.pin(key, f"name {number}")
             match = store.lookup([number, *prompt], other)
-            store.record(RequestUsage(other, match, 100, 1, 0.1, 0.2))
+            store.usage_log.record(RequestUsage(other, match, 100, 1, 0.1, 0.2))
             store.remove(save(store, [*prompt, number], other))
 
     add_others(0)
@@ -237,7 +237,7 @@ def test_what_others_lose_makes_nobody_forget_an_eviction(
     for end in range(23):
         noted.note_eviction(theirs, {end: theirs}, "makes room", now=1.0)
 
-    around = store.nearby(tokens(100), of(BERT))
+    around = store.segments.nearby(tokens(100), of(BERT))
     assert around.eviction is not None and around.eviction.reason == "removed"
     ends = [eviction.end for _, eviction in noted.evictions(of(ANNA).digest)]
     assert ends == [*range(22, 2, -1)]
@@ -246,7 +246,7 @@ def test_what_others_lose_makes_nobody_forget_an_eviction(
 def test_arguments_of_templates_are_those_of_the_namespace(store: PrefixStore) -> None:
     for namespace in (BERT, *[ANNA] * MAX_CONFIGS, ""):
         key = save(store, tokens(40), of(namespace))
-        store.set_origin(key, PromptOrigin("t", {"whose": namespace}))
+        store.segments.set_origin(key, PromptOrigin("t", {"whose": namespace}))
 
     configs = [store.configs("t", namespace=n) for n in (ANNA, BERT, "")]
 
@@ -313,7 +313,7 @@ def test_names_are_kept_by_namespace(tmp_path: Path, loses: str) -> None:
         before = store.pins()
         if loses == "blobs":
             lost = store.resolve("narrator", namespace=ANNA)
-            assert store.give_up(lost.key) == ["anna/narrator"]
+            assert store.segments.give_up(lost.key) == ["anna/narrator"]
             before = [pin for pin in before if pin.namespace != ANNA]
     (tmp_path / "store/index.db").unlink()
 

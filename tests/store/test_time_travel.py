@@ -144,7 +144,7 @@ def test_blob_of_a_newer_format_is_a_miss_and_not_touched(unpack: Unpack) -> Non
     with PrefixStore(folder) as store:
         (part,) = store.lookup(PROMPTS[0], TINY).slices
         with pytest.raises(StoreFormatError, match="upgrade promptcache"):
-            store.open_blob(part)
+            store.segments.open_blob(part)
         assert store.verify(fix=True).damaged == ()
         store.execute(store.plan_prune(PrunePolicy()))
 

@@ -72,13 +72,18 @@ def test_job_larger_than_the_bound_runs_alone() -> None:
 class _SlowStore(PrefixStore):
     """A store whose disk takes a second for every save."""
 
-    saved_at: list[float]
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.saved_at: list[float] = []
+        save = self.segments.save
 
-    def save(self, *args: Any, **options: Any) -> str:
-        time.sleep(1)
-        key = super().save(*args, **options)
-        self.saved_at = [*getattr(self, "saved_at", []), time.perf_counter()]
-        return key
+        def save_slowly(*args: Any, **options: Any) -> str:
+            time.sleep(1)
+            key = save(*args, **options)
+            self.saved_at.append(time.perf_counter())
+            return key
+
+        self.segments.save = save_slowly  # type: ignore[method-assign]
 
 
 def test_first_token_does_not_wait_for_the_disk_and_the_last_one_does(
@@ -132,7 +137,7 @@ def test_save_that_others_overtook_is_encoded_anew(
     ):
         store = generator.store
         assert store is not None
-        missing = store.missing
+        missing = store.segments.missing
         found = []
 
         def overtaken(*args: Any, **options: Any) -> list[tuple[int, int]]:
@@ -141,7 +146,7 @@ def test_save_that_others_overtook_is_encoded_anew(
                 other.build(prompt[:300])
             return found[-1]
 
-        monkeypatch.setattr(store, "missing", overtaken)
+        monkeypatch.setattr(store.segments, "missing", overtaken)
         last = list(generator.stream_generate(prompt, 4, save=True))[-1]
 
         assert found == [[(0, 600)], [(300, 600)]]

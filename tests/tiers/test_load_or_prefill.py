@@ -23,46 +23,46 @@ def answered(generator: CachedGenerator, **options: Any) -> Any:
 def measured(store: PrefixStore, fingerprint: Fingerprint, load: float) -> None:
     """Let 1,500 tokens take so many seconds to load, and one second to read."""
     for _ in range(40):
-        store.add_load(fingerprint, 1500, load)
-        store.add_speed(fingerprint, 1500, 1.0)
+        store.usage_log.add_load(fingerprint, 1500, load)
+        store.usage_log.add_speed(fingerprint, 1500, 1.0)
 
 
 def test_nothing_is_known_until_both_were_measured(store: PrefixStore) -> None:
-    assert store.estimate(FINGERPRINT, 1000) is None
-    store.add_load(FINGERPRINT, 2000, 1.0)
-    assert store.estimate(FINGERPRINT, 1000) is None
-    store.add_speed(FINGERPRINT, 1000, 4.0)
+    assert store.usage_log.estimate(FINGERPRINT, 1000) is None
+    store.usage_log.add_load(FINGERPRINT, 2000, 1.0)
+    assert store.usage_log.estimate(FINGERPRINT, 1000) is None
+    store.usage_log.add_speed(FINGERPRINT, 1000, 4.0)
 
-    assert store.estimate(FINGERPRINT, 1000) == LoadEstimate(0.5, 4.0)
+    assert store.usage_log.estimate(FINGERPRINT, 1000) == LoadEstimate(0.5, 4.0)
 
 
 def test_last_measurements_count_most(store: PrefixStore) -> None:
-    store.add_speed(FINGERPRINT, 1000, 1.0)
+    store.usage_log.add_speed(FINGERPRINT, 1000, 1.0)
     for seconds in (8.0, *[2.0] * 10):
-        store.add_load(FINGERPRINT, 1000, seconds)
+        store.usage_log.add_load(FINGERPRINT, 1000, seconds)
 
-    estimate = store.estimate(FINGERPRINT, 1000)
+    estimate = store.usage_log.estimate(FINGERPRINT, 1000)
     assert estimate is not None
     assert estimate.load_seconds == pytest.approx(2.0, rel=0.01)
 
 
 def test_short_loads_tell_nothing_of_the_bandwidth(store: PrefixStore) -> None:
-    store.add_speed(FINGERPRINT, 1000, 1.0)
-    store.add_load(FINGERPRINT, 100, 5.0)
+    store.usage_log.add_speed(FINGERPRINT, 1000, 1.0)
+    store.usage_log.add_load(FINGERPRINT, 100, 5.0)
 
-    assert store.estimate(FINGERPRINT, 1000) is None
+    assert store.usage_log.estimate(FINGERPRINT, 1000) is None
 
 
 def test_old_load_is_tried_again(
     store: PrefixStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured(store, FINGERPRINT, load=9.0)
-    assert store.estimate(FINGERPRINT, 1000) is not None
+    assert store.usage_log.estimate(FINGERPRINT, 1000) is not None
 
     later = time.time() + 3601
     monkeypatch.setattr(time, "time", lambda: later)
 
-    assert store.estimate(FINGERPRINT, 1000) is None
+    assert store.usage_log.estimate(FINGERPRINT, 1000) is None
 
 
 @pytest.mark.parametrize(
@@ -106,10 +106,10 @@ def test_generation_measures_what_it_loads_and_reads(
     with CachedGenerator.load(model_dir, store=tmp_path / "store") as generator:
         assert generator.store is not None
         answered(generator, save=True)
-        assert generator.store.estimate(generator.fingerprint(), 1500) is None
+        assert generator.store.usage_log.estimate(generator.fingerprint(), 1500) is None
         _, last = answered(generator)
 
-        estimate = generator.store.estimate(generator.fingerprint(), 1501)
+        estimate = generator.store.usage_log.estimate(generator.fingerprint(), 1501)
 
         assert last.cached_tokens == 1501
         assert estimate is not None

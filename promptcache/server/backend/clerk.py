@@ -39,9 +39,9 @@ class Clerk:
     def _write(self, receipt: RequestUsage, num_timed: int, num_loaded: int) -> None:
         fingerprint, store = receipt.fingerprint, self._store
         with contextlib.suppress(StoreError):
-            store.add_speed(fingerprint, num_timed, receipt.prefill_seconds)
-            store.add_load(fingerprint, num_loaded, receipt.load_seconds)
-            _, saved_seconds = store.record(receipt)
+            store.usage_log.add_speed(fingerprint, num_timed, receipt.prefill_seconds)
+            store.usage_log.add_load(fingerprint, num_loaded, receipt.load_seconds)
+            _, saved_seconds = store.usage_log.record(receipt)
             self._metrics.save_seconds(saved_seconds)
 
     def close(self) -> None:
