@@ -1,7 +1,6 @@
 """CachedGenerator: match, load, stream the rest, save."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -599,7 +598,6 @@ class CachedGenerator:
             logits_processors=logits_processors,
             on_progress=prompt_progress_callback or (lambda done, total: None),
             num_draft_tokens=num_draft_tokens,
-            on_match=lambda match: self._tell_other_config(rendered, settings, match),
             save_answer=save_answer,
             on_saved=on_saved,
             input_embeddings=input_embeddings,
@@ -613,43 +611,6 @@ class CachedGenerator:
             lambda: self.fingerprint(settings),
             request,
         ).stream()
-
-    def _tell_other_config(
-        self, rendered: RenderedPrompt, settings: Settings, match: Match
-    ) -> None:
-        """Warn if more would be reused with other arguments of the chat template."""
-        store, chat = self.store, rendered.chat
-        is_expected = match.cached_tokens >= max(rendered.boundaries, default=0)
-        if store is None or chat is None or rendered.origin is None or is_expected:
-            return
-        fingerprint = self.fingerprint(settings)
-        configs = store.configs(rendered.origin.template, namespace=self.namespace)
-        for config in configs:
-            if config == rendered.origin.config:
-                continue
-            with contextlib.suppress(UsageError):
-                other = self.render(chat.messages, chat.tools, config)
-                found = store.lookup(other.token_ids, fingerprint, generating=True)
-                least = max(match.cached_tokens + 1, _least_meant(other))
-                if found.cached_tokens >= least:
-                    warn(
-                        f"{found.cached_tokens} tokens of this prompt are cached with "
-                        f"chat_template_config {json.dumps(config)}, and "
-                        f"{match.cached_tokens} with "
-                        f"{json.dumps(rendered.origin.config)}"
-                    )
-                    return
-
-
-def _least_meant(rendered: RenderedPrompt) -> int:
-    """Return how much prompts share at least that are meant to begin alike.
-
-    That is the system prompt and tools, or without these all but the last text.
-    """
-    origin = rendered.origin
-    if origin is not None and (origin.system or origin.tools):
-        return rendered.head
-    return max(rendered.boundaries, default=rendered.head)
 
 
 def _split(

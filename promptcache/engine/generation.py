@@ -14,7 +14,7 @@ from promptcache.engine.prefill import prefill, read_rest
 from promptcache.engine.request import Request
 from promptcache.engine.response import GenerationResponse
 from promptcache.engine.speculate import speculate
-from promptcache.errors import ModelError, PromptCacheError, StoreError
+from promptcache.errors import ModelError, StoreError
 from promptcache.kvcache.kv_quantization import check_quantizable, quantize
 from promptcache.models.draft import DraftPair
 from promptcache.segments.fingerprint import Fingerprint
@@ -82,8 +82,6 @@ class Generation:
         start = prefix_cache.start(
             self._reader, self._store, self._hot, self._fingerprint, read
         )
-        with contextlib.suppress(PromptCacheError):
-            request.on_match(start.match)
         self._saver = self._make_saver(start)
         loaded = time.perf_counter()
         num_new = read.num_tokens - start.cached_tokens

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from promptcache.engine.decode import LogitsProcessor, Sampler
-from promptcache.segments.types import Match
 from promptcache.tiers.prompt_read import PromptRead
 
 # As in mlx-lm's speculative_generate_step.
@@ -25,7 +24,6 @@ class Request:
         logits_processors: Called with all tokens so far and the logits.
         on_progress: Called with the prompt tokens done so far and their total.
         num_draft_tokens: How many tokens a draft model proposes at once.
-        on_match: Called with what is reused.
         save_answer: Whether to save the answer with the prompt.
         on_saved: Called with the key of what was saved.
         input_embeddings: What to read in place of the tokens' own embeddings, shape
@@ -38,7 +36,6 @@ class Request:
     logits_processors: list[LogitsProcessor]
     on_progress: Progress = lambda done, total: None
     num_draft_tokens: int = DEFAULT_DRAFT_TOKENS
-    on_match: Callable[[Match], None] = lambda match: None
     save_answer: bool = False
     on_saved: Callable[[str], None] = lambda key: None
     input_embeddings: mx.array | None = None

@@ -88,9 +88,7 @@ class Segments(SegmentWriter):
 
     def set_origin(self, key: str, origin: PromptOrigin) -> None:
         """Note how a listed prefix was rendered. Raises StoreError."""
-        with self._index.database.writing():
-            self._index.prefixes.set_origin(key, origin)
-            self._index.history.add_config(key, origin)
+        self._index.prefixes.set_origin(key, origin)
         self._budget.try_reserve(0)
 
     @contextlib.contextmanager

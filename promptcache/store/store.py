@@ -6,7 +6,6 @@ tokens, and whoever loads gets the path of a blob.
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from promptcache import config
 from promptcache.locks import Patience
@@ -145,13 +144,6 @@ class PrefixStore(StoreFolder):
     def written(self) -> Written:
         """Return how many bytes of blobs were written. Raises StoreError."""
         return self._index.history.written()
-
-    def configs(self, template: str, *, namespace: str = "") -> list[dict[str, Any]]:
-        """Return with which arguments of a template of this hash prompts were rendered.
-
-        Those of a namespace count. Raises StoreError.
-        """
-        return self._index.history.configs(template, namespace)
 
     def prefixes(self, *, namespace: str | None = None) -> list[Prefix]:
         """Return what was built or saved, the last used first.

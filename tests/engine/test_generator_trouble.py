@@ -492,23 +492,3 @@ def test_of_two_processes_that_build_the_same_prefix_one_does_the_work(
     assert sorted(b[0] for b in built) == [0, len(PROMPT)]
     assert {b[1] for b in built} == {len(PROMPT)}
     assert built[0][2] == built[1][2]
-
-
-def test_trouble_after_the_cache_was_filled_does_not_fill_it_twice(
-    generator: CachedGenerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    system = {"role": "system", "content": "You narrate. " * 20}
-    first, second = ([system, {"role": "user", "content": t}] for t in ("One", "Two"))
-    list(generator.stream_generate(first, max_tokens=1, save=True))
-    expected = [
-        r.token for r in generator.stream_generate(second, max_tokens=8, reuse=False)
-    ]
-
-    def fails(template: str) -> list[dict[str, Any]]:
-        raise StoreError("disk I/O error")
-
-    monkeypatch.setattr(generator.store, "configs", fails)
-    answer = list(generator.stream_generate(second, max_tokens=8, save=False))
-
-    assert [r.token for r in answer] == expected
-    assert answer[-1].cached_tokens > 200

@@ -112,7 +112,7 @@ ODD = st.sampled_from(
 
 TABLES = (
     *("segments", "segments", "prefixes", "blocks", "fingerprints"),
-    *("usage", "speeds", "writes", "evictions", "configs", "uses", "clock"),
+    *("usage", "speeds", "writes", "evictions", "uses", "clock"),
 )
 VALUES = (
     st.none()

@@ -59,7 +59,6 @@ def use(folder: Path, outside: Path) -> None:
                 lambda: [store.report(p.key) for p in store.prefixes()],
                 lambda: store.segments.nearby([9, *PROMPT], TINY, ORIGIN),
                 lambda: store.usage_log.estimate(TINY, 100),
-                lambda: store.configs(ORIGIN.template),
                 lambda: [store.listed_at(p.key) for p in store.prefixes()],
                 lambda: store.usage_log.record(
                     RequestUsage(TINY, Match(), 0, 10, 0.1, 0.1)

@@ -163,7 +163,7 @@ def test_newer_index_is_refused_and_not_touched(path: Path, journal_mode: str) -
         connection.execute(f"PRAGMA journal_mode={journal_mode}")
     before = path.read_bytes()
 
-    with pytest.raises(StoreFormatError, match=r"has format 8 .* reads up to 7, upgr"):
+    with pytest.raises(StoreFormatError, match=r"has format 9 .* reads up to 8, upgr"):
         Index(path)
 
     assert path.read_bytes() == before
@@ -188,7 +188,7 @@ def test_older_index_has_to_be_rebuilt(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION - 1}")
 
-    with pytest.raises(DamagedIndexError, match="older format 6"):
+    with pytest.raises(DamagedIndexError, match="older format 7"):
         Index(path)
 
 
@@ -603,4 +603,4 @@ def test_tables_change_with_their_version_only(tmp_path: Path) -> None:
     found = hashlib.sha256(repr(sql).encode()).hexdigest()[:16]
 
     # Raise SCHEMA_VERSION with it: an index of another version is built anew.
-    assert (SCHEMA_VERSION, found) == (7, "a00fdd798bcb769d")
+    assert (SCHEMA_VERSION, found) == (8, "4410248fca6f56f8")

@@ -30,7 +30,6 @@ from promptcache.segments.types import PromptOrigin
 from promptcache.server.http.auth import ApiKeys
 from promptcache.store import PrefixStore
 from promptcache.store.index import events
-from promptcache.store.index.events import MAX_CONFIGS
 from promptcache.store.names import MAX_NAME_LENGTH
 from promptcache.store.reports import Prefix, PrunePolicy
 from promptcache.store.types import NearbyPrefixes, RequestUsage
@@ -120,7 +119,6 @@ def answers(store: PrefixStore, asked: Sequence[Deed], namespace: str) -> list[o
         told += [
             store.lookup(deed.prompt, model),
             store.segments.nearby(deed.prompt, model, deed.origin),
-            store.configs(deed.origin.template, namespace=namespace),
             store.usage_log.estimate(model, 100),
             store.listed_at(key) is None,
         ]
@@ -203,7 +201,6 @@ def test_answers_take_no_longer_with_others(store: PrefixStore) -> None:
             lambda: store.resolve(key[:6], namespace=BERT),
             lambda: store.pins(namespace=BERT),
             lambda: store.usage(namespace=BERT),
-            lambda: store.configs("t", namespace=BERT),
         ]
         return [num_steps(store, ask) for ask in questions]
 
@@ -241,17 +238,6 @@ def test_what_others_lose_makes_nobody_forget_an_eviction(
     assert around.eviction is not None and around.eviction.reason == "removed"
     ends = [eviction.end for _, eviction in noted.evictions(of(ANNA).digest)]
     assert ends == [*range(22, 2, -1)]
-
-
-def test_arguments_of_templates_are_those_of_the_namespace(store: PrefixStore) -> None:
-    for namespace in (BERT, *[ANNA] * MAX_CONFIGS, ""):
-        key = save(store, tokens(40), of(namespace))
-        store.segments.set_origin(key, PromptOrigin("t", {"whose": namespace}))
-
-    configs = [store.configs("t", namespace=n) for n in (ANNA, BERT, "")]
-
-    assert configs == [[{"whose": n}] for n in (ANNA, BERT, "")]
-    assert store.configs("t") == [{"whose": ""}]
 
 
 # Names

@@ -1,23 +1,19 @@
 """The history: what happened to prefixes, which blobs cannot tell again."""
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from promptcache.errors import DamagedIndexError
 from promptcache.segments.fingerprint import Fingerprint
-from promptcache.segments.types import PromptOrigin
-from promptcache.store.index.connection import DAMAGED, translated
+from promptcache.store.index.connection import DAMAGED
 from promptcache.store.index.database import Database, within
 from promptcache.store.index.fingerprints import Fingerprints
 from promptcache.store.reports import Usage, Written
 from promptcache.store.types import Eviction, RequestUsage
 
-# A prompt is tried with so many other arguments of its template.
-MAX_CONFIGS = 4
 # So many evictions are remembered of each fingerprint, to say later why a prompt
 # missed: of each, so that what others lose makes nobody forget.
 MAX_EVICTIONS = 10_000
@@ -34,7 +30,7 @@ class _EvictionRow(NamedTuple):
 
 
 class History:
-    """Speeds, receipts, bytes written, evictions, and arguments of templates."""
+    """Speeds, what requests got, bytes written, and evictions."""
 
     def __init__(self, database: Database, fingerprints: Fingerprints) -> None:
         """Take the database that it is in, and the fingerprints it refers to."""
@@ -187,39 +183,6 @@ class History:
             if row.end < 0:
                 raise DamagedIndexError(DAMAGED)
             yield row.key, Eviction(*row[1:])
-
-    def add_config(self, key: str, origin: PromptOrigin) -> None:
-        """Note with which arguments of its template a listed prefix was rendered."""
-        sql = """
-            INSERT OR REPLACE INTO configs (namespace, template, config)
-            SELECT namespace, ?, ? FROM prefixes WHERE key = ?
-        """
-        with self._database.writing():
-            config = json.dumps(dict(origin.config))
-            self._database.execute(sql, [origin.template, config, key])
-
-    def configs(self, template: str, namespace: str) -> list[dict[str, Any]]:
-        """Return with which arguments of a template prompts were rendered last."""
-        sql = f"""
-            SELECT config FROM configs WHERE namespace = ? AND template = ?
-            ORDER BY rowid DESC LIMIT {MAX_CONFIGS}
-        """
-        configs = self._database.column(str, sql, [namespace, template])
-        with translated():
-            return [dict(json.loads(config)) for config in configs]
-
-    def forget_configs(self) -> None:
-        """Forget arguments of templates that no prompt is listed with any more."""
-        sql = """
-            DELETE FROM configs WHERE NOT EXISTS (
-                SELECT 1 FROM prefixes
-                WHERE namespace = configs.namespace
-                AND json_extract(origin, '$.template') = configs.template
-                AND json_extract(origin, '$.config') = json(configs.config)
-            )
-        """
-        with self._database.writing():
-            self._database.execute(sql)
 
 
 def _day(now: float) -> str:

@@ -2,7 +2,7 @@
 
 import sqlite3
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 # In place of the first token of a checkpoint, which has no tokens.
 NO_TOKEN = -1
 # Plain SQL: an index is compared with it whenever it is opened, so the text must not
@@ -89,13 +89,6 @@ CREATE TABLE writes (
     day TEXT PRIMARY KEY,
     nbytes INTEGER NOT NULL
 ) WITHOUT ROWID;
--- Apart from the prefixes, so that asking does not take longer with more of them.
-CREATE TABLE configs (
-    namespace TEXT,
-    template TEXT,
-    config TEXT,
-    PRIMARY KEY (namespace, template, config)
-);
 CREATE TABLE speeds (
     fingerprint_id INTEGER,
     deed TEXT,

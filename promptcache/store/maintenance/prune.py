@@ -227,7 +227,6 @@ def report(
     garbage: Sequence[Garbage],
 ) -> PruneReport:
     """Shrink the index too, and return what was removed."""
-    index.history.forget_configs()
     index.database.shrink()
     return PruneReport(
         removals=tuple(removals),
