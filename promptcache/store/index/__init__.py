@@ -5,7 +5,8 @@ files of segments are left to `blobs`.
 """
 
 from promptcache.store.index.database import Database
+from promptcache.store.index.index import Index
 from promptcache.store.index.schema import SCHEMA_VERSION
-from promptcache.store.index.segments import ROOT_ID, Index
+from promptcache.store.index.segments import ROOT_ID
 
 __all__ = ["ROOT_ID", "SCHEMA_VERSION", "Database", "Index"]
