@@ -11,15 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self, Unpack
 
-from promptcache.errors import DamagedIndexError, StoreError
-from promptcache.files import broken_link, lock_file
+from promptcache.errors import DamagedIndexError, StoreError, warn
+from promptcache.files import broken_link, foreign_access, lock_file
 from promptcache.locks import Limits, Patience
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.blobs.store_files import StoreFiles
 from promptcache.store.index import Database, Index
 from promptcache.store.maintenance import prune, rebuild, verify
 from promptcache.store.reports import PrunePlan, PrunePolicy, PruneReport, VerifyReport
-from promptcache.store.secret import store_secret
+
+# What API keys are hashed with, so that a store does not reveal them.
+SECRET_FILE = "secret"
+# Of HMAC's hash.
+SECRET_NBYTES = 32
 
 
 class LockedError(StoreError):
@@ -125,7 +129,7 @@ class StoreFolder:
 
         It is made when it is first asked for. Raises StoreError.
         """
-        return store_secret(self._blobs)
+        return _secret(self._blobs)
 
     @contextlib.contextmanager
     def locked(self, name: str, **limits: Unpack[Limits]) -> Iterator[None]:
@@ -203,3 +207,45 @@ class StoreFolder:
                 if not database.is_replaced():
                     rebuild.quarantine_index(database, self._blobs)
         database.refresh()
+
+
+def _secret(blobs: BlobFolder) -> bytes:
+    """Return the secret of a store, which is made when it is first asked for.
+
+    Where it cannot be kept, it is one of this process. Raises StoreError if the file
+    holds none, or if others could have put it there.
+    """
+    try:
+        try:
+            return _read_secret(blobs)
+        except FileNotFoundError:
+            return _create_secret(blobs)
+    except OSError as error:
+        warn(
+            f"the store's secret cannot be kept ({error.strerror}): what is cached for "
+            "API keys is found until this process ends"
+        )
+        return os.urandom(SECRET_NBYTES)
+
+
+def _create_secret(blobs: BlobFolder) -> bytes:
+    # Of two processes that start at once, the second finds what the first has made.
+    with blobs.files.write_lock():
+        try:
+            return _read_secret(blobs)
+        except FileNotFoundError:
+            blobs.files.write_file(SECRET_FILE, os.urandom(SECRET_NBYTES))
+            return _read_secret(blobs)
+
+
+def _read_secret(blobs: BlobFolder) -> bytes:
+    """Return what the file holds. Raises OSError and StoreError."""
+    path = blobs.root / SECRET_FILE
+    secret = blobs.files.read_file(SECRET_FILE)
+    if reason := foreign_access(path):
+        raise StoreError(f"{path} {reason}, remove it")
+    if len(secret) != SECRET_NBYTES:
+        raise StoreError(
+            f"{path} is damaged, remove it: API keys then begin with nothing cached"
+        )
+    return secret

@@ -2,14 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.store.names import full_name
 from promptcache.units import format_size, iso_time
-
-if TYPE_CHECKING:
-    pass
 
 
 class PinQuota(NamedTuple):

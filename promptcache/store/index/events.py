@@ -33,7 +33,6 @@ class History:
     """Speeds, what requests got, bytes written, and evictions."""
 
     def __init__(self, database: Database, fingerprints: Fingerprints) -> None:
-        """Take the database that it is in, and the fingerprints it refers to."""
         self._database = database
         self._fingerprints = fingerprints
 

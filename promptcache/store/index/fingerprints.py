@@ -13,7 +13,6 @@ class Fingerprints:
     """The fingerprints that something was computed under."""
 
     def __init__(self, database: Database) -> None:
-        """Take the database that they are in."""
         self._database = database
 
     def add(self, fingerprint: Fingerprint) -> int:

@@ -10,7 +10,7 @@ from promptcache.errors import StoreError
 from promptcache.locks import Patience
 from promptcache.segments.chain import Chain
 from promptcache.segments.types import Priority, SegmentInfo
-from promptcache.store.index.clock import Clock
+from promptcache.store.index.clock import Clock, Uses
 from promptcache.store.index.database import Database, Opener
 from promptcache.store.index.events import History
 from promptcache.store.index.fingerprints import Fingerprints
@@ -19,7 +19,6 @@ from promptcache.store.index.rows import HeldEnd, SegmentNode
 from promptcache.store.index.schema import NO_TOKEN
 from promptcache.store.index.segments import ROOT_ID, SegmentTree
 from promptcache.store.index.stretches import leaves_of
-from promptcache.store.index.uses import Uses
 
 
 class Index(SegmentTree):

@@ -28,7 +28,6 @@ class Prefixes:
     """The prefixes that are listed, each with the segment it ends in."""
 
     def __init__(self, database: Database) -> None:
-        """Take the database that they are in."""
         self._database = database
 
     def all(self, namespace: str | None = None) -> list[tuple[Prefix, int]]:
