@@ -127,7 +127,7 @@ def has_modules(name: str) -> bool:
 
 
 def test_imports_are_seen() -> None:
-    assert own_imports("store.store") >= {"config", "segments.chain", "errors"}
+    assert own_imports("store.store") >= {"config", "segments.chain", "locks"}
     assert own_imports("store.index.prefixes") >= {"store.index.database"}
     assert own_imports("models.default.download") >= {"models.default.gguf"}
 

@@ -5,7 +5,7 @@ sound because a segment's ancestors always exist. From there the match is extend
 token by token, into the segments that continue from that point, so that neither
 the end of a segment nor the fork of two prompts is rounded down to a block.
 
-Rows tell how far a prompt is known, not yet where a run can take over: a segment
+Rows show how far a prompt is known, not yet where a run can resume: a segment
 may have to be taken as a whole, and some models can be resumed only where a
 checkpoint was kept.
 """
@@ -90,7 +90,7 @@ def longest_match(
     generating: bool = False,
     skip: Collection[str] = (),
 ) -> Match:
-    """Return the longest prefix of `chain` that a run can take over from.
+    """Return the longest prefix of `chain` that a run can resume.
 
     Cost: log2(blocks) point queries and a few more, whatever the store's size.
 
@@ -117,7 +117,7 @@ def longest_match(
 
 
 def _resumable(index: Index, path: _Path, last: int, skip: Collection[str]) -> Match:
-    """Return the deepest position of a path at which a run can take over."""
+    """Return the deepest position of a path at which a run can resume."""
     plain = Match(_plain(path, last).slices())
     if not any(row.needs_checkpoint for row in path.rows):
         return plain

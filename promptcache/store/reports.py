@@ -1,4 +1,4 @@
-"""Reports: what a store tells people, and what it plans, as plain values."""
+"""Reports: what a store shows people, and what it plans, as plain values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,18 +23,15 @@ class PinQuota(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A prefix that was built or saved, as `ls` shows it.
+    """A prefix that was built or saved, as `ls` shows it; times are Unix times.
 
     Attributes:
         key: Chain hash at its end, in hex.
         name: Its pin, or None.
-        model: The model's name.
-        num_tokens: Length of the whole prefix.
         nbytes: What removing it would free.
-        created_at: Unix time.
-        used_at: Unix time of the last hit.
+        used_at: The last hit.
         hits: How often it was reused.
-        namespace: Where its name means it, empty for the default one.
+        namespace: Where its name is valid, empty for the default one.
     """
 
     key: str
@@ -78,7 +75,6 @@ class Usage:
     """What requests got from one prefix, or, without a key, from none.
 
     Attributes:
-        model: The model's name.
         key: The prefix that was reused, or None for misses.
         name: Its pin, or None.
         requests: How many there were.
@@ -87,7 +83,6 @@ class Usage:
         load_seconds: Time that matching and loading took.
         prefill_seconds: Time that processing the others took.
         saved_seconds: Time that processing the reused ones would have taken.
-        namespace: Where the requests came from.
     """
 
     model: str
@@ -108,7 +103,7 @@ class Usage:
 
 
 class Written(NamedTuple):
-    """How many bytes of blobs were written, by the days of UTC."""
+    """How many bytes of blobs were written; days are those of UTC."""
 
     total_nbytes: int
     today_nbytes: int
@@ -116,7 +111,7 @@ class Written(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SegmentReport:
-    """One segment of a prefix, as `show` tells it."""
+    """One segment of a prefix, as `show` lists it."""
 
     key: str
     start: int
@@ -153,7 +148,7 @@ class PrunePolicy:
 class Removal(NamedTuple):
     """A segment to evict, and why.
 
-    `cut_at` is where it ends from then on, because others hang on what is before;
+    `cut_at` is where it ends from then on, because others need what is before;
     None if all of it goes.
     """
 

@@ -117,7 +117,7 @@ class Segments(SegmentWriter):
             self._folder.patience.on_wait(f"waiting no longer: {error}")
 
     def give_up(self, key: str) -> list[str]:
-        """Forget a segment that cannot be used, with all that hangs on it.
+        """Forget a segment that cannot be used, with its descendants.
 
         Its blob moves to `quarantine/`. Return the names that went. Raises StoreError.
         """

@@ -67,7 +67,7 @@ class PrefixStore(StoreFolder):
             max_daily_nbytes: Most bytes to write in a day, else
                 `PROMPTCACHE_DAILY_WRITES`, else no limit.
             patience: How long to wait for other processes, else 5 seconds for a lock,
-                and whom to tell.
+                and what to call then.
 
         Raises:
             StoreFormatError: A newer promptcache wrote it.
@@ -112,7 +112,7 @@ class PrefixStore(StoreFolder):
         generating: bool = False,
         skip: Collection[str] = (),
     ) -> Match:
-        """Return the longest cached prefix of token ids that a run can take over from.
+        """Return the longest cached prefix of token ids that a run can resume.
 
         Args:
             token_ids: The prompt.
@@ -131,7 +131,7 @@ class PrefixStore(StoreFolder):
             longest_match(self._index, chain, generating=generating, skip=skip)
             for chain in chains
         )
-        # Of two that are equally long, the first.
+        # The first one if two are equally long.
         return max(matches, key=lambda match: match.cached_tokens)
 
     def usage(self, *, namespace: str | None = None) -> list[Usage]:

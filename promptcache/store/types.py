@@ -1,4 +1,4 @@
-"""What runs get from a store, and report to it, all frozen."""
+"""The values that runs get from a store, and report to it, all frozen."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -8,14 +8,7 @@ from promptcache.segments.types import Match, PromptOrigin
 
 
 class StoredPrompt(NamedTuple):
-    """A prompt whose end is listed, and how it came about.
-
-    Attributes:
-        key: The prefix's key.
-        fingerprint: What it was computed under.
-        token_ids: All of it.
-        origin: How it was rendered, if that is known.
-    """
+    """A prompt whose end is listed; `origin` is how it was rendered, if known."""
 
     key: str
     fingerprint: Fingerprint
@@ -24,13 +17,7 @@ class StoredPrompt(NamedTuple):
 
 
 class Eviction(NamedTuple):
-    """A segment that was taken away.
-
-    Attributes:
-        end: Where its range of tokens ended.
-        reason: Why it went.
-        removed_at: Unix time.
-    """
+    """A segment that was removed at a Unix time; `end` is that of its tokens."""
 
     end: int
     reason: str
@@ -43,8 +30,8 @@ class NearbyPrefixes:
 
     Attributes:
         match: What a run would reuse.
-        num_rows: Up to which token rows are stored, whether or not a run can take
-            over there.
+        num_rows: Up to which token rows are stored, whether or not a run can resume
+            there.
         nearest: The stored prompts that share the most tokens, the last used first.
         alike: Other prompts with the same system prompt or tools, under any
             fingerprint, the last used first.

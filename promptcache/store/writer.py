@@ -31,7 +31,7 @@ from promptcache.store.maintenance.eviction import surplus_checkpoints
 # mlx-lm's prefill step: what an interrupted build loses at most, and what a match
 # that ends inside a segment reads for nothing.
 MAX_SEGMENT_TOKENS = 2048
-# How often a save starts again because another process evicted what it hangs on.
+# How often a save starts again because another process evicted its parent.
 SAVE_ATTEMPTS = 3
 # What a header and rows take besides the tensors, and what SQLite's WAL grows by.
 ROWS_NBYTES = 32 * 1024
@@ -104,7 +104,7 @@ class SegmentWriter:
         state_nbytes += ROWS_NBYTES if state_nbytes else 0
 
         def attempt() -> bool:
-            """Add what is missing; tell whether no ancestor went away meanwhile."""
+            """Add what is missing; return whether all ancestors are still there."""
             rows = longest_stored(self._index, chain, limit=len(chain), is_tail=is_tail)
             parent_key = rows.key
             place = self._place(token_ids, chain, next_turn) if state_nbytes else {}
@@ -205,7 +205,7 @@ class SegmentWriter:
         return {part.key: part.stop for part in slices[-1:]}
 
     def _try(self, attempt: Callable[[], bool]) -> None:
-        """Save, once more where others changed what it hangs on meanwhile."""
+        """Save, again where others changed its ancestors meanwhile."""
         if self._index.database.read_only:
             raise StoreError(f"the store {self._blobs.root} is read-only")
         try:
@@ -279,7 +279,7 @@ class SegmentWriter:
         """Write a blob, then publish it together with its row.
 
         Room is made for what follows, too. Return False if another process removed
-        what it hangs on meanwhile.
+        its parent meanwhile.
         """
         with self._blobs.files.write_lock():
             nbytes = segment.nbytes + ROWS_NBYTES + more_nbytes

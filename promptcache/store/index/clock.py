@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterable
 
 from promptcache.segments.types import SegmentSlice
-from promptcache.store.index.database import Database, segment_within
+from promptcache.store.index.database import Database
 from promptcache.store.index.rows import Use
+from promptcache.store.index.schema import segment_within
 
 # Nobody has used promptcache before (1 November 2026): a clock that says so is wrong.
 # Boards without a battery start in 1970.

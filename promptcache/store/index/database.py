@@ -61,7 +61,7 @@ class Database:
     ) -> None:
         """Store the path; `open` opens the file.
 
-        `opener` is called to open it, also when another file has come in its place: it
+        `opener` is called to open it, also when a different file has its name: it
         calls `attempt`, after `create` where there is no file.
         """
         self.path = path
@@ -76,7 +76,7 @@ class Database:
         self._identity: Identity | None = None
         # What was open before: other threads may still read from its cursors.
         self._replaced: sqlite3.Connection | None = None
-        # Not before it is open, meanwhile, and after `close`.
+        # Not before it is open, while it is opened, nor after `close`.
         self._follows = False
         self._ends_at = math.inf
 
@@ -87,7 +87,7 @@ class Database:
 
         Raises:
             StoreFormatError: A newer promptcache wrote it.
-            DamagedIndexError: It is no database, or of an older format.
+            DamagedIndexError: It is not a database, or of an older format.
             StoreError: It cannot be opened.
         """
         self._populate = populate
@@ -118,7 +118,6 @@ class Database:
             raise
 
     def _connect(self) -> "tuple[sqlite3.Connection, Identity]":
-        """Open the file, and return which one it is."""
         while True:
             identity = identity_of(self.path)
             if identity is None:
@@ -147,39 +146,33 @@ class Database:
         return connection
 
     def is_missing(self) -> bool:
-        """Return whether there is no file, nor anything else in its place."""
+        """Return whether nothing has the file's name."""
         return identity_of(self.path) is None
 
     def is_replaced(self) -> bool:
-        """Return whether the file that is open has its name no more."""
+        """Return whether the file that is open does not have its name any more."""
         return self._follows and identity_of(self.path) != self._identity
 
     def refresh(self) -> None:
-        """Open the file that has come in the place of the one that is open, if any.
-
-        Raises StoreError.
-        """
+        """Open the file that has the name now, if it differs. Raises StoreError."""
         if not self.is_replaced():
             return
         with self._lock:
             # Another thread may have opened it, or be inside a transaction.
             if not self._in_transaction and self.is_replaced():
-                self._reopen()
+                self._follows, self._identity = False, None
+                try:
+                    self._opener(self)
+                finally:
+                    self._follows = True
 
     @property
     def _in_transaction(self) -> bool:
         return self._identity is not None and self._connection.in_transaction
 
-    def _reopen(self) -> None:
-        self._follows, self._identity = False, None
-        try:
-            self._opener(self)
-        finally:
-            self._follows = True
-
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Let nobody write to the file or fold its WAL in, if SQLite can open it."""
+        """Keep others from writing and from folding the WAL in, if it can be opened."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(sqlite3.Error, StoreError), self._lock:
                 make_private(self.path)
@@ -189,7 +182,6 @@ class Database:
             yield
 
     def _prepare(self) -> None:
-        """Check the schema's version, or create the tables."""
         version = self._version()
         if version == SCHEMA_VERSION:
             self._check_schema()
@@ -198,8 +190,8 @@ class Database:
             raise DamagedIndexError(f"the index has the older format {version}")
         if self.read_only:
             raise StoreError(f"the index {self.path} is empty and cannot be written")
-        # Both have an effect before the first table only. Freed pages can then be
-        # given back, and readers never wait for a writer.
+        # Before the first table only. Freed pages can then be given back, and readers
+        # never wait for a writer.
         self.execute("PRAGMA auto_vacuum=INCREMENTAL")
         self.execute("PRAGMA journal_mode=WAL").fetchall()
         with self.writing():
@@ -209,14 +201,12 @@ class Database:
                 self.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     def _check_schema(self) -> None:
-        """Raise DamagedIndexError where something is missing, or more than known."""
         if not self._patiently(lambda: has_tables(self._connection)):
             raise DamagedIndexError(
                 "the index has other tables than it should, run `promptcache verify`"
             )
 
     def _version(self) -> int:
-        """Return the schema's version, 0 before there is one."""
         [version] = self.column(int, "PRAGMA user_version")
         if version > SCHEMA_VERSION:
             raise StoreFormatError(
@@ -241,7 +231,7 @@ class Database:
     def shrink(self) -> None:
         """Give the room of deleted rows and of the WAL back to the disk.
 
-        A process that writes, or reads what the WAL holds, is not waited for for long.
+        The wait for a process that writes, or reads what the WAL holds, is short.
         """
         with self.impatient(), contextlib.suppress(StoreError), translated():
             # `execute` would take one step, which frees one page.
@@ -269,7 +259,7 @@ class Database:
 
     @contextlib.contextmanager
     def impatient(self) -> Iterator[None]:
-        """Fail soon where another process writes, rather than wait for it."""
+        """Wait only briefly for a process that writes."""
         with self._lock:
             self.refresh()
             before, self._most = self._most, BUSY_SECONDS
@@ -284,7 +274,7 @@ class Database:
 
     @contextlib.contextmanager
     def _transaction(self, begin: str) -> Iterator[None]:
-        """Commit at the end, or roll back; inside another one, be part of it."""
+        """Commit at the end, or roll back; a nested one is part of the outer one."""
         with self._lock:
             if self._in_transaction:
                 yield
@@ -301,7 +291,6 @@ class Database:
                 raise StoreError("the index was replaced meanwhile, try again")
 
     def _begin(self, begin: str) -> None:
-        """Begin in the file that has the name once the lock is held."""
         while True:
             self.refresh()
             with translated():
@@ -311,10 +300,9 @@ class Database:
             self._connection.rollback()
 
     def _patiently(self, act: Callable[[], Result]) -> Result:
-        """Do what fails while another process is at work, until it does not.
+        """Try until no other process is at work. Raises StoreError after some time.
 
-        In between, other threads may use the connection, unless a transaction is
-        going on. Raises StoreError after some time.
+        In between, other threads may use the connection, unless a transaction is open.
         """
         try:
             # Almost always enough; a wait takes longer to prepare.
@@ -404,33 +392,10 @@ class Database:
 
 
 class _BusyError(Exception):
-    """Another process is at work."""
+    pass
 
 
 def _open_plainly(database: Database) -> None:
     if database.is_missing():
         database.create()
     database.attempt()
-
-
-def within(namespace: str | None, table: str) -> tuple[str, list[str]]:
-    """Return the condition that rows of a table are in a namespace, and its values.
-
-    Without a namespace all of them are.
-    """
-    if namespace is None:
-        return "1", []
-    return f"{table}.namespace = ?", [namespace]
-
-
-def segment_within(namespace: str | None) -> tuple[str, list[str]]:
-    """Return the condition that a `segment_id` is in a namespace, and its values."""
-    if namespace is None:
-        return "1", []
-    condition = """
-        segment_id IN (
-            SELECT s.id FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
-            WHERE f.namespace = ?
-        )
-    """
-    return condition, [namespace]

@@ -9,8 +9,9 @@ from typing import Literal, NamedTuple
 from promptcache.errors import DamagedIndexError
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.store.index.connection import DAMAGED
-from promptcache.store.index.database import Database, within
+from promptcache.store.index.database import Database
 from promptcache.store.index.fingerprints import Fingerprints
+from promptcache.store.index.schema import within
 from promptcache.store.reports import Usage, Written
 from promptcache.store.types import Eviction, RequestUsage
 

@@ -224,7 +224,7 @@ class Index(SegmentTree):
         )
 
     def can_cut(self, key: str, head: SegmentInfo) -> bool:
-        """Return whether nothing hangs on a segment after the end of its head."""
+        """Return whether a segment has no child or pin after the end of its head."""
         sql = """
             SELECT 1 FROM segments s WHERE s.key = ? AND s.start = ? AND s.end > ?3
             AND NOT EXISTS (
@@ -238,9 +238,9 @@ class Index(SegmentTree):
         return is_free and self.segment_id(head.key) is None
 
     def cut(self, key: str, head: SegmentInfo, chain: Chain, *, nbytes: int) -> None:
-        """Let a segment end where its head does, whose blob is in place.
+        """End a segment where its head does, whose blob is in place.
 
-        The prefixes that end after that go. Nothing else may hang there.
+        The prefixes that end after that are removed. See `can_cut`.
         """
         with self.database.writing():
             segment_id, end = self.segment_id(key), head.end
@@ -276,7 +276,7 @@ class Index(SegmentTree):
         return True
 
     def remove_subtree(self, key: str) -> list[str]:
-        """Remove a segment with all that hangs on it; return the keys."""
+        """Remove a segment with its descendants; return the keys."""
         with self.database.writing():
             tree = self.subtree(key)
             self._delete(tree)
@@ -291,7 +291,7 @@ class Index(SegmentTree):
             self.database.execute("DELETE FROM segments WHERE id = ?", [segment_id])
 
     def num_children(self, segment_id: int) -> int:
-        """Return how many segments hang on a segment."""
+        """Return how many children a segment has."""
         sql = "SELECT count(*) FROM segments WHERE parent_id = ?"
         return sum(self.database.column(int, sql, [segment_id]))
 

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 from promptcache.segments.types import PromptOrigin
-from promptcache.store.index.database import Database, segment_within, within
+from promptcache.store.index.database import Database
 from promptcache.store.index.rows import HeldEnd, PrefixRow, PromptRow
-from promptcache.store.index.schema import NO_TOKEN
+from promptcache.store.index.schema import NO_TOKEN, segment_within, within
 from promptcache.store.reports import Prefix
 
 

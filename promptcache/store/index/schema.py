@@ -147,3 +147,26 @@ def _statements() -> list[str]:
     lines = (line for line in TABLES.splitlines() if not line.startswith("--"))
     *statements, _ = "\n".join(lines).split(";")
     return [statement.strip() for statement in statements]
+
+
+def within(namespace: str | None, table: str) -> tuple[str, list[str]]:
+    """Return the condition that rows of a table are in a namespace, and its values.
+
+    Without a namespace all of them are.
+    """
+    if namespace is None:
+        return "1", []
+    return f"{table}.namespace = ?", [namespace]
+
+
+def segment_within(namespace: str | None) -> tuple[str, list[str]]:
+    """Return the condition that a `segment_id` is in a namespace, and its values."""
+    if namespace is None:
+        return "1", []
+    condition = """
+        segment_id IN (
+            SELECT s.id FROM segments s JOIN fingerprints f ON f.id = s.fingerprint_id
+            WHERE f.namespace = ?
+        )
+    """
+    return condition, [namespace]

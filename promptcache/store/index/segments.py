@@ -12,9 +12,9 @@ from promptcache.errors import DamagedIndexError
 from promptcache.segments.chain import TOKEN_NBYTES, Chain
 from promptcache.segments.types import SegmentInfo
 from promptcache.store.index.connection import DAMAGED
-from promptcache.store.index.database import Database, within
+from promptcache.store.index.database import Database
 from promptcache.store.index.rows import CheckpointRow, HeldSegment, SegmentRow
-from promptcache.store.index.schema import NO_TOKEN
+from promptcache.store.index.schema import NO_TOKEN, within
 
 ROOT_ID = 0
 SEGMENT_COLUMNS = (
@@ -99,7 +99,7 @@ class SegmentTree:
         return rows
 
     def checkpoints(self, parent_ids: Iterable[int]) -> list[CheckpointRow]:
-        """Return the checkpoints that hang on given segments."""
+        """Return the checkpoints that are children of given segments."""
         ids = list(parent_ids)
         marks = ", ".join("?" for _ in ids)
         sql = f"""
@@ -142,7 +142,7 @@ class SegmentTree:
         return self.database.select(HeldSegment, sql, [NO_TOKEN, *values])
 
     def subtree(self, key: str) -> dict[int, str]:
-        """Return a segment and all that hangs on it: keys by ids."""
+        """Return a segment and its descendants: keys by ids."""
         sql = """
             WITH RECURSIVE tree(id) AS (
                 SELECT id FROM segments WHERE key = ?

@@ -1,7 +1,7 @@
-"""Stretches: segments taken apart where others hang on them, as eviction sees them.
+"""Stretches: segments divided where others continue them, as eviction sees them.
 
 A stretch ends where children or listed prefixes do, or the segment itself. It goes
-when nothing hangs on it any more: the segment is then split there, and its head stays.
+when nothing continues it any more: the segment is split there, and its head stays.
 """
 
 from bisect import bisect_left
