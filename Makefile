@@ -15,16 +15,19 @@ RUN := PATH="$(BIN):$$PATH" $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 
 # The oldest mlx-lm that pyproject.toml allows.
 OLDEST_MLX_LM := $(shell sed -n 's/.*"mlx-lm>=\(.*\)",/\1/p' pyproject.toml)
+# Two processes, each with a group of tests at a time.
+PARALLEL := -n 2 --dist loadgroup
 SOAK_SECONDS ?= 1800
 
 # Where the benchmarks write what they measured, and the plots of it.
 MEASURED ?= docs/benchmarks
 
-.PHONY: help demo test coverage oldest soak lint format bench bench-plots models clean
+.PHONY: help demo test test-long coverage oldest soak lint format bench bench-plots models clean
 
 help:
 	@echo "make demo    run the main job with the embedded default model"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests, one representative of what is tried many times"
+	@echo "make test-long  run the rest of them"
 	@echo "make coverage run the tests, and tell which lines they do not reach"
 	@echo "make oldest  try the server with the oldest mlx-lm that is supported"
 	@echo "make soak    run the long forms of the tests, three quarters of an hour"
@@ -46,11 +49,16 @@ demo: $(VENV)/.installed
 	$(RUN) docs/examples/demo.sh
 
 test: $(VENV)/.installed
-	$(RUN) python -m pytest
+	$(RUN) python -m pytest $(PARALLEL) -m 'not long and not alone'
+	$(RUN) python -m pytest -m 'not long and alone'
+
+test-long: $(VENV)/.installed
+	$(RUN) python -m pytest $(PARALLEL) -m 'long and not alone'
+	$(RUN) python -m pytest -m 'long and alone'
 
 # Apart from the tests, because counting lines slows them down.
 coverage: $(VENV)/.installed
-	$(RUN) python -m pytest --cov
+	$(RUN) python -m pytest --cov -m 'long or not long'
 
 # Everything else stays as it is: only mlx-lm's own code decides.
 oldest: $(VENV)/.installed
@@ -58,7 +66,7 @@ oldest: $(VENV)/.installed
 		--target $(VENV)/oldest 'mlx-lm==$(OLDEST_MLX_LM)'
 	PYTHONPATH="$(CURDIR)/$(VENV)/oldest" $(RUN) python -m pytest -q \
 		tests/server/test_compat.py tests/server/test_serve.py \
-		-k 'mlx_lm or restart or read_once or options or draft'
+		-m 'long or not long' -k 'mlx_lm or restart or read_once or options or draft'
 
 soak: $(VENV)/.installed
 	$(RUN) python -m tests.reliability.soak --seconds $(SOAK_SECONDS)

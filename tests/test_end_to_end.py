@@ -29,6 +29,7 @@ def answer(generator: CachedGenerator, text: str, **options: Any) -> list[Any]:
     return list(generator.stream_generate(messages, max_tokens=12, **options))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "options",
     [

@@ -14,16 +14,66 @@ from promptcache.segments.types import EncodedSegment, Match
 from promptcache.tiers.disk_tier import restore_prefix
 from tests.architectures import architectures, conformance
 from tests.architectures.conformance import Result, Subject
+from tests.helpers.marks import all_but
 
 # Of the last bits, where the last token is read alone: see docs/models.md.
 ROUNDING = 1e-4
 FOUR_THOUSAND = 4000
+# Every cache class, every way of keeping it, and every way of resuming.
+REPRESENTATIVES = (
+    "llama",
+    "llama4",
+    "gemma3_text",
+    "gemma3_text/dynamic",
+    "qwen3_next",
+    "mamba2",
+    "recurrent_gemma",
+    "falcon_h1/dynamic",
+    "deepseek_v3",
+    "deepseek_v41",
+    "nemotron-nas",
+    "phi3small",
+)
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+NAMES = all_but(REPRESENTATIVES, architectures.CONFIGS)
+
+# One process makes the results for all of them.
+pytestmark = pytest.mark.xdist_group("conformance")
 
 
-@pytest.fixture(scope="session")
-def results() -> dict[str, Result]:
-    """Build all configurations in some processes, and resume them in others."""
-    return {r.name: r for r in conformance.run(list(architectures.CONFIGS))}
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest) -> dict[str, Result]:
+    """Build configurations in some processes, and resume them in others.
+
+    They are those of the tests that are to run, all if one is about all.
+    """
+    items = [i for i in request.session.items if "results" in i.fixturenames]
+    selected = {
+        getattr(i, "callspec", None) and i.callspec.params["name"] for i in items
+    }
+    names = architectures.CONFIGS.keys() & selected
+    if None in selected:
+        names = architectures.CONFIGS.keys()
+    return {result.name: result for result in conformance.run(sorted(names))}
+
+
+def kinds_of(names: Sequence[str]) -> set[tuple[str, str]]:
+    """Return how the page says that parts of these are kept and resumed."""
+    rows = [line.split(" | ") for line in PAGE.read_text().splitlines()]
+    table = {
+        row[0].removeprefix("| "): row[1:3]
+        for row in rows
+        if len(row) > 2 and "×" in row[1]
+    }
+    return {
+        (part.partition(" × ")[2], table[name][1])
+        for name in names
+        for part in table[name][0].split(", ")
+    }
+
+
+def test_representatives_are_of_every_kind() -> None:
+    assert kinds_of(REPRESENTATIVES) == kinds_of([*architectures.CONFIGS])
 
 
 def test_every_architecture_is_tried_or_excused() -> None:
@@ -32,7 +82,7 @@ def test_every_architecture_is_tried_or_excused() -> None:
     assert tried | architectures.UNBUILDABLE.keys() == {*architectures.architectures()}
 
 
-@pytest.mark.parametrize("name", architectures.CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_warm_equals_cold(results: dict[str, Result], name: str) -> None:
     wrong = [trial for trial in results[name].trials if not trial.same_tokens]
 
@@ -40,14 +90,14 @@ def test_warm_equals_cold(results: dict[str, Result], name: str) -> None:
     assert results[name].difference < ROUNDING
 
 
-@pytest.mark.parametrize("name", architectures.CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_nothing_stored_is_read_again(results: dict[str, Result], name: str) -> None:
     wrong = [trial for trial in results[name].trials if not trial.is_hit]
 
     assert wrong == []
 
 
-@pytest.mark.parametrize("name", architectures.CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_are_equal_to_the_bit_where_those_of_mlx_lms_file_are(
     results: dict[str, Result], name: str
 ) -> None:
@@ -58,6 +108,7 @@ def test_logits_are_equal_to_the_bit_where_those_of_mlx_lms_file_are(
     assert wrong == []
 
 
+@pytest.mark.long
 def test_nearly_all_resume_at_the_end_of_what_is_stored(
     results: dict[str, Result],
 ) -> None:

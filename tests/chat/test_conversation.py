@@ -18,6 +18,7 @@ from promptcache import (
 )
 from promptcache.store.blobs.folder import BlobFolder
 from tests.helpers import tiny
+from tests.helpers.marks import all_but
 from tests.helpers.thinking import THINKING_TEMPLATE, headers, shared_tokens
 
 CONFIGS = {
@@ -146,7 +147,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     return {name: tiny.save_model(folder / name, CONFIGS[name]) for name in CONFIGS}
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=all_but(["llama", "qwen3_next"], CONFIGS))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -250,6 +250,7 @@ def test_housekeeping_imports_neither_mlx_nor_transformers(
     assert ("sqlite3" in modules) == (args[0] in ("ls", "prune"))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("args", [["--help"], ["ls"], ["ls", "--json"]], ids=" ".join)
 def test_command_answers_in_time_with_a_thousand_prefixes(
     big_store: Path, tmp_path: Path, args: list[str]

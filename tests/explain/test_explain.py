@@ -563,6 +563,7 @@ def test_explaining_needs_no_permission_to_write(ask: Ask, folder: Path) -> None
     assert divergence.kind == "date"
 
 
+@pytest.mark.alone
 def test_explaining_is_quick_among_many_prompts(ask: Ask, folder: Path) -> None:
     for number in range(200):
         each = ask.asking(f"{number} doors")

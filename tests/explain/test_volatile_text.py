@@ -322,6 +322,7 @@ def prose(num_chars: int) -> str:
     return " ".join(rng.choices(words, k=num_chars // 4))[:num_chars]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "text",
     [

@@ -371,6 +371,7 @@ def test_damaged_model_folder_is_told(tmp_path: Path) -> None:
         create_once(tmp_path / "model", lambda _: None, source=tmp_path / "source")
 
 
+@pytest.mark.alone
 def test_model_that_is_there_is_found_at_once(default_model_path: Path) -> None:
     start = time.perf_counter()
     assert ensure_default_model() == default_model_path

@@ -454,6 +454,7 @@ def test_old_arrays_are_not_kept(model_dir: Path) -> None:
     assert old() is None
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("num_layers", [30, 64])
 def test_change_is_noticed_in_under_2_ms(num_layers: int) -> None:
     from mlx_lm.utils import _get_classes

@@ -192,6 +192,7 @@ def test_files_that_cannot_be_read_have_no_state(tmp_path: Path) -> None:
 # Loading
 
 
+@pytest.mark.alone
 def test_known_model_is_not_hashed_and_takes_well_under_50_ms(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from promptcache.store import PrefixStore
 from promptcache.store.reports import PrunePolicy
+from tests.helpers.marks import all_but
 from tests.helpers.segments import TINY, save, tokens
 from tests.helpers.steps import Step, steps_of
 from tests.reliability import crash
@@ -30,19 +31,24 @@ def harness(*arguments: object, **environment: str) -> int:
     return int(process.stdout.split()[-1])
 
 
-@pytest.mark.parametrize("job", [name for name in crash.JOBS if name != "build"])
+@pytest.mark.parametrize(
+    "job", all_but(["save"], [name for name in crash.JOBS if name != "build"])
+)
 def test_process_killed_at_any_step_of_a_job_loses_nothing(job: str) -> None:
     assert harness(job) >= 15
 
 
+@pytest.mark.long
 def test_process_killed_at_any_step_of_a_build_loses_nothing(model_dir: Path) -> None:
     assert harness("build", CRASH_MODEL=str(model_dir)) >= 60
 
 
+@pytest.mark.long
 def test_process_killed_at_any_step_of_a_download_leaves_none_or_all() -> None:
     assert harness("download") >= 20
 
 
+@pytest.mark.long
 def test_process_killed_at_random_times_loses_nothing() -> None:
     assert harness("random", 60, SEED) == 60
 

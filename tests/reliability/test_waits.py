@@ -20,6 +20,9 @@ from promptcache.store.reports import PrunePolicy
 from tests.helpers import commands, workers
 from tests.helpers.segments import TINY, blob_paths, cached_tokens, save, tokens
 
+# They measure times and memory.
+pytestmark = pytest.mark.alone
+
 OLD, NEW = tokens(70), [9, *tokens(40)]
 # What holds each of the locks that a save needs.
 WRITERS = ["hold_room", "hold_write"]

@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.commands import ok
+from tests.helpers.marks import all_but
 from tests.helpers.serving import (
     Messages,
     Server,
@@ -107,7 +108,7 @@ def test_same_prompt_is_read_once(server: Server) -> None:
     assert len({a.text for a in answers}) == 1
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", all_but(["llama"], CONFIGS))
 def test_answers_are_those_of_a_cold_run(
     tmp_path: Path, store_dir: Path, architecture: str
 ) -> None:

@@ -550,6 +550,7 @@ def test_health_does_not_wait_for_a_long_prefill(
     wait_until(lambda: _active(server) == 0, seconds=20)
 
 
+@pytest.mark.long
 def test_those_who_wait_go_on_when_the_first_hangs_up(server: Server) -> None:
     text = f"{time.time()} " + "The sea is calm today. " * 600
     messages = system_and(text, "Hello")

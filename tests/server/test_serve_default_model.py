@@ -19,7 +19,7 @@ from tests.helpers.serving import (
     system_and,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 NARRATOR = Path(__file__).parents[2] / "docs" / "examples" / "narrator.txt"
 SYSTEM = "You are the narrator of a text adventure. Answer in one short sentence."

@@ -15,6 +15,9 @@ from promptcache.tiers.background_writer import BackgroundWriter
 from tests.architectures import architectures
 from tests.helpers import tiny
 
+# They measure times and memory.
+pytestmark = pytest.mark.alone
+
 PROMPT = [(7 * i) % 256 for i in range(2500)]
 
 

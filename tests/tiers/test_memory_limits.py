@@ -9,6 +9,9 @@ from promptcache import CachedGenerator, PromptCacheWarning
 from promptcache.errors import StoreError
 from promptcache.tiers import memory_limits
 
+# They measure times and memory.
+pytestmark = pytest.mark.alone
+
 PROMPT = [i % 250 for i in range(100)]
 GIB = 1024**3
 
