@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 # How long a command that people wait for waits for another process.
 COMMAND_SECONDS = 60.0
 
+# Shows the default where there is one.
+option = partial(click.option, show_default=True)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -116,32 +119,28 @@ TEXT_FILE = Parsed("file", read_file)
 JSON_FILE = Parsed("file", read_json_list)
 JSON_OBJECT = Parsed("json", read_json_object)
 
-store_option = click.option(
+store_option = option(
     "--store",
     "store_path",
     type=click.Path(file_okay=False),
     metavar="DIRECTORY",
     help="Folder of the store  [env: PROMPTCACHE_DIR]",
 )
-max_size_option = click.option(
+max_size_option = option(
     "--max-size",
     type=SIZE,
     help="Most bytes for the whole store, such as 20GB  [env: PROMPTCACHE_MAX_SIZE; "
     "default: 10GB]",
 )
-json_option = click.option("--json", "json_", is_flag=True, help="Print JSON")
-quiet_option = click.option(
+json_option = option("--json", "json_", is_flag=True, help="Print JSON")
+quiet_option = option(
     "-q", "--quiet", is_flag=True, help="Print data, warnings and errors only"
 )
-dry_run_option = click.option(
+dry_run_option = option(
     "-n", "--dry-run", is_flag=True, help="Show what would be done and do nothing"
 )
-yes_option = click.option(
-    "-y", "--yes", is_flag=True, help="Don't ask for confirmation"
-)
-draft_option = click.option(
-    "--draft-model", help="A smaller model for speculative decoding"
-)
+yes_option = option("-y", "--yes", is_flag=True, help="Don't ask for confirmation")
+draft_option = option("--draft-model", help="A smaller model for speculative decoding")
 
 
 def option_group(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -158,58 +157,51 @@ def option_group(*options: Callable[[F], F]) -> Callable[[F], F]:
 store_options = option_group(store_option, json_option, quiet_option)
 save_options = option_group(store_option, max_size_option, json_option, quiet_option)
 model_options = option_group(
-    click.option(
+    option(
         "-m",
         "--model",
         help="Folder or Hugging Face repository  [env: PROMPTCACHE_MODEL; "
         "default: SmolLM2-135M-Instruct]",
     ),
-    click.option(
-        "--adapter-path", metavar="DIRECTORY", help="Folder of a LoRA adapter"
-    ),
+    option("--adapter-path", metavar="DIRECTORY", help="Folder of a LoRA adapter"),
 )
-system_option = click.option(
-    "-s", "--system", type=TEXT, help="System prompt, or @FILE"
-)
+system_option = option("-s", "--system", type=TEXT, help="System prompt, or @FILE")
 template_options = option_group(
-    click.option("--tools", type=JSON_FILE, help="Tools, a JSON list of objects"),
-    click.option(
+    option("--tools", type=JSON_FILE, help="Tools, a JSON list of objects"),
+    option(
         "--chat-template-config",
         type=JSON_OBJECT,
         help="Arguments of the chat template, a JSON object, or @FILE",
     ),
 )
-store_bits_option = click.option(
+store_bits_option = option(
     "--store-bits",
     type=click.Choice(("8", "4")),
     callback=lambda ctx, param, value: value and int(value),
     help="Store keys and values in fewer bits, with a small loss",
 )
 quantization_options = option_group(
-    click.option(
+    option(
         "--kv-group-size",
         type=int,
         default=64,
-        show_default=True,
         help="Values that share a scale: 32, 64 or 128",
     ),
-    click.option(
+    option(
         "--quantized-kv-start",
         type=int,
         default=5000,
-        show_default=True,
         help="Quantize from this many tokens on",
     ),
 )
-prefill_step_option = click.option(
+prefill_step_option = option(
     "--prefill-step-size",
     type=click.IntRange(1),
     default=2048,
-    show_default=True,
     help="Most prompt tokens to process at once",
 )
 cache_options = option_group(
-    click.option(
+    option(
         "--kv-bits",
         type=int,
         help="Quantize keys and values to 2, 3, 4, 5, 6 or 8 bits",
@@ -217,12 +209,12 @@ cache_options = option_group(
     quantization_options,
     store_bits_option,
     prefill_step_option,
-    click.option(
+    option(
         "--max-kv-size",
         type=click.IntRange(1),
         help="Most tokens to keep in the cache, the first four and the last ones",
     ),
-    click.option(
+    option(
         "--exact/--tight",
         default=None,
         help="Reuse only where plain mlx-lm's own pieces end, or every cached token  "
@@ -233,7 +225,7 @@ prompt_options = option_group(
     click.argument("prompt", type=PROMPT, required=False),
     model_options,
     system_option,
-    click.option(
+    option(
         "-f",
         "--file",
         "files",
@@ -241,11 +233,9 @@ prompt_options = option_group(
         multiple=True,
         help="Text to put before the prompt, - for stdin; repeatable",
     ),
-    click.option(
-        "--messages", type=JSON_FILE, help="Chat messages, a JSON list of objects"
-    ),
+    option("--messages", type=JSON_FILE, help="Chat messages, a JSON list of objects"),
     template_options,
-    click.option("--raw", is_flag=True, help="Do not use the chat template"),
+    option("--raw", is_flag=True, help="Do not use the chat template"),
     cache_options,
 )
 

@@ -10,6 +10,7 @@ from promptcache import StoreError, UsageError
 from promptcache_cli import output
 from promptcache_cli.options import (
     draft_option,
+    option,
     option_group,
     prompt_options,
     save_options,
@@ -34,45 +35,39 @@ def _not_zero(ctx: click.Context, param: click.Parameter, value: int) -> int:
 
 
 sampling_options = option_group(
-    click.option(
+    option(
         "--max-tokens",
         type=click.IntRange(-1),
         callback=_not_zero,
         default=256,
-        show_default=True,
         help="Most tokens to generate, -1 for no limit",
     ),
-    click.option(
+    option(
         "--temp",
         type=click.FloatRange(0),
         help="Sampling temperature  [default: greedy]",
     ),
-    click.option(
+    option(
         "--top-p",
         type=click.FloatRange(0, 1),
         help="Sample from the likeliest of this mass",
     ),
-    click.option(
+    option(
         "--min-p",
         type=click.FloatRange(0, 1),
         help="Least probability against the best token",
     ),
-    click.option(
-        "--top-k", type=click.IntRange(0), help="Sample from this many tokens"
-    ),
-    click.option(
-        "--seed", type=click.IntRange(0, 2**64 - 1), help="Seed for the sampling"
-    ),
-    click.option(
+    option("--top-k", type=click.IntRange(0), help="Sample from this many tokens"),
+    option("--seed", type=click.IntRange(0, 2**64 - 1), help="Seed for the sampling"),
+    option(
         "--repetition-penalty",
         type=click.FloatRange(0),
         help="Penalty for repeated tokens",
     ),
-    click.option(
+    option(
         "--repetition-context-size",
         type=int,
         default=20,
-        show_default=True,
         help="How many tokens back the penalty looks",
     ),
 )
@@ -82,20 +77,19 @@ sampling_options = option_group(
 @prompt_options
 @sampling_options
 @draft_option
-@click.option(
+@option(
     "--num-draft-tokens",
     type=click.IntRange(1),
     default=2,
-    show_default=True,
     help="How many tokens the draft model proposes at once",
 )
-@click.option(
+@option(
     "--save/--no-save",
     default=None,
     help="Save the prompt, or not  [default: with 512 new tokens or more]",
 )
-@click.option("--no-cache", is_flag=True, help="Neither reuse nor save anything")
-@click.option("-u", "--usage", is_flag=True, help="Print one line of figures on stderr")
+@option("--no-cache", is_flag=True, help="Neither reuse nor save anything")
+@option("-u", "--usage", is_flag=True, help="Print one line of figures on stderr")
 @save_options
 def generate(
     model: str | None,

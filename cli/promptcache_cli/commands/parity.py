@@ -6,17 +6,16 @@ from typing import Any
 import click
 
 from promptcache_cli import output
-from promptcache_cli.options import json_option, prompt_options, quiet_option
+from promptcache_cli.options import json_option, option, prompt_options, quiet_option
 from promptcache_cli.prompt_options import PromptOptions
 
 
 @click.command()
 @prompt_options
-@click.option(
+@option(
     "--max-tokens",
     type=click.IntRange(1),
     default=32,
-    show_default=True,
     help="How many tokens of the answer to compare",
 )
 @json_option
@@ -48,11 +47,7 @@ def parity(
 
     console = output.Console(quiet=quiet)
     generator = CachedGenerator.load(
-        model,
-        adapter_path=adapter_path,
-        save=False,
-        reuse=False,
-        announce=console.info,
+        model, adapter_path=adapter_path, save=False, reuse=False, announce=console.info
     )
     with console.progress("Comparing", "runs") as progress:
         report = check_parity(

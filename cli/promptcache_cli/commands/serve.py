@@ -17,6 +17,7 @@ from promptcache_cli.options import (
     max_size_option,
     model_options,
     open_store,
+    option,
     option_group,
     prefill_step_option,
     quantization_options,
@@ -32,114 +33,105 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 # Named as in mlx-lm's server, with its defaults.
 server_options = option_group(
-    click.option(
-        "--host", default="127.0.0.1", show_default=True, help="Where to listen"
-    ),
-    click.option(
+    option("--host", default="127.0.0.1", help="Where to listen"),
+    option(
         "--port",
         type=click.IntRange(0, 65535),
         default=8080,
-        show_default=True,
         help="Which port, 0 for any",
     ),
-    click.option(
+    option(
         "--allowed-origins",
         default="*",
-        show_default=True,
         callback=lambda ctx, param, value: value.split(","),
         help="Web pages that may ask, separated by commas",
     ),
     draft_option,
-    click.option(
+    option(
         "--num-draft-tokens",
         type=click.IntRange(0),
         default=3,
-        show_default=True,
         help="How many tokens it proposes at once",
     ),
-    click.option(
+    option(
         "--trust-remote-code", is_flag=True, help="Run code that comes with the model"
     ),
-    click.option(
+    option(
         "--log-level",
         type=click.Choice(LOG_LEVELS, case_sensitive=False),
         default="WARNING",
-        show_default=True,
         help="What to log on stderr; DEBUG logs prompts",
     ),
-    click.option("--chat-template", default="", help="A chat template, as text"),
-    click.option(
+    option(
+        "--chat-template",
+        default="",
+        show_default=False,
+        help="A chat template, as text",
+    ),
+    option(
         "--use-default-chat-template",
         is_flag=True,
         help="Use the tokenizer's default chat template where the model has none",
     ),
-    click.option(
+    option(
         "--temp",
         type=click.FloatRange(0),
         default=0.0,
-        show_default=True,
         help="Sampling temperature, unless a request says otherwise, as the next three",
     ),
-    click.option(
+    option(
         "--top-p",
         type=click.FloatRange(0, 1),
         default=1.0,
-        show_default=True,
         help="Sample from the likeliest tokens of this probability in all",
     ),
-    click.option(
+    option(
         "--top-k",
         type=click.IntRange(0),
         default=0,
-        show_default=True,
         help="Sample from this number of the likeliest tokens, 0 for all",
     ),
-    click.option(
+    option(
         "--min-p",
         type=click.FloatRange(0, 1),
         default=0.0,
-        show_default=True,
         help="Sample from tokens this likely, as a share of the likeliest",
     ),
-    click.option(
+    option(
         "--max-tokens",
         type=click.IntRange(1),
         default=512,
-        show_default=True,
         help="Most tokens of an answer, unless a request says otherwise",
     ),
-    click.option(
+    option(
         "--chat-template-args",
         type=JSON_OBJECT,
         default="{}",
+        show_default=False,
         help="Arguments of the chat template, a JSON object, or @FILE",
     ),
-    click.option(
+    option(
         "--decode-concurrency",
         type=click.IntRange(1),
         default=32,
-        show_default=True,
         help="Answers to generate at once",
     ),
-    click.option(
+    option(
         "--prompt-concurrency",
         type=click.IntRange(1),
         default=8,
-        show_default=True,
         help="Prompts to read at once",
     ),
     prefill_step_option,
-    click.option(
+    option(
         "--prompt-cache-size",
         type=int,
         help="Without effect: bytes are limited, not numbers",
     ),
-    click.option("--prompt-cache-bytes", type=SIZE, help="The same as --memory-limit"),
-    click.option(
-        "--kv-bits", type=int, help="Quantize keys and values; no batches then"
-    ),
+    option("--prompt-cache-bytes", type=SIZE, help="The same as --memory-limit"),
+    option("--kv-bits", type=int, help="Quantize keys and values; no batches then"),
     quantization_options,
-    click.option("--pipeline", is_flag=True, help="Without effect on one machine"),
+    option("--pipeline", is_flag=True, help="Without effect on one machine"),
 )
 
 
@@ -148,48 +140,39 @@ server_options = option_group(
 @server_options
 @store_option
 @max_size_option
-@click.option(
+@option(
     "--memory-limit",
     type=SIZE,
     help="Most bytes of memory for caches  [env: PROMPTCACHE_MEMORY_LIMIT; "
     "default: an eighth of the memory]",
 )
-@click.option(
+@option(
     "--save-answers/--no-save-answers",
     default=True,
-    show_default=True,
     help="Store answers, too, which the next turn begins with",
 )
 @store_bits_option
-@click.option(
+@option(
     "--api-key",
     "api_keys",
     multiple=True,
     help="A key that clients must present; each has its own prefixes; repeatable  "
     "[env: PROMPTCACHE_API_KEY, separated by commas]",
 )
-@click.option(
+@option(
     "--metrics-key",
     help="A key that opens /metrics, which API keys do not  "
     "[env: PROMPTCACHE_METRICS_KEY]",
 )
-@click.option(
+@option(
     "--pin-quota",
     type=SIZE,
     help="Most bytes that each API key may pin  [default: its part of a half of the "
     "store's limit]",
 )
-@click.option(
-    "--insecure", is_flag=True, help="Accept remote clients without an API key"
-)
-@click.option(
-    "--max-request-size",
-    type=SIZE,
-    default="32MB",
-    show_default=True,
-    help="Most bytes of a request",
-)
-@click.option(
+@option("--insecure", is_flag=True, help="Accept remote clients without an API key")
+@option("--max-request-size", type=SIZE, default="32MB", help="Most bytes of a request")
+@option(
     "--max-prompt-tokens",
     type=click.IntRange(0),
     help="Most tokens of a prompt, 0 for any number  [default: the model's context]",
