@@ -584,14 +584,8 @@ class CachedGenerator:
         self._check_draft(settings, rendered)
         sampler, logits_processors = _sampling(cast(SamplingOptions, sampling))
         request = Request(
-            PromptRead(
-                rendered.token_ids,
-                self._loaded.plan(settings, rendered.boundaries, rendered.answer),
-                settings,
-                origin=rendered.origin,
-                reuse=self._reuse if reuse is None else reuse,
-                save=self.save if save is None else save,
-                can_be_stored=input_embeddings is None,
+            self._prompt_read(
+                rendered, settings, save, reuse, can_be_stored=input_embeddings is None
             ),
             max_tokens=max_tokens,
             sampler=sampler,
@@ -611,6 +605,25 @@ class CachedGenerator:
             lambda: self.fingerprint(settings),
             request,
         ).stream()
+
+    def _prompt_read(
+        self,
+        rendered: RenderedPrompt,
+        settings: Settings,
+        save: SavePolicy | None,
+        reuse: bool | None,
+        *,
+        can_be_stored: bool,
+    ) -> PromptRead:
+        return PromptRead(
+            rendered.token_ids,
+            self._loaded.plan(settings, rendered.boundaries, rendered.answer),
+            settings,
+            origin=rendered.origin,
+            reuse=self._reuse if reuse is None else reuse,
+            save=self.save if save is None else save,
+            can_be_stored=can_be_stored,
+        )
 
 
 def _split(
