@@ -23,6 +23,9 @@ CPU_TOLERANCE = 1e-4
 # In half precision, as on a GPU, rounding hides such a row.
 GPU_TOLERANCE = 1e-1
 
+# The argument with which a benchmark runs one trial.
+WORKER = "--worker"
+
 Unit = Literal["s", "B", "B/s", "tokens/s", "×"]
 
 
@@ -133,13 +136,13 @@ def write_json(benchmark: str, measurements: Sequence[Measurement], file: Path) 
 
 
 def run_worker(module: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run one trial in a process of its own; it reads JSON and writes JSON.
+    """Run one trial in a process of its own: the benchmark itself with `WORKER`.
 
     Raises:
         RuntimeError: It failed; the message has what it wrote to stderr.
     """
     done = subprocess.run(
-        [sys.executable, "-m", module],
+        [sys.executable, "-m", module, WORKER],
         input=json.dumps(request),
         capture_output=True,
         text=True,
