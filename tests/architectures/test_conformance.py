@@ -230,7 +230,7 @@ def test_a_hit_that_reads_everything_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "promptcache.tiers.prefix_cache.resume",
+        "promptcache.tiers.prefix_cache.restore_prefix",
         lambda store, fingerprint, cache, token_ids, **options: restore_prefix(
             store, fingerprint, list(cache), token_ids, **options
         )._replace(match=Match(), cached_tokens=0),
