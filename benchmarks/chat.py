@@ -134,7 +134,6 @@ class Chat:
             self.saved,
             plan=PrefillPlan(),
             kv=KVSettings(),
-            generating=False,
         )
         check_equal("rows restored", resumed.match.cached_tokens, len(self.saved))
         caches.shrink(cache, len(self.saved))

@@ -312,7 +312,6 @@ def resume_promptcache(
             token_ids,
             plan=PrefillPlan(),
             kv=KVSettings(),
-            generating=True,
         )
         caches.evaluate(cache)
         seconds = time.perf_counter() - started

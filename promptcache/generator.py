@@ -358,8 +358,7 @@ class CachedGenerator:
     ) -> Match:
         """Return what a generation of this prompt would reuse.
 
-        It includes the last token only where the logits after it are stored: the
-        model has to read something.
+        The last token is never part of it: the model has to read something.
 
         Args:
             prompt: Text, token ids or chat messages.
@@ -373,7 +372,7 @@ class CachedGenerator:
         """
         token_ids = self.render(prompt, tools, chat_template_config).token_ids
         fingerprint = self.fingerprint(Settings.of(**options))
-        return self._usable_store().lookup(token_ids, fingerprint, generating=True)
+        return self._usable_store().lookup(token_ids[:-1], fingerprint)
 
     def explain(
         self,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from mlx_lm.generate import generation_stream, wired_limit
 
-from promptcache.engine.prefill import prefill, read_rest
+from promptcache.engine.prefill import prefill
 from promptcache.errors import ModelError, StoreError, UsageError, warn
 from promptcache.kvcache.kv_quantization import check_quantizable
 from promptcache.models.loaded import LoadedModel
@@ -45,45 +45,44 @@ class Build:
         self._settings = settings
         self._plan = model.plan(settings, rendered.boundaries, rendered.answer)
         self._fingerprint = model.fingerprint(settings)
-        self._needs_logits = self._is_prompt(rendered)
         self._origin = rendered.origin
-        self._told: str | None = None
+        self._reuse_warning: str | None = None
         self._token_ids = self._reusable(rendered)
         self._num_tokens = len(self._token_ids)
         self.key = store.segments.key_of(self._token_ids, self._fingerprint)
 
-    def _is_prompt(self, rendered: RenderedPrompt) -> bool:
-        """Return whether the prefix is a prompt whose next token's logits are needed.
-
-        They are where the last token cannot be taken back.
-        """
-        can_step_back = not self._model.needs_checkpoints(
-            self._settings
-        ) and self._plan.is_sliceable(len(rendered.token_ids))
-        is_drafted = self._settings.draft_model is not None
-        return not (rendered.is_open or can_step_back or is_drafted)
-
     def _reusable(self, rendered: RenderedPrompt) -> list[int]:
-        """Return as much of the prefix as other prompts can reuse, or the whole prompt.
+        """Return as much of the prefix as other prompts can reuse.
 
         Raises UsageError if that is nothing.
         """
-        token_ids = rendered.token_ids
-        end = self._plan.last_resume_point(len(token_ids))
-        if self._needs_logits and not self._plan.is_sliceable(len(token_ids)):
-            # The last token is read alone, and only cuts before it are kept.
-            end = self._plan.last_before(len(token_ids))
-        if end == len(token_ids):
-            return token_ids
-        told = (
-            f"other prompts can reuse {end} of these {len(token_ids)} tokens: "
-            f"{self._reason()}"
+        token_ids, num_tokens = rendered.token_ids, len(rendered.token_ids)
+        end = self._end(num_tokens, is_open=rendered.is_open)
+        if self._plan.is_sliceable(num_tokens) and end:
+            return token_ids[:end]
+        if end < num_tokens:
+            message = (
+                f"other prompts can reuse {end} of these {num_tokens} tokens: "
+                f"{self._reason()}"
+            )
+            if not end:
+                raise UsageError(f"{message}; try a smaller prefill_step_size")
+            if not self._settings.exact:
+                self._reuse_warning = message
+        return token_ids[:end]
+
+    def _end(self, num_tokens: int, *, is_open: bool) -> int:
+        """Return up to where the prefix is stored.
+
+        A whole prompt ends where its last token is read alone, if that matters.
+        """
+        is_drafted = self._settings.draft_model is not None
+        can_step_back = not self._plan.needs_checkpoint and self._plan.is_sliceable(
+            num_tokens
         )
-        if not self._needs_logits and not end:
-            raise UsageError(f"{told}; try a smaller prefill_step_size")
-        if not self._settings.exact:
-            self._told = told
-        return token_ids if self._needs_logits else token_ids[:end]
+        if is_open or is_drafted or can_step_back:
+            return self._plan.last_resume_point(num_tokens)
+        return self._plan.last_kept(num_tokens, self._settings.kv)
 
     def _reason(self) -> str:
         if self._settings.exact:
@@ -110,8 +109,8 @@ class Build:
         """
         with self._store.segments.building(self.key, on_wait):
             num_cached = self._read(on_progress)
-        if self._told is not None:
-            warn(self._told)
+        if self._reuse_warning is not None:
+            warn(self._reuse_warning)
         return num_cached
 
     def _read(self, on_progress: Callable[[int, int], None]) -> int:
@@ -126,7 +125,6 @@ class Build:
             cache,
             self._plan,
             kv,
-            is_prompt=self._needs_logits,
             is_build=True,
             origin=self._origin,
             store_bits=self._settings.store_bits,
@@ -142,9 +140,8 @@ class Build:
             token_ids,
             plan=self._plan,
             kv=kv,
-            generating=self._needs_logits,
         )
-        saver.take_over(resumed.taken, resumed.logits)
+        saver.take_over(resumed.taken)
         num_cached = resumed.match.cached_tokens
         if kv.starts_within(num_cached, self._num_tokens):
             for model in filter(None, (self._model.model, self._settings.draft_model)):
@@ -155,28 +152,22 @@ class Build:
             self._check_model()
             saver.save(stop)
 
-        end = self._end_of_prefill(num_cached)
         with wired_limit(self._model.model, [generation_stream]):
             seconds = prefill(
                 reader,
                 cache,
                 token_ids,
                 start=num_cached,
-                end=end,
+                end=self._num_tokens,
                 plan=self._plan,
                 kv=kv,
                 on_piece=on_piece,
-                on_progress=lambda done, _: on_progress(done, self._num_tokens),
+                on_progress=on_progress,
             )
             # A receipt is not worth waiting for, let alone failing.
             with contextlib.suppress(StoreError):
-                self._store.usage_log.add_speed(
-                    self._fingerprint, end - num_cached, seconds
-                )
-            if end < self._num_tokens:
-                logits = read_rest(reader, cache, token_ids, num_read=end)
-                saver.capture(end, self._num_tokens, logits)
-                on_progress(self._num_tokens, self._num_tokens)
+                num_read = self._num_tokens - num_cached
+                self._store.usage_log.add_speed(self._fingerprint, num_read, seconds)
         self._check_model()
         saver.save(self._num_tokens)
         return num_cached
@@ -191,15 +182,6 @@ class Build:
         """Return whether all of it is there, in the index and on disk."""
         # In its own tree: exact rows of the same are no reason to store nothing.
         fingerprint = self._fingerprint.reusable[-1]
-        match = self._store.lookup(
-            self._token_ids, fingerprint, generating=self._needs_logits
-        )
+        match = self._store.lookup(self._token_ids, fingerprint)
         is_whole = match.cached_tokens == self._num_tokens
         return is_whole and check_blobs(self._store, match)
-
-    def _end_of_prefill(self, num_cached: int) -> int:
-        """Return where to stop, to read the rest as a generation does."""
-        if not self._needs_logits or num_cached == self._num_tokens:
-            return self._num_tokens
-        kv = self._settings.kv
-        return self._plan.end_of_prefill(self._num_tokens, num_cached, kv)

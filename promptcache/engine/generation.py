@@ -154,11 +154,14 @@ class Generation:
 
     @property
     def _kept_answer(self) -> list[int]:
-        """The tokens of the answer that are to be saved."""
-        is_whole = self._read.num_saved == self._read.num_tokens
-        if self._request.save_answer and is_whole and self._drafted is None:
-            return self._answer[: self._num_read]
-        return []
+        """The tokens after the saved part of the prompt that are to be saved, too."""
+        read, num_read = self._read, self._num_read
+        can_follow = read.plan.is_sliceable(read.num_tokens) and not (
+            read.is_drafted or read.plan.quantizes_at_end(read.num_tokens, read.kv)
+        )
+        if not (self._request.save_answer and can_follow and num_read):
+            return []
+        return [*read.token_ids[read.num_saved :], *self._answer[:num_read]]
 
     # The cache and the store
 
@@ -195,11 +198,10 @@ class Generation:
             start.cache,
             read.plan,
             read.kv,
-            is_prompt=len(token_ids) == read.num_tokens,
             origin=read.origin,
             store_bits=read.settings.store_bits,
         )
-        saver.take_over(start.resumed.taken, start.resumed.logits)
+        saver.take_over(start.resumed.taken)
         return QuietSaver(saver)
 
     def _record(
@@ -264,8 +266,6 @@ class Generation:
 
     def _logits(self, start: FetchedPrefix) -> mx.array:
         """Read the prompt to its end; return the logits of the next token."""
-        if start.resumed.logits is not None:
-            return start.resumed.logits
         read = self._read
         num_read = read.plan.end_of_prefill(
             read.num_tokens, start.cached_tokens, read.kv
@@ -278,7 +278,7 @@ class Generation:
             num_read=num_read,
         )
         if read.num_saved == read.num_tokens:
-            self._saver.capture(num_read, read.num_tokens, logits)
+            self._saver.capture(num_read, read.num_tokens)
         quantize(start.cache, read.num_tokens, read.kv)
         return logits
 
@@ -345,7 +345,7 @@ class Generation:
             if step.num_read is not None:
                 self._num_read = step.num_read
                 if self._kept_answer:
-                    self._saver.capture_answer(self._num_read)
+                    self._saver.capture_answer(len(self._kept_answer))
             finish_reason = self._finish_reason(step, num_tokens)
             if finish_reason != "stop":
                 detokenizer.add_token(step.token)

@@ -16,7 +16,6 @@ from promptcache.kvcache.classes import (
     rows_of,
 )
 from promptcache.kvcache.layout import (
-    LOGITS,
     TOKEN_IDS,
     Layout,
     PartLayout,
@@ -140,22 +139,12 @@ def _captured(
     ]
 
 
-def encode_checkpoint(
-    taken: Snapshot, logits: "mx.array | None" = None
-) -> EncodedSegment:
-    """Return the states of a capture as plain bytes.
-
-    Args:
-        taken: The capture.
-        logits: The logits of the next token, shape `(1, vocabulary)`, if known.
-    """
+def encode_checkpoint(taken: Snapshot) -> EncodedSegment:
+    """Return the states of a snapshot as plain bytes."""
     import mlx.core as mx
 
     arrays = {TOKEN_IDS: mx.zeros((0,), dtype=mx.uint32), **taken.states}
-    if logits is not None:
-        arrays[LOGITS] = logits
-    resumption = ResumeRules(needs_checkpoint=True, has_logits=logits is not None)
-    return _encoded(taken.layout, arrays, resumption)
+    return _encoded(taken.layout, arrays, ResumeRules(needs_checkpoint=True))
 
 
 def _encoded(

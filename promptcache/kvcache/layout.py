@@ -15,9 +15,8 @@ from promptcache.errors import DamagedBlobError
 from promptcache.kvcache.classes import LayerKind, tensor_names
 from promptcache.kvcache.row_quantization import QuantizedFormat
 
-# Tensors of a blob that belong to no part.
+# A tensor of a blob that belongs to no part of the cache.
 TOKEN_IDS = "token_ids"
-LOGITS = "logits"
 
 
 @dataclass(frozen=True, slots=True)

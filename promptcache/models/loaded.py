@@ -138,7 +138,10 @@ class LoadedModel:
         """Return where the pieces of a prompt with these boundaries end."""
         self._keep_up()
         exact_after = self.exact_after(settings)
-        return PrefillPlan(settings.step_size, boundaries, exact_after, answer)
+        needs_checkpoint = self.needs_checkpoints(settings)
+        return PrefillPlan(
+            settings.step_size, boundaries, exact_after, answer, needs_checkpoint
+        )
 
     def _keep_up(self) -> None:
         """Look again at a model that has changed."""

@@ -33,12 +33,15 @@ class PrefillPlan:
         boundaries: Positions to cut at besides the multiples of `step_size`.
         exact_after: Position after which boundaries do not count, None for never.
         answer: Where the prompt's answer begins in history, None if not known.
+        needs_checkpoint: Whether a run resumes from states only, which are taken at the
+            ends of pieces.
     """
 
     step_size: int = DEFAULT_STEP_SIZE
     boundaries: tuple[int, ...] = ()
     exact_after: int | None = None
     answer: int | None = None
+    needs_checkpoint: bool = False
 
     def is_sliceable(self, end: int) -> bool:
         """Return whether rows up to `end` may be cut at any token."""
@@ -53,6 +56,19 @@ class PrefillPlan:
         if self.can_resume(end):
             return end
         return max(end - end % self.step_size, self.exact_after or 0)
+
+    def last_kept(self, num_tokens: int, kv: "KVSettings") -> int:
+        """Return up to where a prompt is kept, to be resumed when it is repeated.
+
+        Its last token is read alone. Where that cannot be taken back, or is not read as
+        in longer prompts, what is kept ends before it.
+        """
+        if not self.is_sliceable(num_tokens):
+            if self.needs_checkpoint:
+                return self.last_before(num_tokens)
+            return self.last_resume_point(num_tokens - 1)
+        is_alone = self.needs_checkpoint or self.quantizes_at_end(num_tokens, kv)
+        return num_tokens - is_alone
 
     def is_cut(self, position: int) -> bool:
         """Return whether a piece of every longer prompt ends at a position."""
@@ -103,7 +119,11 @@ class PrefillPlan:
         """Return where to stop a prefill, so that the rest can be read in one go."""
         end = num_tokens - 1
         # mlx-lm would quantize the last piece before it reads the last token.
-        if not self.is_sliceable(num_tokens) or self.quantizes_at_end(num_tokens, kv):
+        if (
+            self.needs_checkpoint
+            or not self.is_sliceable(num_tokens)
+            or self.quantizes_at_end(num_tokens, kv)
+        ):
             return end
         begin = max(self.last_before(num_tokens), cached_tokens)
         is_short = num_tokens - begin <= JOINED_TOKENS

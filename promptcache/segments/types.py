@@ -44,12 +44,9 @@ class Match:
     Attributes:
         slices: The segments to load, from the root; each starts where the
             one before it stops. A checkpoint, if there is one, is the last.
-        has_logits: Whether the checkpoint tells the logits of the next token, so that
-            nothing is left to read.
     """
 
     slices: tuple[SegmentSlice, ...] = ()
-    has_logits: bool = False
 
     @property
     def cached_tokens(self) -> int:
@@ -101,17 +98,12 @@ class ResumeRules(NamedTuple):
     Attributes:
         sliceable: Whether its rows can be cut at any token, else it is used as a
             whole or not at all.
-        extendable: Whether longer prompts can go on from its end, else it is good for
-            its very prompt.
         needs_checkpoint: Whether rows are not enough, so that only positions with a
             checkpoint will do.
-        has_logits: Whether a checkpoint tells the logits of the next token.
     """
 
     sliceable: bool = True
-    extendable: bool = True
     needs_checkpoint: bool = False
-    has_logits: bool = False
 
 
 AT_ANY_TOKEN = ResumeRules()
@@ -127,14 +119,8 @@ class Priority(IntEnum):
     BUILT = 3
 
 
-def tag_of(resumption: ResumeRules, *, is_checkpoint: bool) -> str:
-    """Return the tag of a segment's key; see `Chain.tagged_key_at`."""
-    kinds = {
-        "checkpoint": is_checkpoint,
-        "logits": resumption.has_logits,
-        "tail": not resumption.extendable,
-    }
-    return " ".join(kind for kind, applies in kinds.items() if applies)
+# The tag of a checkpoint's key; those of segments with rows have none.
+CHECKPOINT_TAG = "checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +154,7 @@ class SegmentInfo:
     @property
     def tag(self) -> str:
         """Return the tag of its key; see `Chain.tagged_key_at`."""
-        return tag_of(self.resumption, is_checkpoint=self.is_checkpoint)
+        return CHECKPOINT_TAG if self.is_checkpoint else ""
 
 
 class EncodedSegment(NamedTuple):

@@ -38,21 +38,6 @@ class _Path(NamedTuple):
             rows = rows[:-1]
         return _Path(rows, agreed)
 
-    def ending(self, limit: int, *, is_tail: bool) -> "_Path":
-        """Drop a last segment that is read in other pieces than what ends at `limit`.
-
-        A tail is good for its very tokens only, and these cannot do with a whole piece
-        where their own last one is read in two.
-        """
-        rows, _ = self
-        if not rows or rows[-1].sliceable:
-            return self
-        ends = rows[-1].end == limit
-        fits = ends and not rows[-1].extendable if is_tail else rows[-1].extendable
-        if fits or (is_tail and rows[-1].extendable and not ends):
-            return self
-        return _Path(rows[:-1], rows[-1].start)
-
     def slices(self) -> tuple[SegmentSlice, ...]:
         """Return the rows to take from each segment, leaving out what gives none."""
         return tuple(
@@ -62,24 +47,18 @@ class _Path(NamedTuple):
         )
 
 
-def longest_stored(
-    index: Index, chain: Chain, *, limit: int, is_tail: bool = False
-) -> Match:
+def longest_stored(index: Index, chain: Chain, *, limit: int) -> Match:
     """Return what is stored of the first `limit` tokens, wherever it ends.
 
     Args:
         index: The index.
         chain: The prompt.
         limit: How many of its tokens count.
-        is_tail: Whether rows will do that are good for these very tokens only.
 
     Raises:
         StoreError: The index cannot be read.
     """
-    paths = (
-        path.usable().ending(limit, is_tail=is_tail)
-        for path in _paths(index, chain, limit)
-    )
+    paths = (path.usable() for path in _paths(index, chain, limit))
     return Match(max(paths, key=lambda path: path.agreed).slices())
 
 
@@ -87,7 +66,6 @@ def longest_match(
     index: Index,
     chain: Chain,
     *,
-    generating: bool = False,
     skip: Collection[str] = (),
 ) -> Match:
     """Return the longest prefix of `chain` that a run can resume.
@@ -97,46 +75,42 @@ def longest_match(
     Args:
         index: The index.
         chain: The prompt.
-        generating: Leave at least one token to read, unless the logits after the
-            last one are stored.
         skip: Keys of segments to do without.
 
     Raises:
         StoreError: The index cannot be read.
     """
-    last = len(chain) - 1 if generating else len(chain)
     best = Match()
     found = _paths(index, chain, len(chain), skip)
     paths = sorted(found, key=lambda path: -path.agreed)
     for path in paths:
         if path.agreed <= best.cached_tokens:
             break
-        match = _resumable(index, path.usable(), last, skip)
+        match = _resumable(index, path.usable(), skip)
         best = max(best, match, key=lambda match: match.cached_tokens)
     return best
 
 
-def _resumable(index: Index, path: _Path, last: int, skip: Collection[str]) -> Match:
+def _resumable(index: Index, path: _Path, skip: Collection[str]) -> Match:
     """Return the deepest position of a path at which a run can resume."""
-    plain = Match(_plain(path, last).slices())
+    plain = Match(_plain(path).slices())
     if not any(row.needs_checkpoint for row in path.rows):
         return plain
-    checkpoint = _deepest_checkpoint(index, path, last, skip)
+    checkpoint = _deepest_checkpoint(index, path, skip)
     if checkpoint is None or checkpoint.position < plain.cached_tokens:
         return plain
     depth = [row.id for row in path.rows].index(checkpoint.parent_id) + 1
     position = checkpoint.position
     slices = _Path(path.rows[:depth], position).slices()
     state = SegmentSlice(checkpoint.key, position, position, position)
-    # Logits are of use only where nothing is left to read.
-    return Match((*slices, state), has_logits=position > last)
+    return Match((*slices, state))
 
 
-def _plain(path: _Path, last: int) -> _Path:
-    """Cut a path to where its rows alone are enough, at `last` or before."""
+def _plain(path: _Path) -> _Path:
+    """Cut a path to where its rows alone are enough."""
     rows, agreed = path
     while rows:
-        cut = _Path(rows, min(agreed, last)).usable()
+        cut = _Path(rows, agreed).usable()
         if cut.rows == rows and not rows[-1].needs_checkpoint:
             return cut
         agreed = min(agreed, rows[-1].start)
@@ -145,7 +119,7 @@ def _plain(path: _Path, last: int) -> _Path:
 
 
 def _deepest_checkpoint(
-    index: Index, path: _Path, last: int, skip: Collection[str]
+    index: Index, path: _Path, skip: Collection[str]
 ) -> CheckpointRow | None:
     stops = {
         row.id: (row, stop) for row, stop in zip(path.rows, path.stops(), strict=True)
@@ -154,10 +128,8 @@ def _deepest_checkpoint(
     def fits(checkpoint: CheckpointRow) -> bool:
         row, stop = stops[checkpoint.parent_id]
         position = checkpoint.position
-        is_end = position > last
         return (
             position <= stop
-            and (checkpoint.has_logits if is_end else checkpoint.extendable)
             and (row.sliceable or position == row.end)
             and checkpoint.key not in skip
         )

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
-from promptcache.segments.chain import Chain, common_length, pack, unpack
+from promptcache.segments.chain import TOKEN_NBYTES, Chain, common_length, pack, unpack
 from promptcache.segments.fingerprint import Fingerprint
-from promptcache.segments.types import PromptOrigin
+from promptcache.segments.types import CHECKPOINT_TAG, PromptOrigin
 from promptcache.store.index import Index
 from promptcache.store.index.rows import PromptRow
 from promptcache.store.lookup import longest_match, longest_stored
@@ -17,8 +17,7 @@ from promptcache.store.types import Eviction, NearbyPrefixes, StoredPrompt
 
 # Of so many prompts, the last used ones, the tokens are compared.
 MAX_PROMPTS = 100
-# What tells the key of other kinds of segments from a plain one; see `types.tag_of`.
-TAGS = ("", "tail", "checkpoint", "checkpoint logits", "checkpoint logits tail")
+TAGS = ("", CHECKPOINT_TAG)
 
 
 class _Finder:
@@ -35,9 +34,11 @@ class _Finder:
 
     def find(self, origin: PromptOrigin | None) -> NearbyPrefixes:
         index, chain = self._index, self._chain
-        rows = longest_stored(index, chain, limit=len(chain), is_tail=True)
+        rows = longest_stored(index, chain, limit=len(chain))
+        # A run leaves at least the last token to read.
+        rest_left = Chain(chain.fingerprint, chain.data[:-TOKEN_NBYTES])
         return NearbyPrefixes(
-            match=longest_match(index, chain, generating=True),
+            match=longest_match(index, rest_left),
             num_rows=rows.cached_tokens,
             nearest=self._nearest(rows.key),
             alike=() if origin is None else self._alike(origin),

@@ -109,7 +109,6 @@ class PrefixStore(StoreFolder):
         token_ids: Sequence[int],
         fingerprint: Fingerprint,
         *,
-        generating: bool = False,
         skip: Collection[str] = (),
     ) -> Match:
         """Return the longest cached prefix of token ids that a run can resume.
@@ -118,8 +117,6 @@ class PrefixStore(StoreFolder):
             token_ids: The prompt.
             fingerprint: What KV values depend on. Of one whose rows are stored in
                 fewer bits, the exact rows are taken where they reach as far.
-            generating: Leave at least one token to read, unless the logits after the
-                last one are stored.
             skip: Keys of segments to do without.
 
         Raises:
@@ -127,10 +124,7 @@ class PrefixStore(StoreFolder):
         """
         self._index.database.refresh()
         chains = (Chain(f.digest, token_ids) for f in fingerprint.reusable)
-        matches = (
-            longest_match(self._index, chain, generating=generating, skip=skip)
-            for chain in chains
-        )
+        matches = (longest_match(self._index, chain, skip=skip) for chain in chains)
         # The first one if two are equally long.
         return max(matches, key=lambda match: match.cached_tokens)
 

@@ -15,11 +15,10 @@ from promptcache.segments.chain import Chain
 from promptcache.segments.cut import token_nbytes
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.segments.types import (
+    CHECKPOINT_TAG,
     EncodedSegment,
     Priority,
-    ResumeRules,
     SegmentInfo,
-    tag_of,
 )
 from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.index import Index
@@ -56,7 +55,6 @@ class SegmentWriter:
         token_ids: Sequence[int],
         fingerprint: Fingerprint,
         *,
-        is_tail: bool = False,
         cut_at: Collection[int] = (),
         after: int = 0,
     ) -> list[tuple[int, int]]:
@@ -65,7 +63,7 @@ class SegmentWriter:
         Up to `after` it is as good as stored; see `save`. Raises StoreError.
         """
         chain = Chain(fingerprint.digest, token_ids)
-        rows = longest_stored(self._index, chain, limit=len(chain), is_tail=is_tail)
+        rows = longest_stored(self._index, chain, limit=len(chain))
         return [*_cuts(max(rows.cached_tokens, after), len(chain), cut_at)]
 
     def save(
@@ -75,7 +73,6 @@ class SegmentWriter:
         encode: Encode,
         *,
         is_prefix: bool = True,
-        is_tail: bool = False,
         cut_at: Collection[int] = (),
         state_nbytes: int = 0,
         next_turn: int | None = None,
@@ -88,8 +85,6 @@ class SegmentWriter:
             encode: Returns the state of a token range `[start, end)`; it is called
                 for the ranges that are missing only.
             is_prefix: Whether to list its end, or keep it as a step on the way.
-            is_tail: Whether what comes after the last of `cut_at` is good for this
-                very prompt only.
             cut_at: Where segments must end, in place of multiples of
                 `MAX_SEGMENT_TOKENS`.
             state_nbytes: Size of the checkpoint that follows, without which the rows
@@ -105,7 +100,7 @@ class SegmentWriter:
 
         def attempt() -> bool:
             """Add what is missing; return whether all ancestors are still there."""
-            rows = longest_stored(self._index, chain, limit=len(chain), is_tail=is_tail)
+            rows = longest_stored(self._index, chain, limit=len(chain))
             parent_key = rows.key
             place = self._place(token_ids, chain, next_turn) if state_nbytes else {}
             for start, end in _cuts(rows.cached_tokens, len(chain), cut_at):
@@ -126,7 +121,7 @@ class SegmentWriter:
                     return False
                 parent_key = info.key
             assert parent_key is not None
-            end_key = self._checkpoint_key(chain, is_tail=is_tail) or parent_key
+            end_key = self._checkpoint_key(chain) or parent_key
             return not is_prefix or self._list_prefix(chain, end_key)
 
         self._try(attempt)
@@ -161,11 +156,9 @@ class SegmentWriter:
         """
         chain = Chain(fingerprint.digest, token_ids)
         position = len(chain)
-        is_tail = not segment.resumption.extendable
-        has_logits = segment.resumption.has_logits
 
         def attempt() -> bool:
-            rows = longest_stored(self._index, chain, limit=position, is_tail=is_tail)
+            rows = longest_stored(self._index, chain, limit=position)
             if rows.key is None or rows.cached_tokens < position:
                 raise StoreError("what it hangs on has been evicted meanwhile")
             info = _info(
@@ -178,14 +171,12 @@ class SegmentWriter:
                 resumption=segment.resumption,
                 priority=priority,
             )
-            known = self._checkpoint_key(chain, is_tail=is_tail)
-            if known is not None and (known == info.key or not has_logits):
-                return not is_prefix or self._list_prefix(chain, known)
+            if self._checkpoint_key(chain) is not None:
+                return not is_prefix or self._list_prefix(chain, info.key)
             place = self._place(token_ids, chain, next_turn)
             protect = {**place, rows.key: position}
             if not self._add(info, segment, chain, protect):
                 return False
-            self._replace(info, chain)
             way = [(part.key, part.stop) for part in rows.slices]
             with self._index.database.writing():
                 self._index.touch_passed(way, now=self._index.clock.now())
@@ -233,27 +224,10 @@ class SegmentWriter:
             self._hold_limit(segment_key, len(chain))
         return True
 
-    def _checkpoint_key(self, chain: Chain, *, is_tail: bool) -> str | None:
+    def _checkpoint_key(self, chain: Chain) -> str | None:
         """Return the key of the checkpoint at the end of a chain, if there is one."""
-        for has_logits in (True, False):
-            kind = ResumeRules(extendable=not is_tail, has_logits=has_logits)
-            tag = tag_of(kind, is_checkpoint=True)
-            key = chain.tagged_key_at(len(chain), tag)
-            if self._index.segment_id(key) is not None:
-                return key
-        return None
-
-    def _replace(self, info: SegmentInfo, chain: Chain) -> None:
-        """Remove the checkpoint that lacks the logits which a new one has."""
-        kind = info.resumption._replace(has_logits=False)
-        key = chain.tagged_key_at(info.end, tag_of(kind, is_checkpoint=True))
-        with self._index.database.writing():
-            old, new = (self._index.segment_id(k) for k in (key, info.key))
-            if key == info.key or old is None or new is None:
-                return
-            self._index.prefixes.move(old, new)
-            self._index.remove_leaf(key)
-        prune.remove_blobs(self._index, self._blobs, [key])
+        key = chain.tagged_key_at(len(chain), CHECKPOINT_TAG)
+        return key if self._index.segment_id(key) is not None else None
 
     def _thin(self, key: str, next_turn: int | None) -> None:
         """Remove the checkpoints that a new one makes less worth their bytes."""
@@ -304,8 +278,7 @@ class SegmentWriter:
         ):
             if self._index.segment_id(info.key) is not None:
                 return True
-            is_tail = not info.resumption.extendable
-            rows = longest_stored(self._index, chain, limit=info.end, is_tail=is_tail)
+            rows = longest_stored(self._index, chain, limit=info.end)
             if rows.cached_tokens != info.start:
                 return False
             staged.publish()

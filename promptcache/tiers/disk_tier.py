@@ -23,7 +23,7 @@ from promptcache.store.types import LoadEstimate
 from promptcache.tiers import memory_limits
 
 if TYPE_CHECKING:
-    import mlx.core as mx
+    pass
 
 # An answer's first tokens need no new allocation; more would only take time here.
 DECODE_ROOM = 64
@@ -37,15 +37,12 @@ class RestoredPrefix(NamedTuple):
     Attributes:
         match: The longest prefix that the store has.
         cached_tokens: How many tokens the cache holds, from the store or from memory.
-        logits: The logits of the next token, shape `(1, vocabulary)`, if the match is
-            the whole prompt and they were stored.
         declined: Why the match was not loaded, if it was not.
         taken: All of it, if it is stored under another fingerprint only.
     """
 
     match: Match = Match()
     cached_tokens: int = 0
-    logits: "mx.array | None" = None
     declined: LoadEstimate | None = None
     taken: snapshot.Snapshot | None = None
 
@@ -58,10 +55,9 @@ def restore_prefix(
     *,
     plan: PrefillPlan,
     kv: KVSettings,
-    generating: bool,
     may_decline: bool = False,
 ) -> RestoredPrefix:
-    """Fill a fresh cache with the longest cached prefix of a prompt.
+    """Fill a fresh cache with the longest cached prefix of token ids.
 
     A blob that is missing or damaged is forgotten, with one warning, and the next
     best prefix taken. The cache is then quantized if a run from nothing would have it
@@ -71,10 +67,9 @@ def restore_prefix(
         store: Where to look.
         fingerprint: What KV values depend on.
         cache: A fresh cache, which is filled.
-        token_ids: The prompt.
+        token_ids: The prompt, up to where it may be restored.
         plan: Where the pieces of its prefill end.
         kv: When keys and values are quantized.
-        generating: Leave something to read, unless the next token's logits are stored.
         may_decline: Load nothing where the model reads the same tokens sooner.
 
     Raises:
@@ -86,9 +81,7 @@ def restore_prefix(
     with destination or contextlib.nullcontext():
         loader = _Loader(store, token_ids, plan, kv, destination)
         while True:
-            match = store.lookup(
-                token_ids, fingerprint, generating=generating, skip=skip
-            )
+            match = store.lookup(token_ids, fingerprint, skip=skip)
             if not match.slices:
                 return RestoredPrefix(match)
             estimate = store.usage_log.estimate(fingerprint, match.cached_tokens)
@@ -116,8 +109,7 @@ def restore_prefix(
     taken = None
     if loader.digests[match.slices[-1].key] != fingerprint.digest:
         taken = snapshot.snapshot_restored(cache, segments, match.cached_tokens)
-    logits = segments[-1].logits if match.has_logits else None
-    return RestoredPrefix(match, match.cached_tokens, logits, taken=taken)
+    return RestoredPrefix(match, match.cached_tokens, taken=taken)
 
 
 class _TooEarlyError(Exception):

@@ -101,16 +101,13 @@ def _resume(
         return FetchedPrefix(cache, RestoredPrefix(), fingerprint)
     if found := _resume_hot(store, hot, fingerprint, read):
         return found
-    # Speculation reads the last token itself.
-    is_drafted = read.is_drafted
     resumed = restore_prefix(
         store,
         fingerprint,
         cache,
-        read.token_ids[:-1] if is_drafted else read.token_ids,
+        read.token_ids[:-1],
         plan=read.plan,
         kv=read.kv,
-        generating=not is_drafted,
         may_decline=True,
     )
     return FetchedPrefix(cache, resumed, fingerprint, resumed.cached_tokens)
@@ -125,7 +122,7 @@ def _resume_hot(
     found = hot.find(fingerprint.digest, read.token_ids, read.plan.last_resume_point)
     if found is None:
         return None
-    match = store.lookup(read.token_ids, fingerprint, generating=True)
+    match = store.lookup(read.token_ids[:-1], fingerprint)
     is_shorter = found.num_tokens < min(match.cached_tokens, read.num_tokens - 1)
     # What is saved has to be captured, piece by piece, from where the store ends.
     is_lost = not found.is_sliceable and read.is_due(match)

@@ -53,14 +53,11 @@ class PromptRead:
 
     @property
     def num_saved(self) -> int:
-        """Return how much of the prompt is saved, if it is.
-
-        Speculation reads the last token itself, and rows that are quantized as they
-        are written cannot be kept together with others.
-        """
+        """Return how much of the prompt is saved, if it is."""
         if self.is_drafted:
+            # Speculation reads the last token itself.
             return self.plan.last_resume_point(self.num_tokens - 1)
-        return self.num_tokens - self.plan.quantizes_at_end(self.num_tokens, self.kv)
+        return self.plan.last_kept(self.num_tokens, self.kv)
 
     @property
     def uses_memory(self) -> bool:

@@ -7,7 +7,7 @@ from promptcache.errors import warn
 from promptcache.tiers.saver import Saver
 
 if TYPE_CHECKING:
-    import mlx.core as mx
+    pass
 
 Result = TypeVar("Result")
 
@@ -19,11 +19,11 @@ class QuietSaver:
         """Take a saver, or None to save nothing."""
         self._saver = saver
 
-    def capture(self, start: int, end: int, logits: "mx.array | None" = None) -> None:
+    def capture(self, start: int, end: int) -> None:
         """Note a piece that the cache has just read."""
         if self._saver is not None:
             try:
-                self._saver.capture(start, end, logits)
+                self._saver.capture(start, end)
             # Of a cache class that is not mlx-lm's own, anything can be expected.
             except Exception as error:
                 self.stop(error)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from promptcache.errors import StoreError
@@ -16,13 +15,12 @@ from promptcache.segments.types import (
     EncodedSegment,
     Priority,
     PromptOrigin,
-    ResumeRules,
 )
 from promptcache.store import PrefixStore
 from promptcache.tiers.background_writer import BackgroundWriter
 
 if TYPE_CHECKING:
-    import mlx.core as mx
+    pass
 
 # How often a save starts again because others changed what it hangs on meanwhile.
 SAVE_ATTEMPTS = 3
@@ -53,7 +51,6 @@ class Saver:
         plan: PrefillPlan,
         kv: KVSettings,
         *,
-        is_prompt: bool,
         is_build: bool = False,
         origin: PromptOrigin | None = None,
         store_bits: int | None = None,
@@ -68,8 +65,6 @@ class Saver:
             cache: The cache; its parts may be replaced by quantized ones.
             plan: Where the pieces of its prefill end.
             kv: When it is quantized.
-            is_prompt: Whether it is answered, and its last token read alone where that
-                matters; else it is the start of prompts.
             is_build: Whether its end is to stay until it is evicted or removed.
             origin: How the prompt was rendered.
             store_bits: In how many bits to keep rows; see `encode_rows`.
@@ -81,7 +76,6 @@ class Saver:
         self._cache = cache
         self._plan = plan
         self._kv = kv
-        self._is_prompt = is_prompt
         self._is_build = is_build
         self._origin = origin
         self._store_bits = store_bits
@@ -90,7 +84,6 @@ class Saver:
         self._window = least_window(cache)
         self._num_prompt = len(token_ids)
         self._next_turn = plan.next_turn(len(token_ids))
-        self._logits: mx.array | None = None
         # Up to where captures have been handed over, are stored, and rows handed over.
         self._saved_to = 0
         self._stored_to = 0
@@ -101,13 +94,8 @@ class Saver:
         self._begun = (0, False)
         self._rest: Iterator[None] = iter(())
 
-    def capture(self, start: int, end: int, logits: "mx.array | None" = None) -> None:
+    def capture(self, start: int, end: int) -> None:
         """Note the piece `[start, end)`, which the cache has read this moment.
-
-        Args:
-            start: Where the piece begins.
-            end: Where it ends.
-            logits: At the end of the prompt, the logits of the next token.
 
         Raises:
             UnsupportedCacheError: The cache holds something that cannot be stored.
@@ -116,17 +104,11 @@ class Saver:
         self._captures.append(
             snapshot.capture(self._cache, start, end, every_row=every_row)
         )
-        if logits is not None:
-            # Logits processors may change the array in place.
-            self._logits = copy(logits)
 
-    def take_over(
-        self, taken: snapshot.Snapshot | None, logits: "mx.array | None" = None
-    ) -> None:
+    def take_over(self, restored: snapshot.Snapshot | None) -> None:
         """Note what the cache was filled with, if it is to be saved here, too."""
-        if taken is not None:
-            self._captures.append(taken)
-            self._logits = copy(logits)
+        if restored is not None:
+            self._captures.append(restored)
 
     def capture_answer(self, num_tokens: int) -> None:
         """Note what the cache is about to lose of so many tokens of the answer.
@@ -173,7 +155,6 @@ class Saver:
         last = snapshot.capture(self._cache, self._answer_start, end)
         self._captures += [*self._answer_captures, last]
         self._token_ids = [*self._token_ids, *answer]
-        self._logits = None
         return self.save(end)
 
     @property
@@ -242,7 +223,6 @@ class Saver:
         missing = self._store.segments.missing(
             token_ids[:end],
             self._fingerprint,
-            is_tail=self._is_tail(end),
             cut_at=cut_at,
             after=min(self._submitted_to, end),
         )
@@ -252,13 +232,11 @@ class Saver:
             states = [c for c in checkpoints if done < c.end <= stop]
             is_listed_here = is_prefix and stop == end and not is_state_last
             self._submit_rows(start, stop, is_listed_here, self._room_for(states))
-            # Nothing longer hangs on what is good for its very prompt only.
-            if not self._is_tail(stop):
-                self._submitted_to = stop
+            self._submitted_to = stop
             yield
             for capture in states:
                 is_last = is_prefix and capture.end == end
-                self._submit_state(capture.end, self._checkpoint(capture), is_last)
+                self._submit_state(capture.end, encode_checkpoint(capture), is_last)
                 yield
             done = stop
         if is_prefix and self._origin is not None:
@@ -271,9 +249,7 @@ class Saver:
 
     def _room_for(self, states: Sequence[snapshot.Snapshot]) -> int:
         """Return the size of the largest; each may take the room of the one before."""
-        logits_nbytes = self._logits.nbytes if self._logits is not None else 0
-        nbytes = (taken.state_nbytes + logits_nbytes for taken in states)
-        return max(nbytes, default=0)
+        return max((taken.state_nbytes for taken in states), default=0)
 
     def _forget(self) -> None:
         """Give up the captures of what is stored, but for the last.
@@ -298,7 +274,6 @@ class Saver:
             return segment
 
         token_ids = self._token_ids[:stop]
-        is_tail = self._is_tail(stop)
         cut_at = self._plan.segment_ends(stop, self._kv)
 
         def job() -> None:
@@ -307,7 +282,6 @@ class Saver:
                 self._fingerprint,
                 encode,
                 is_prefix=is_prefix,
-                is_tail=is_tail,
                 cut_at=cut_at,
                 state_nbytes=state_nbytes,
                 next_turn=self._next_turn,
@@ -365,27 +339,12 @@ class Saver:
             end,
             store_bits=self._store_bits,
         )
-        is_tail = self._is_tail(end)
-        return segment._replace(
-            resumption=ResumeRules(
-                sliceable=self._plan.is_sliceable(end),
-                extendable=not is_tail,
-                needs_checkpoint=segment.resumption.needs_checkpoint or is_tail,
-            )
-        )
-
-    def _checkpoint(self, taken: snapshot.Snapshot) -> EncodedSegment:
-        is_prompt = taken.end == len(self._token_ids)
-        segment = encode_checkpoint(taken, self._logits if is_prompt else None)
-        extendable = not self._is_tail(taken.end)
-        resumption = segment.resumption._replace(extendable=extendable)
-        return segment._replace(resumption=resumption)
+        rules = segment.resumption._replace(sliceable=self._plan.is_sliceable(end))
+        return segment._replace(resumption=rules)
 
     def _wants_checkpoint(self, taken: snapshot.Snapshot) -> bool:
         """Return whether to keep the state at a capture's end."""
         is_end = taken.end == len(self._token_ids)
-        if self._is_tail(taken.end):
-            return is_end and self._logits is not None
         # Of an answer, only the last capture has states.
         is_cut = taken.end <= self._num_prompt and self._plan.is_cut(taken.end)
         return taken.needs_checkpoint and (is_end or is_cut)
@@ -398,13 +357,3 @@ class Saver:
         # Where an answer begins, others may begin.
         is_boundary = self._plan.is_boundary(position) or position == self._num_prompt
         return Priority(is_boundary)
-
-    def _is_tail(self, end: int) -> bool:
-        """Return whether what ends there is good for this very prompt only.
-
-        Where values depend on the piece they are read in, longer prompts go on only
-        from the end of a piece that they are read in, too.
-        """
-        is_answered = self._is_prompt and end == len(self._token_ids)
-        is_whole = self._plan.is_cut(end) and not is_answered
-        return not (self._plan.is_sliceable(end) or is_whole)

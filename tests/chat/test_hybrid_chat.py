@@ -92,7 +92,7 @@ def tensor_nbytes(header: BlobHeader) -> int:
     return sum(
         int(np.prod(spec.shape)) * sizes[spec.dtype]
         for spec in header.tensors
-        if spec.name not in ("token_ids", "logits")
+        if spec.name != "token_ids"
     )
 
 
@@ -103,8 +103,9 @@ def test_second_turn_reads_only_that_turn(chat: Chat) -> None:
 
     assert first.cached_tokens == 0
     assert second.prompt[: len(first.prompt)] == first.prompt
-    assert second.cached_tokens == len(first.prompt)
-    assert second.num_read == len(second.prompt) - len(first.prompt)
+    # The state is taken before the last token, which is read alone.
+    assert second.cached_tokens == len(first.prompt) - 1
+    assert second.num_read == len(second.prompt) - len(first.prompt) + 1
     assert second.answer == chat.cold()
 
 
@@ -129,8 +130,8 @@ def test_every_turn_of_a_long_chat_reads_only_that_turn(chat: Chat) -> None:
     turns = [chat.turn(number) for number in range(NUM_TURNS)]
 
     for before, turn in pairwise(turns):
-        assert turn.cached_tokens == len(before.prompt)
-        assert turn.num_read == len(turn.prompt) - len(before.prompt)
+        assert turn.cached_tokens == len(before.prompt) - 1
+        assert turn.num_read == len(turn.prompt) - len(before.prompt) + 1
     assert turns[-1].answer == chat.cold()
 
 
@@ -140,7 +141,7 @@ def test_long_chat_takes_its_rows_and_at_most_12_checkpoints(chat: Chat) -> None
     found = list(headers(chat.store))
     rows = [header for header in found if not header.info.is_checkpoint]
     checkpoints = [header for header in found if header.info.is_checkpoint]
-    num_tokens = len(turns[-1].prompt)
+    num_tokens = len(turns[-1].prompt) - 1
     assert sum(header.info.end - header.info.start for header in rows) == num_tokens
     assert 2 <= len(checkpoints) <= 12
     assert len({tensor_nbytes(header) for header in checkpoints}) == 1

@@ -55,7 +55,7 @@ def test_tight_mode_reuses_every_stored_token(generator: CachedGenerator) -> Non
     assert report.same_tokens
 
 
-def test_exact_mode_reuses_ends_of_pieces_and_the_prompt_itself(
+def test_exact_mode_reuses_ends_of_pieces(
     generator: CachedGenerator,
 ) -> None:
     report = parity(generator, exact=True)
@@ -64,9 +64,7 @@ def test_exact_mode_reuses_ends_of_pieces_and_the_prompt_itself(
     assert all(
         tokens == position // STEP_SIZE * STEP_SIZE
         for position, tokens in reused.items()
-        if position < 150
     )
-    assert reused[150] == 150
     assert report.verdict == "warm equals cold to the bit after every cut"
 
 
@@ -180,7 +178,7 @@ def test_json_tells_every_cut() -> None:
     assert value["cuts"][-1] == {
         "kind": "full prompt",
         "position": value["prompt_tokens"],
-        "cached_tokens": value["prompt_tokens"],
+        "cached_tokens": 0,
         "first_difference": None,
         "top1_agreement": 1.0,
         "largest_difference": 0.0,

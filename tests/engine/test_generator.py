@@ -844,39 +844,39 @@ SECOND_TURN = [
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:1], FIRST_TURN], ids=len)
-def test_prompt_that_was_answered_costs_no_prefill(
+def test_prompt_that_was_answered_costs_its_last_token(
     hybrid: CachedGenerator, calls: list[int], prompt: Any
 ) -> None:
     first = run(hybrid, prompt, save=True)
     num_read = sum(calls)
     calls.clear()
-    told: list[tuple[int, int]] = []
+    steps: list[tuple[int, int]] = []
 
     again = run(
-        hybrid, prompt, prompt_progress_callback=lambda *done: told.append(done)
+        hybrid, prompt, prompt_progress_callback=lambda *done: steps.append(done)
     )
 
     num_tokens = again.last.prompt_tokens
     assert first.last.cached_tokens == 0
-    assert again.last.cached_tokens == num_tokens
+    assert again.last.cached_tokens == num_tokens - 1
     assert num_read == num_tokens + MAX_TOKENS - 1
-    assert calls == [1] * (MAX_TOKENS - 1)
-    assert told == [(num_tokens, num_tokens)]
+    assert calls == [1] * MAX_TOKENS
+    assert steps == [(num_tokens - 1, num_tokens), (num_tokens, num_tokens)]
     assert again.tokens == first.tokens
     assert largest_difference(again.logprobs, first.logprobs) == 0.0
 
 
-def test_prompt_that_was_built_costs_no_prefill(
+def test_prompt_that_was_built_costs_its_last_token(
     hybrid: CachedGenerator, calls: list[int]
 ) -> None:
     hybrid.build(PROMPT)
-    assert sum(calls) == len(PROMPT)
+    assert sum(calls) == len(PROMPT) - 1
     calls.clear()
 
     warm = run(hybrid, PROMPT)
 
-    assert warm.last.cached_tokens == len(PROMPT)
-    assert calls == [1] * (MAX_TOKENS - 1)
+    assert warm.last.cached_tokens == len(PROMPT) - 1
+    assert calls == [1] * MAX_TOKENS
     expected = cold(hybrid, PROMPT)
     assert warm.tokens == expected.tokens
     assert largest_difference(warm.logprobs, expected.logprobs) == 0.0
@@ -890,7 +890,7 @@ def test_prefix_that_was_built_is_not_read_again(
 
     again = hybrid.build(PROMPT, prefill_step_size=32)
 
-    assert (first.cached_tokens, again.cached_tokens) == (0, len(PROMPT))
+    assert (first.cached_tokens, again.cached_tokens) == (0, len(PROMPT) - 1)
     assert calls == []
 
 
@@ -903,8 +903,9 @@ def test_second_turn_reads_that_turn_only(
     second = run(hybrid, SECOND_TURN, max_tokens=1)
 
     num_first, num_second = first.last.prompt_tokens, second.last.prompt_tokens
-    assert second.last.cached_tokens == num_first
-    assert sum(calls) == num_second - num_first
+    # The state is taken before the last token, which is read alone.
+    assert second.last.cached_tokens == num_first - 1
+    assert sum(calls) == num_second - num_first + 1
     expected = cold(hybrid, SECOND_TURN, max_tokens=1)
     assert second.tokens == expected.tokens
     assert largest_difference(second.logprobs, expected.logprobs) < 1e-4
@@ -952,7 +953,7 @@ def test_chat_after_its_built_system_reads_the_rest_only(
 
 @pytest.mark.parametrize(
     ("fork", "cached_tokens"),
-    [(1, 0), (127, 0), (128, 128), (129, 128), (300, 256), (399, 384)],
+    [(1, 0), (127, 0), (128, 128), (129, 128), (300, 256), (398, 384)],
 )
 def test_fork_is_resumed_at_the_last_piece_before_it(
     hybrid: CachedGenerator, fork: int, cached_tokens: int
@@ -991,7 +992,7 @@ def test_damaged_checkpoint_is_one_warning_and_the_right_tokens(
 
     assert "read again" in only_warning(record)
     assert 0 < warm.last.cached_tokens < warm.last.prompt_tokens
-    assert healed.last.cached_tokens == healed.last.prompt_tokens
+    assert healed.last.cached_tokens == healed.last.prompt_tokens - 1
     expected = cold(hybrid, FIRST_TURN).tokens
     assert warm.tokens == healed.tokens == expected
     assert store.verify().is_sound
@@ -1035,7 +1036,7 @@ def test_early_close_keeps_what_was_read(hybrid: CachedGenerator) -> None:
     responses.close()
 
     warm = run(hybrid, PROMPT)
-    assert warm.last.cached_tokens == len(PROMPT)
+    assert warm.last.cached_tokens == len(PROMPT) - 1
     assert warm.tokens == cold(hybrid, PROMPT).tokens
 
 
@@ -1052,18 +1053,15 @@ def test_interrupted_build_resumes_at_its_last_piece(hybrid: CachedGenerator) ->
     assert built.cached_tokens == 64
     warm = run(hybrid, PROMPT, prefill_step_size=32)
     expected = cold(hybrid, PROMPT, prefill_step_size=32)
-    assert warm.last.cached_tokens == len(PROMPT)
+    assert warm.last.cached_tokens == len(PROMPT) - 1
     assert largest_difference(warm.logprobs, expected.logprobs) == 0.0
 
 
-def test_match_tells_the_whole_prompt_where_its_logits_are_stored(
-    hybrid: CachedGenerator,
-) -> None:
+def test_match_tells_all_but_the_last_token(hybrid: CachedGenerator) -> None:
     key = hybrid.build(PROMPT).key
 
-    assert hybrid.match(PROMPT).cached_tokens == len(PROMPT)
-    assert hybrid.match(PROMPT).has_logits
-    assert hybrid.match([*PROMPT, 1]).cached_tokens == len(PROMPT)
+    assert hybrid.match(PROMPT).cached_tokens == len(PROMPT) - 1
+    assert hybrid.match([*PROMPT, 1]).cached_tokens == len(PROMPT) - 1
     assert hybrid.match([*PROMPT, 1]).key == key
     assert hybrid.match(PROMPT[:99]).cached_tokens == 0
 
@@ -1083,7 +1081,7 @@ def test_hybrid_samples_the_same_warm(hybrid: CachedGenerator) -> None:
 
     again = run(hybrid, PROMPT, **options)
 
-    assert again.last.cached_tokens == len(PROMPT)
+    assert again.last.cached_tokens == len(PROMPT) - 1
     assert again.tokens == first.tokens == cold(hybrid, PROMPT, **options).tokens
 
 

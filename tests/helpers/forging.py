@@ -102,7 +102,7 @@ ODD = st.sampled_from(
         *("null", "[]", "{}", "[1]", '{"a": 1}', "true", '"', "[" * 100_000),
         *("../../outside/it", "/etc/passwd", "a" * 32, "\x00", "🦊", "os.system"),
         '{"sliceable": 7}',
-        '{"sliceable": [], "extendable": {}}',
+        '{"sliceable": [], "needs_checkpoint": {}}',
         '{"0": ["os.system", "rows"]}',
         '{"0": ["KVCache", "rows", 64, 3, {"object": "X", "attributes": {}}]}',
         '{"layers": null}',

@@ -35,12 +35,7 @@ class Row(NamedTuple):
     @property
     def tag(self) -> str:
         """Return what tells its key from that of a common segment with its end."""
-        kinds = [
-            ("checkpoint", self.is_checkpoint),
-            ("logits", self.resumption.has_logits),
-            ("tail", not self.resumption.extendable),
-        ]
-        return " ".join(kind for kind, applies in kinds if applies)
+        return "checkpoint" if self.is_checkpoint else ""
 
 
 def check_invariants(store: PrefixStore | Path) -> None:

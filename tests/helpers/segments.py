@@ -86,23 +86,14 @@ def state(token_ids: Sequence[int]) -> bytes:
     return xxhash.xxh3_128_digest(packed)
 
 
-def checkpoint(
-    token_ids: Sequence[int],
-    *,
-    width: int = 1,
-    extendable: bool = True,
-    has_logits: bool = False,
-) -> EncodedSegment:
+def checkpoint(token_ids: Sequence[int], *, width: int = 1) -> EncodedSegment:
     """Return the checkpoint after these token ids, of `width` times 16 bytes."""
     data = memoryview(state(token_ids) * width)
     tensors = [
         Tensor("token_ids", "U32", (0,), memoryview(b"")),
         Tensor("state", "U32", (4 * width,), data),
     ]
-    resumption = ResumeRules(
-        extendable=extendable, needs_checkpoint=True, has_logits=has_logits
-    )
-    return EncodedSegment('[{"kind":"checkpoint"}]', tensors, resumption)
+    return EncodedSegment('[{"kind":"checkpoint"}]', tensors, NEEDS_CHECKPOINT)
 
 
 def save(
@@ -113,7 +104,6 @@ def save(
     width: int = 1,
     is_prefix: bool = True,
     resumption: ResumptionOf = AT_ANY_TOKEN,
-    is_tail: bool = False,
     cut_at: Collection[int] = (),
     state_nbytes: int = 0,
     next_turn: int | None = None,
@@ -125,7 +115,6 @@ def save(
         model,
         encode,
         is_prefix=is_prefix,
-        is_tail=is_tail,
         cut_at=cut_at,
         state_nbytes=state_nbytes,
         next_turn=next_turn,
@@ -138,15 +127,11 @@ def save_checkpoint(
     model: Fingerprint = TINY,
     *,
     width: int = 1,
-    extendable: bool = True,
-    has_logits: bool = False,
     is_prefix: bool = False,
     priority: Priority = Priority.STEP,
 ) -> str:
     """Save a fake checkpoint at the end of a prefix whose rows are stored."""
-    segment = checkpoint(
-        token_ids, width=width, extendable=extendable, has_logits=has_logits
-    )
+    segment = checkpoint(token_ids, width=width)
     return store.segments.save_checkpoint(
         token_ids, model, segment, is_prefix=is_prefix, priority=priority
     )
@@ -162,8 +147,7 @@ def save_with_checkpoints(
 ) -> str:
     """Save a prefix that only its checkpoints can be resumed at; return its key.
 
-    The positions before its end are steps on the way. The checkpoint at its end has
-    the logits.
+    The positions before its end are steps on the way.
     """
     save(
         store,
@@ -175,9 +159,7 @@ def save_with_checkpoints(
     )
     for position in sorted(positions):
         save_checkpoint(store, token_ids[:position], model, width=width)
-    return save_checkpoint(
-        store, token_ids, model, width=width, has_logits=True, is_prefix=True
-    )
+    return save_checkpoint(store, token_ids, model, width=width, is_prefix=True)
 
 
 def cached_tokens(

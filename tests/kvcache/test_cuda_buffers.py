@@ -75,7 +75,9 @@ def test_what_comes_through_the_ring_equals_a_cold_run(
         tokens, logprobs, last = answered(generator, PROMPT[:320], save=False)
 
         assert ring
-        assert last.cached_tokens == 300
+        # A state is taken before the last token, which is read alone.
+        has_states = name in ("qwen3_next", "mamba2")
+        assert last.cached_tokens == 300 - has_states
         assert tokens == cold
         assert mx.allclose(logprobs, expected, atol=1e-4).item()
 

@@ -542,23 +542,6 @@ def test_state_of_every_dtype_comes_back_to_the_bit(
         assert mx.array_equal(restored[0][i], cache[0][i])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_logits_come_back_with_a_checkpoint(blobs: BlobFolder, dtype: mx.Dtype) -> None:
-    _, [taken] = read_mixed(9)
-    logits = mx.random.normal((1, 50), key=mx.random.key(0)).astype(dtype)
-
-    with_logits = encode_checkpoint(taken, logits)
-    loaded = load(publish(blobs, with_logits, 9, 9))
-    without = load(publish(blobs, encode_checkpoint(taken), 9, 9))
-
-    assert loaded.logits is not None
-    assert loaded.logits.dtype == dtype
-    assert mx.array_equal(loaded.logits, logits)
-    assert without.logits is None
-    assert with_logits.resumption.has_logits
-    assert not encode_checkpoint(taken).resumption.has_logits
-
-
 def test_capture_keeps_its_state_when_the_cache_reads_on(blobs: BlobFolder) -> None:
     cache = [RotatingKVCache(8, keep=4)]
     captures = read_pieces(cache, [10, 1])

@@ -104,14 +104,22 @@ def assert_equal(warm: Run, expected: Run) -> None:
     assert largest_difference(warm.logprobs, expected.logprobs) == 0.0
 
 
-def build_told(
-    generator: CachedGenerator, prompt: Any, **options: Any
-) -> tuple[Any, list[str]]:
-    """Build, and return what it warned of."""
+def build(generator: CachedGenerator, prompt: Any, **options: Any) -> list[str]:
+    """Build, and return what it warned of, or why there is nothing to build."""
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always", PromptCacheWarning)
-        built = generator.build(prompt, **options)
-    return built, [str(w.message) for w in record]
+        try:
+            generator.build(prompt, **options)
+        except UsageError as error:
+            return [str(error)]
+    return [str(w.message) for w in record]
+
+
+def last_kept(num_tokens: int, step: int, exact_after: int = 0) -> int:
+    """Return up to where a prompt is kept whose last token is read alone."""
+    if num_tokens <= exact_after:
+        return num_tokens
+    return max((num_tokens - 1) // step * step, exact_after)
 
 
 # Which models
@@ -186,7 +194,7 @@ def test_longer_prompt_resumes_at_any_token_at_first_and_then_at_whole_pieces(
 ) -> None:
     stored = [*LONG[:fork], *OTHER]
     if how == "built":
-        build_told(dynamic, stored, prefill_step_size=32)
+        build(dynamic, stored, prefill_step_size=32)
     else:
         run(dynamic, stored, save=True, max_tokens=1, prefill_step_size=32)
     prompt = LONG[:200]
@@ -210,7 +218,8 @@ def test_same_prompt_again_is_known_to_the_bit(
     again = run(dynamic, prompt, prefill_step_size=step)
 
     assert first.last.cached_tokens == 0
-    assert again.last.cached_tokens == num_tokens
+    exact_after = MAX_POSITION // step * step
+    assert again.last.cached_tokens == last_kept(num_tokens, step, exact_after)
     assert_equal(again, first)
     assert_equal(again, plain(dynamic, prompt, prefill_step_size=step))
 
@@ -237,7 +246,7 @@ def test_prompts_that_share_a_start_do_not_disturb_each_other(
 
         warm = run(dynamic, prompt, prefill_step_size=32)
         if how == "built":
-            build_told(dynamic, prompt, prefill_step_size=32)
+            build(dynamic, prompt, prefill_step_size=32)
         else:
             run(dynamic, prompt, save=True, prefill_step_size=32, max_tokens=1)
         again = run(dynamic, prompt, prefill_step_size=32)
@@ -245,7 +254,8 @@ def test_prompts_that_share_a_start_do_not_disturb_each_other(
         for found in (warm, again):
             assert found.tokens == expected.tokens
             assert largest_difference(found.logprobs, expected.logprobs) < 1e-4
-        assert again.last.cached_tokens >= num_tokens - 1
+        kept = last_kept(num_tokens, 32, MAX_POSITION)
+        assert again.last.cached_tokens >= min(kept, num_tokens - 1)
     assert store.verify().is_sound
 
 
@@ -254,16 +264,18 @@ def test_prompts_that_share_a_start_do_not_disturb_each_other(
 def test_build_tells_how_much_other_prompts_can_reuse(
     dynamic: CachedGenerator, num_tokens: int, step: int
 ) -> None:
-    _, told = build_told(dynamic, LONG[:num_tokens], prefill_step_size=step)
+    messages = build(dynamic, LONG[:num_tokens], prefill_step_size=step)
 
     found = run(dynamic, LONG, prefill_step_size=step, max_tokens=1).last.cached_tokens
+    assert found == last_kept(num_tokens, step, MAX_POSITION // step * step)
     if found < num_tokens:
-        assert told == [
+        advice = "" if found else "; try a smaller prefill_step_size"
+        assert messages == [
             f"other prompts can reuse {found} of these {num_tokens} tokens: "
-            "its dynamic rope depends on the length beyond 64 tokens"
+            f"its dynamic rope depends on the length beyond 64 tokens{advice}"
         ]
     else:
-        assert told == []
+        assert messages == []
 
 
 def test_system_that_is_shorter_than_a_piece_is_refused_with_the_reason(
@@ -277,14 +289,14 @@ def test_system_that_is_shorter_than_a_piece_is_refused_with_the_reason(
 
 
 def test_exactness_can_be_given_up(dynamic: CachedGenerator) -> None:
-    _, told = build_told(
+    messages = build(
         dynamic, LONG[:100], exact=False, name="loose", prefill_step_size=32
     )
 
     loose = run(dynamic, LONG[:150], exact=False, prefill_step_size=32)
     exact = run(dynamic, LONG[:150], prefill_step_size=32)
 
-    assert told == []
+    assert messages == []
     assert loose.last.cached_tokens == 100
     assert exact.last.cached_tokens == 0
     assert_equal(exact, cold(dynamic, LONG[:150], prefill_step_size=32))
@@ -325,22 +337,8 @@ def test_exact_run_knows_the_same_prompt_to_the_bit(
 
     again = run(generator, prompt, exact=True, **options)
 
-    assert again.last.cached_tokens == num_tokens
+    assert again.last.cached_tokens == last_kept(num_tokens, 32)
     assert_equal(again, plain(generator, prompt, **options))
-
-
-def test_exact_run_knows_the_end_of_a_piece_of_a_longer_prompt_again(
-    make_generator: Callable[[str], CachedGenerator],
-) -> None:
-    generator = make_generator("llama")
-    options: dict[str, Any] = {"prefill_step_size": 32, "exact": True}
-    run(generator, PROMPT, save=True, **options)
-    first = run(generator, PROMPT[:64], save=True, **options)
-
-    again = run(generator, PROMPT[:64], **options)
-
-    assert (first.last.cached_tokens, again.last.cached_tokens) == (32, 64)
-    assert_equal(again, plain(generator, PROMPT[:64], prefill_step_size=32))
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -363,7 +361,7 @@ def test_exact_prompts_that_share_a_start_equal_plain_mlx_lm(
         warm = run(generator, prompt, exact=True, **options)
 
         assert_equal(warm, plain(generator, prompt, **options))
-        assert warm.last.cached_tokens == num_tokens
+        assert warm.last.cached_tokens == last_kept(num_tokens, 32)
     assert store.verify().is_sound
 
 
@@ -378,7 +376,7 @@ def test_exact_prefix_that_was_built_is_not_read_again(
         for _ in range(2)
     ]
 
-    assert [one.cached_tokens for one in built] == [0, num_tokens]
+    assert [one.cached_tokens for one in built] == [0, last_kept(num_tokens, 32)]
 
 
 def test_exact_and_other_runs_do_not_share(
@@ -411,9 +409,16 @@ def test_exact_runs_of_other_steps_do_not_share(
 def test_exact_build_of_a_model_that_does_not_need_it_warns_of_nothing(
     make_generator: Callable[[str], CachedGenerator],
 ) -> None:
-    _, told = build_told(make_generator("llama"), PROMPT, exact=True)
+    generator = make_generator("llama")
 
-    assert told == []
+    assert build(generator, PROMPT, exact=True, prefill_step_size=32) == []
+
+
+def test_exact_build_of_less_than_a_piece_is_refused_with_the_reason(
+    make_generator: Callable[[str], CachedGenerator],
+) -> None:
+    with pytest.raises(UsageError, match="reuse 0 of these 100 tokens: exact mode"):
+        make_generator("llama").build(PROMPT, exact=True)
 
 
 # A limited cache
@@ -428,13 +433,15 @@ def test_limited_cache_knows_the_same_prompt_to_the_bit(
     prompt = PROMPT[:num_tokens]
     options: dict[str, Any] = {"max_kv_size": 32, "prefill_step_size": step}
     if how == "built":
-        build_told(limited, prompt, **options)
+        build(limited, prompt, **options)
     else:
         run(limited, prompt, save=True, **options)
 
     again = run(limited, prompt, **options)
 
-    assert again.last.cached_tokens == num_tokens
+    # The state is taken before the last token is read alone.
+    kept = num_tokens - 1 if num_tokens < 32 else last_kept(num_tokens, step)
+    assert again.last.cached_tokens == kept
     assert_equal(again, plain(limited, prompt, **options))
 
 
@@ -443,13 +450,12 @@ def test_limited_cache_knows_the_same_prompt_to_the_bit(
 def test_limited_cache_resumes_only_where_it_makes_no_difference(
     limited: CachedGenerator, stored: int, num_tokens: int
 ) -> None:
-    build_told(limited, PROMPT[:stored], max_kv_size=32)
+    build(limited, PROMPT[:stored], max_kv_size=32)
 
     warm = run(limited, PROMPT[:num_tokens], max_kv_size=32)
 
     expected = cold(limited, PROMPT[:num_tokens], max_kv_size=32)
-    is_same = stored == num_tokens
-    assert warm.last.cached_tokens == (stored if stored < 32 or is_same else 0)
+    assert warm.last.cached_tokens == (stored - 1 if stored < 32 else 0)
     assert warm.tokens == expected.tokens
     assert largest_difference(warm.logprobs, expected.logprobs) < 1e-4
 
@@ -483,28 +489,29 @@ def test_build_tells_how_much_a_limited_cache_leaves_to_reuse(
     limited: CachedGenerator, num_tokens: int, step: int
 ) -> None:
     options: dict[str, Any] = {"max_kv_size": 32, "prefill_step_size": step}
-    _, told = build_told(limited, LONG[:num_tokens], **options)
+    messages = build(limited, LONG[:num_tokens], **options)
 
     found = run(limited, LONG, max_tokens=1, **options).last.cached_tokens
-    if found < num_tokens:
-        assert len(told) == 1
-        assert told[0].startswith(
+    if num_tokens < 32:
+        assert (found, messages) == (num_tokens - 1, [])
+    else:
+        assert found == last_kept(num_tokens, step)
+        [message] = messages
+        assert message.startswith(
             f"other prompts can reuse {found} of these {num_tokens} tokens: what is "
             "dropped beyond max_kv_size"
         )
-    else:
-        assert told == []
 
 
 def test_limits_do_not_share(limited: CachedGenerator) -> None:
-    build_told(limited, PROMPT, max_kv_size=32)
+    build(limited, PROMPT[:30], max_kv_size=32)
 
     found = {
         limit: limited.match(PROMPT, max_kv_size=limit).cached_tokens
         for limit in (None, 32, 33)
     }
 
-    assert found == {None: 0, 32: 100, 33: 0}
+    assert found == {None: 0, 32: 29, 33: 0}
 
 
 def test_answer_beyond_the_limit_is_not_saved(
@@ -515,7 +522,7 @@ def test_answer_beyond_the_limit_is_not_saved(
     warm = run(limited, [*PROMPT[:20], *OTHER[:9]], max_kv_size=32)
 
     expected = cold(limited, [*PROMPT[:20], *OTHER[:9]], max_kv_size=32)
-    assert warm.last.cached_tokens == 20
+    assert warm.last.cached_tokens == 19
     assert warm.tokens == expected.tokens
 
 
@@ -527,7 +534,7 @@ def test_answer_beyond_the_limit_is_not_saved(
     [
         ("gemma3_text", {}, "RotatingKVCache Quantization NYI"),
         ("mamba", {}, "mlx-lm has no way to quantize ArraysCache"),
-        ("qwen3", {"max_kv_size": 32}, "RotatingKVCache"),
+        ("qwen3", {"max_kv_size": 128}, "RotatingKVCache"),
         ("llama", {"kv_group_size": 64}, "64"),
     ],
 )

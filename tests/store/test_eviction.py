@@ -192,8 +192,6 @@ def checkpoint(
         key=f"{position:032x}",
         parent_id=1,
         position=position,
-        extendable=True,
-        has_logits=False,
         priority=priority,
         is_prefix=is_prefix,
     )

@@ -163,7 +163,10 @@ def test_newer_index_is_refused_and_not_touched(path: Path, journal_mode: str) -
         connection.execute(f"PRAGMA journal_mode={journal_mode}")
     before = path.read_bytes()
 
-    with pytest.raises(StoreFormatError, match=r"has format 9 .* reads up to 8, upgr"):
+    with pytest.raises(
+        StoreFormatError,
+        match=rf"format {SCHEMA_VERSION + 1} .* reads up to {SCHEMA_VERSION}",
+    ):
         Index(path)
 
     assert path.read_bytes() == before
@@ -188,7 +191,7 @@ def test_older_index_has_to_be_rebuilt(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION - 1}")
 
-    with pytest.raises(DamagedIndexError, match="older format 7"):
+    with pytest.raises(DamagedIndexError, match=f"older format {SCHEMA_VERSION - 1}"):
         Index(path)
 
 
@@ -373,29 +376,24 @@ def test_children_are_found_by_start_token_and_fingerprint(index: Index) -> None
 
 
 def test_flags_of_a_segment_come_back(index: Index) -> None:
-    tail = ResumeRules(sliceable=False, extendable=False, needs_checkpoint=True)
+    whole = ResumeRules(sliceable=False, needs_checkpoint=True)
     first = add(index, tokens(40))
-    second = add(index, tokens(80), start=40, resumption=tail)
+    second = add(index, tokens(80), start=40, resumption=whole)
     segment_id = index.segment_id(second)
     assert segment_id is not None
 
     path = index.path_to(segment_id)
 
     assert [row.key for row in path] == [first, second]
-    assert [(row.sliceable, row.extendable, row.needs_checkpoint) for row in path] == [
-        (True, True, False),
-        (False, False, True),
-    ]
+    flags = [(row.sliceable, row.needs_checkpoint) for row in path]
+    assert flags == [(True, False), (False, True)]
 
 
 def test_checkpoints_are_found_by_the_segments_they_hang_on(index: Index) -> None:
     first = add(index, tokens(40))
     second = add(index, tokens(80), start=40, is_prefix=False)
     inside = add_checkpoint(index, tokens(20), first, priority=Priority.BOUNDARY)
-    with_logits = ResumeRules(extendable=False, needs_checkpoint=True, has_logits=True)
-    end = add_checkpoint(
-        index, tokens(80), second, resumption=with_logits, is_prefix=True
-    )
+    end = add_checkpoint(index, tokens(80), second, is_prefix=True)
     ids = [index.segment_id(key) for key in (first, second)]
     assert ids[0] is not None
     assert ids[1] is not None
@@ -403,8 +401,8 @@ def test_checkpoints_are_found_by_the_segments_they_hang_on(index: Index) -> Non
     by_parent = [index.checkpoints([id_]) for id_ in ids if id_ is not None]
 
     assert by_parent == [
-        [CheckpointRow(inside, ids[0], 20, True, False, Priority.BOUNDARY, False)],
-        [CheckpointRow(end, ids[1], 80, False, True, Priority.STEP, True)],
+        [CheckpointRow(inside, ids[0], 20, Priority.BOUNDARY, False)],
+        [CheckpointRow(end, ids[1], 80, Priority.STEP, True)],
     ]
     assert index.checkpoints([]) == []
 
@@ -603,4 +601,4 @@ def test_tables_change_with_their_version_only(tmp_path: Path) -> None:
     found = hashlib.sha256(repr(sql).encode()).hexdigest()[:16]
 
     # Raise SCHEMA_VERSION with it: an index of another version is built anew.
-    assert (SCHEMA_VERSION, found) == (8, "4410248fca6f56f8")
+    assert (SCHEMA_VERSION, found) == (9, "66a1717c1f6552fb")

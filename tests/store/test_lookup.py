@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from promptcache.kvcache.kv_quantization import KVSettings
+from promptcache.models.prefill_plan import PrefillPlan
 from promptcache.segments.chain import Chain
 from promptcache.segments.types import AT_ANY_TOKEN, EncodedSegment, Match, ResumeRules
 from promptcache.store import PrefixStore
@@ -61,13 +63,12 @@ def test_match_is_the_longest_common_prefix_with_anything_stored(
         for prompt in [*stored, *others]:
             longest = longest_shared(prompt, stored)
             match = store.lookup(prompt, TINY)
-            generating = store.lookup(prompt, TINY, generating=True)
+            generating = store.lookup(prompt[:-1], TINY)
             limited = rows_of(store, prompt, min(limit, len(prompt)))
 
             assert match.cached_tokens == longest
             assert generating.cached_tokens == min(longest, len(prompt) - 1)
             assert limited.cached_tokens == min(longest, limit)
-            assert not generating.has_logits
             for found in (match, generating, limited):
                 check_match(store, found, prompt)
 
@@ -176,22 +177,10 @@ def test_negative_limit_of_rows_matches_nothing(store: PrefixStore, limit: int) 
     assert rows_of(store, tokens(40), limit).slices == ()
 
 
-@pytest.mark.parametrize("length", [1, 2, 32, 33, 40, 41, 64, 65, 99, 100])
-def test_generation_leaves_a_token_to_read(store: PrefixStore, length: int) -> None:
-    save(store, tokens(40))
-    save(store, tokens(100))
-
-    match = store.lookup(tokens(length), TINY, generating=True)
-
-    assert match.cached_tokens == length - 1
-    assert not match.has_logits
-    check_match(store, match, tokens(length))
-
-
-def test_empty_prompt_of_a_generation_matches_nothing(store: PrefixStore) -> None:
+def test_empty_prompt_matches_nothing(store: PrefixStore) -> None:
     save(store, tokens(40))
 
-    assert store.lookup([], TINY, generating=True).slices == ()
+    assert store.lookup([], TINY).slices == ()
 
 
 def test_empty_prompt_and_empty_store_match_nothing(store: PrefixStore) -> None:
@@ -352,18 +341,16 @@ def end_of(match: Match) -> tuple[int, bool]:
 
 
 @pytest.mark.parametrize("length", [1, 39, 40, 41, 79, 80, 81, 100, 101, 150])
-@pytest.mark.parametrize("generating", [False, True])
 def test_rows_that_need_a_checkpoint_match_only_where_one_is(
-    store: PrefixStore, length: int, generating: bool
+    store: PrefixStore, length: int
 ) -> None:
     save(store, tokens(150), resumption=NEEDS_CHECKPOINT)
     for position in (40, 100):
         save_checkpoint(store, tokens(position))
 
-    match = store.lookup(tokens(length), TINY, generating=generating)
+    match = store.lookup(tokens(length), TINY)
 
-    last = length - generating
-    assert match.cached_tokens == max(p for p in (0, 40, 100) if p <= last)
+    assert match.cached_tokens == max(p for p in (0, 40, 100) if p <= length)
     assert not match.slices or end_of(match)[1]
     check_match(store, match, tokens(length))
     check_invariants(store)
@@ -373,11 +360,10 @@ def test_rows_that_need_a_checkpoint_match_only_where_one_is(
 def test_deepest_checkpoint_before_the_fork_wins(store: PrefixStore, fork: int) -> None:
     save_with_checkpoints(store, tokens(150), [40, 80, 100])
 
-    match = store.lookup([*tokens(fork), *tokens(9, first=500)], TINY, generating=True)
+    match = store.lookup([*tokens(fork), *tokens(9, first=500)], TINY)
 
     assert match.cached_tokens == max(p for p in (40, 80, 100, 150) if p <= fork)
     assert end_of(match)[1]
-    assert not match.has_logits
     check_match(store, match, tokens(fork))
 
 
@@ -422,65 +408,6 @@ def test_checkpoint_takes_only_the_rows_up_to_it(store: PrefixStore) -> None:
     assert bounds == [(0, 40, 150), (40, 40, 40)]
 
 
-def test_logits_give_the_whole_prompt_to_that_very_prompt_only(
-    store: PrefixStore,
-) -> None:
-    save_with_checkpoints(store, tokens(100), [40])
-
-    def found(prompt: list[int]) -> tuple[int, bool]:
-        match = store.lookup(prompt, TINY, generating=True)
-        check_match(store, match, prompt)
-        return match.cached_tokens, match.has_logits
-
-    assert found(tokens(100)) == (100, True)
-    assert found(tokens(101)) == (100, False)
-    assert found(tokens(99)) == (40, False)
-    assert found([*tokens(99), 7]) == (40, False)
-    assert store.lookup(tokens(100), TINY) == Match(
-        store.lookup(tokens(100), TINY, generating=True).slices
-    )
-
-
-def test_checkpoint_without_logits_leaves_a_token_to_read(store: PrefixStore) -> None:
-    save(store, tokens(100), resumption=NEEDS_CHECKPOINT)
-    for position in (40, 100):
-        save_checkpoint(store, tokens(position))
-
-    assert store.lookup(tokens(100), TINY, generating=True).cached_tokens == 40
-    assert store.lookup(tokens(100), TINY).cached_tokens == 100
-
-
-def test_checkpoint_of_one_prompt_gives_other_prompts_nothing(
-    store: PrefixStore,
-) -> None:
-    tail = ResumeRules(sliceable=False, extendable=False, needs_checkpoint=True)
-    save(store, tokens(100), resumption=tail)
-    save_checkpoint(store, tokens(100), extendable=False, has_logits=True)
-
-    def found(prompt: list[int]) -> tuple[int, bool]:
-        match = store.lookup(prompt, TINY, generating=True)
-        return match.cached_tokens, match.has_logits
-
-    assert found(tokens(100)) == (100, True)
-    assert found(tokens(101)) == (0, False)
-    assert found(tokens(99)) == (0, False)
-    check_invariants(store)
-
-
-def test_tail_of_one_prompt_is_no_start_of_a_longer_one(store: PrefixStore) -> None:
-    tail = ResumeRules(sliceable=False, extendable=False, needs_checkpoint=True)
-    save(store, tokens(64))
-    save(store, tokens(100), resumption=tail)
-
-    ranges = save_and_record(store, tokens(150))
-
-    assert ranges == [(64, 150)]
-    match = store.lookup(tokens(150), TINY)
-    assert [part.start for part in match.slices] == [0, 64]
-    check_match(store, match, tokens(150))
-    check_invariants(store)
-
-
 INDIVISIBLE = ResumeRules(sliceable=False)
 
 
@@ -496,17 +423,6 @@ def test_indivisible_segment_is_taken_as_a_whole_or_not_at_all(
     assert match.cached_tokens == min(length // 32 * 32, 96)
     assert all(part.stop == part.end for part in match.slices)
     check_match(store, match, forked)
-
-
-@pytest.mark.parametrize("length", [32, 33, 64, 65, 96, 97])
-def test_indivisible_segment_leaves_a_token_to_read_as_a_whole(
-    store: PrefixStore, length: int
-) -> None:
-    save(store, tokens(96), resumption=INDIVISIBLE, cut_at=(32, 64))
-
-    match = store.lookup(tokens(length), TINY, generating=True)
-
-    assert match.cached_tokens == (length - 1) // 32 * 32
 
 
 def test_fork_of_an_indivisible_segment_hangs_on_what_is_before(
@@ -533,12 +449,12 @@ def test_skipped_checkpoint_leaves_the_one_before(store: PrefixStore) -> None:
     skip: set[str] = set()
     found = []
     for _ in range(4):
-        match = store.lookup(tokens(150), TINY, generating=True, skip=skip)
+        match = store.lookup(tokens(150), TINY, skip=skip)
         check_match(store, match, tokens(150))
-        found.append((match.cached_tokens, match.has_logits))
+        found.append(match.cached_tokens)
         skip |= {part.key for part in match.slices[-1:]}
 
-    assert found == [(150, True), (100, False), (40, False), (0, False)]
+    assert found == [150, 100, 40, 0]
 
 
 @pytest.mark.parametrize("ends", [(40, 80, 120), (5, 10, 20), (32, 64, 70)], ids=str)
@@ -572,39 +488,28 @@ def test_skipped_rows_leave_the_checkpoints_before_them(store: PrefixStore) -> N
 
 
 class Checkpointed(NamedTuple):
-    """A prompt that was saved, and where checkpoints were kept with their logits."""
+    """A prompt that was saved, and where checkpoints were kept."""
 
     token_ids: list[int]
-    checkpoints: dict[int, bool]
+    checkpoints: set[int]
 
 
 @st.composite
 def checkpointed_prompts(draw: st.DrawFn) -> Checkpointed:
     prompt = draw(prompts(max_tokens=120))
     places = st.integers(1, len(prompt)) | st.sampled_from([len(prompt)])
-    return Checkpointed(prompt, draw(st.dictionaries(places, st.booleans())))
+    return Checkpointed(prompt, draw(st.sets(places)))
 
 
-def resumable_at(
-    stored: list[Checkpointed], prompt: list[int], generating: bool
-) -> tuple[int, bool]:
-    """Return the deepest checkpoint for a prompt, and whether its logits count."""
-    known: dict[tuple[int, ...], bool] = {}
-    for token_ids, checkpoints in stored:
-        for position, has_logits in sorted(checkpoints.items()):
-            # One with logits takes the place of one without.
-            key = tuple(token_ids[:position])
-            known[key] = known.get(key, False) or has_logits
-    best = (0, False)
-    for position in range(1, len(prompt) + 1):
-        found = known.get(tuple(prompt[:position]))
-        if found is None:
-            continue
-        if position < len(prompt) or not generating:
-            best = (position, False)
-        elif found:
-            best = (position, True)
-    return best
+def resumable_at(stored: list[Checkpointed], prompt: list[int]) -> int:
+    """Return the deepest checkpoint for a prompt."""
+    known = {
+        tuple(token_ids[:position])
+        for token_ids, checkpoints in stored
+        for position in checkpoints
+    }
+    positions = range(1, len(prompt) + 1)
+    return max((p for p in positions if tuple(prompt[:p]) in known), default=0)
 
 
 @settings(deadline=None, max_examples=25)
@@ -618,29 +523,17 @@ def test_match_is_the_deepest_checkpoint_of_all_that_were_kept(
     with new_store() as store:
         for prompt, checkpoints in stored:
             save(store, prompt, resumption=NEEDS_CHECKPOINT)
-            for position, has_logits in sorted(checkpoints.items()):
-                save_checkpoint(store, prompt[:position], has_logits=has_logits)
+            for position in sorted(checkpoints):
+                save_checkpoint(store, prompt[:position])
 
         for wanted in [*(one.token_ids for one in stored), *others]:
-            for generating in (False, True):
-                match = store.lookup(wanted, TINY, generating=generating)
+            for prompt in (wanted, wanted[:-1]):
+                match = store.lookup(prompt, TINY)
 
-                found = (match.cached_tokens, match.has_logits)
-                assert found == resumable_at(stored, wanted, generating)
+                assert match.cached_tokens == resumable_at(stored, prompt)
                 assert not match.slices or end_of(match)[1]
-                check_match(store, match, wanted)
+                check_match(store, match, prompt)
         check_invariants(store)
-
-
-class Exact(NamedTuple):
-    """A prompt that was saved as a run that repeats plain mlx-lm's pieces saves it.
-
-    The start of longer prompts is read in whole pieces, but a prompt that was answered
-    without its last token first, which makes its last piece its own.
-    """
-
-    token_ids: list[int]
-    is_answered: bool
 
 
 STEP = 32
@@ -654,65 +547,55 @@ def prompts_of_pieces(draw: st.DrawFn) -> list[int]:
     return [*draw(prompts(max_tokens=140)), *[0] * 140][:length]
 
 
-def save_exact(store: PrefixStore, stored: Exact, exact_after: int) -> None:
-    prompt, is_answered = stored
+def save_exact(store: PrefixStore, prompt: list[int], exact_after: int) -> None:
+    """Save a prompt as a run saves it that repeats plain mlx-lm's pieces.
 
-    def resumption(start: int, end: int) -> ResumeRules:
-        is_own = is_answered and end == len(prompt)
-        extendable = end <= exact_after or (end % STEP == 0 and not is_own)
-        return ResumeRules(
-            sliceable=end <= exact_after,
-            extendable=extendable,
-            needs_checkpoint=not extendable,
+    That reads the last token alone, so that a piece that ends with it is its own.
+    """
+    end = PrefillPlan(STEP, exact_after=exact_after).last_kept(
+        len(prompt), KVSettings()
+    )
+    if end:
+        save(
+            store,
+            prompt[:end],
+            resumption=lambda _, end: ResumeRules(sliceable=end <= exact_after),
+            cut_at={exact_after, *range(STEP, end, STEP)},
         )
-
-    cut_at = {exact_after, *range(STEP, len(prompt), STEP)}
-    is_tail = not resumption(0, len(prompt)).extendable
-    save(store, prompt, resumption=resumption, is_tail=is_tail, cut_at=cut_at)
-    if is_answered and len(prompt) > exact_after:
-        save_checkpoint(store, prompt, extendable=False, has_logits=True)
 
 
 def exactly_resumable_at(
-    stored: list[Exact], prompt: list[int], exact_after: int
-) -> tuple[int, bool]:
-    """Return where a generation may take over, and whether logits are known there."""
+    stored: list[list[int]], prompt: list[int], exact_after: int
+) -> int:
+    """Return where a generation may take over."""
     best = 0
-    for token_ids, is_answered in stored:
-        is_own = is_answered and len(token_ids) > exact_after
-        if is_own and token_ids == prompt:
-            return len(prompt), True
-        shared = min(shared_length(token_ids, prompt), len(prompt) - 1)
+    for token_ids in stored:
+        last = len(token_ids) - (len(token_ids) > exact_after)
+        shared = min(shared_length(token_ids[:last], prompt), len(prompt) - 1)
         for position in range(1, shared + 1):
-            is_whole = position % STEP == 0
-            if is_own and position == len(token_ids):
-                is_whole = False
-            if is_whole or position <= exact_after:
+            if position % STEP == 0 or position <= exact_after:
                 best = max(best, position)
-    return best, False
+    return best
 
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.lists(
-        st.builds(Exact, prompts_of_pieces(), st.booleans()),
-        min_size=1,
-        max_size=6,
-    ),
+    st.lists(prompts_of_pieces(), min_size=1, max_size=6),
     st.lists(prompts_of_pieces(), max_size=6),
     st.sampled_from([0, STEP, 2 * STEP]),
 )
-def test_exact_match_is_at_a_whole_piece_or_the_very_prompt(
-    stored: list[Exact], others: list[list[int]], exact_after: int
+def test_exact_match_is_at_a_whole_piece(
+    stored: list[list[int]], others: list[list[int]], exact_after: int
 ) -> None:
     with new_store() as store:
-        for one in stored:
-            save_exact(store, one, exact_after)
+        for prompt in stored:
+            save_exact(store, prompt, exact_after)
 
-        for wanted in [*(one.token_ids for one in stored), *others]:
-            match = store.lookup(wanted, TINY, generating=True)
+        for wanted in [*stored, *others]:
+            match = store.lookup(wanted[:-1], TINY)
 
-            found = (match.cached_tokens, match.has_logits)
-            assert found == exactly_resumable_at(stored, wanted, exact_after)
+            assert match.cached_tokens == exactly_resumable_at(
+                stored, wanted, exact_after
+            )
             check_match(store, match, wanted)
         check_invariants(store)

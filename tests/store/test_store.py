@@ -973,8 +973,8 @@ def resumable(store: PrefixStore) -> Iterator[PrefixStore]:
     save(store, TURNS[1], is_prefix=False, resumption=NEEDS_CHECKPOINT)
     save_checkpoint(store, tokens(40), priority=Priority.BOUNDARY)
     save_checkpoint(store, tokens(300))
-    save_checkpoint(store, TURNS[0], has_logits=True, is_prefix=True)
-    save_checkpoint(store, TURNS[1], has_logits=True, is_prefix=True)
+    save_checkpoint(store, TURNS[0], is_prefix=True)
+    save_checkpoint(store, TURNS[1], is_prefix=True)
     save_with_checkpoints(store, TURNS[2])
     store.pin(expected_key(TINY.digest, TURNS[0]), "first")
     yield store
@@ -984,26 +984,26 @@ def resumable(store: PrefixStore) -> Iterator[PrefixStore]:
 TURNS = [tokens(700), tokens(1100), [*tokens(800), *tokens(300, first=5000)]]
 
 
-def found(store: PrefixStore, prompt: list[int]) -> tuple[int, bool]:
-    """Return where a generation takes over, and whether it knows the logits there."""
-    match = store.lookup(prompt, TINY, generating=True)
+def found(store: PrefixStore, prompt: list[int]) -> int:
+    """Return where a run resumes a prompt."""
+    match = store.lookup(prompt, TINY)
     check_match(store, match, prompt)
-    return match.cached_tokens, match.has_logits
+    return match.cached_tokens
 
 
 def checkpoint_key(prompt: list[int]) -> str:
-    return expected_key(TINY.digest, prompt, "checkpoint logits")
+    return expected_key(TINY.digest, prompt, "checkpoint")
 
 
 def check_all_resumable(store: PrefixStore) -> None:
     """Assert that everything of `resumable` is there."""
     check_invariants(store)
     for prompt in TURNS:
-        assert found(store, prompt) == (len(prompt), True)
-        assert found(store, [*prompt, 9]) == (len(prompt), False)
-    assert found(store, tokens(699)) == (300, False)
-    assert found(store, tokens(299)) == (40, False)
-    assert found(store, tokens(39)) == (0, False)
+        assert found(store, prompt) == len(prompt)
+        assert found(store, [*prompt, 9]) == len(prompt)
+    assert found(store, tokens(699)) == 300
+    assert found(store, tokens(299)) == 40
+    assert found(store, tokens(39)) == 0
     listed = {(prefix.num_tokens, prefix.name) for prefix in store.prefixes()}
     assert len(store.prefixes()) == 3
     assert listed == {(700, "first"), (1100, None)}
@@ -1087,9 +1087,9 @@ def test_remove_keeps_the_rows_that_another_checkpoint_needs(
     for prompt in TURNS[1:]:
         resumable.remove(expected_key(TINY.digest, prompt))
 
-    assert found(resumable, TURNS[0]) == (700, True)
-    assert found(resumable, TURNS[1]) == (700, False)
-    assert found(resumable, tokens(699)) == (300, False)
+    assert found(resumable, TURNS[0]) == 700
+    assert found(resumable, TURNS[1]) == 700
+    assert found(resumable, tokens(699)) == 300
     check_invariants(resumable)
 
 
@@ -1097,10 +1097,10 @@ def test_pinned_checkpoint_and_its_rows_survive_prune(resumable: PrefixStore) ->
     resumable.execute(resumable.plan_prune(EVERYTHING))
 
     assert [prefix.name for prefix in resumable.prefixes()] == ["first"]
-    assert found(resumable, TURNS[0]) == (700, True)
-    assert found(resumable, TURNS[1]) == (700, False)
+    assert found(resumable, TURNS[0]) == 700
+    assert found(resumable, TURNS[1]) == 700
     # Those on the way are not what was pinned.
-    assert found(resumable, tokens(699)) == (0, False)
+    assert found(resumable, tokens(699)) == 0
     assert len(blob_paths(resumable)) == 2
     check_invariants(resumable)
 
@@ -1115,7 +1115,7 @@ def test_pinned_checkpoint_survives_pressure(path: Path, tmp_path: Path) -> None
             save_with_checkpoints(store, [900 + i, *tokens(300)], [40], width=10)
 
             assert files_nbytes(path) <= limit
-            assert found(store, tokens(300)) == (300, True)
+            assert found(store, tokens(300)) == 300
         check_invariants(store)
 
 
@@ -1161,7 +1161,7 @@ def test_checkpoint_that_does_not_fit_takes_nothing_with_it(
             save_checkpoint(store, tokens(400), width=10_000)
 
         assert files_nbytes(path) <= limit
-        assert found(store, tokens(400)) == (300, False)
+        assert found(store, tokens(400)) == 300
         check_invariants(store)
 
 
@@ -1226,7 +1226,7 @@ def test_thinning_keeps_pins_the_first_boundary_and_the_newest(
     assert len(kept) <= 5
     listed = {prefix.num_tokens for prefix in store.prefixes()}
     assert listed == kept - {40, 2000}
-    assert found(store, tokens(1999)) == (max(kept - {2000}), False)
+    assert found(store, tokens(1999)) == max(kept - {2000})
     check_invariants(store)
 
 
@@ -1242,10 +1242,10 @@ def test_eviction_of_a_checkpoint_leaves_the_rows_usable(
 
     assert resumable._index.remove_leaf(checkpoint_key(TURNS[1]))
 
-    assert found(resumable, TURNS[1]) == (700, False)
+    assert found(resumable, TURNS[1]) == 700
     assert save_and_record(resumable, TURNS[1]) == []
-    save_checkpoint(resumable, TURNS[1], has_logits=True)
-    assert found(resumable, TURNS[1]) == (1100, True)
+    save_checkpoint(resumable, TURNS[1])
+    assert found(resumable, TURNS[1]) == 1100
     assert stems(resumable) == {*before, checkpoint_key(TURNS[1])}
     check_invariants(resumable)
 
@@ -1253,7 +1253,7 @@ def test_eviction_of_a_checkpoint_leaves_the_rows_usable(
 def test_hit_of_a_checkpoint_is_counted_and_dated(resumable: PrefixStore) -> None:
     before = resumable.resolve("first")
 
-    resumable.usage_log.touch(resumable.lookup(tokens(800), TINY, generating=True))
+    resumable.usage_log.touch(resumable.lookup(tokens(800), TINY))
 
     after = resumable.resolve("first")
     assert after.hits == before.hits + 1
@@ -1338,9 +1338,9 @@ def test_damaged_checkpoint_is_given_up_alone(
 
     assert [d.key for d in report.damaged] == ([] if delete else [path.stem])
     assert list(report.missing) == ([path.stem] if delete else [])
-    assert found(resumable, TURNS[1]) == (700, False)
-    assert found(resumable, TURNS[2]) == (1100, True)
-    save_checkpoint(resumable, TURNS[1], has_logits=True, is_prefix=True)
+    assert found(resumable, TURNS[1]) == 700
+    assert found(resumable, TURNS[2]) == 1100
+    save_checkpoint(resumable, TURNS[1], is_prefix=True)
     check_all_resumable(resumable)
 
 
@@ -1348,7 +1348,7 @@ def test_damaged_rows_take_their_checkpoints_with_them(resumable: PrefixStore) -
     names = resumable.segments.give_up(expected_key(TINY.digest, TURNS[1]))
 
     assert names == ["first"]
-    assert [found(resumable, prompt) for prompt in TURNS] == [(0, False)] * 3
+    assert [found(resumable, prompt) for prompt in TURNS] == [0] * 3
     resumable.execute(resumable.plan_prune(PrunePolicy()))
     assert blob_paths(resumable) == []
     check_invariants(resumable)
@@ -1376,7 +1376,7 @@ def test_checkpoint_under_the_key_of_another_position_is_not_adopted(
     (resumable.path / "index.db").unlink()
 
     with PrefixStore(resumable.path) as store:
-        assert found(store, TURNS[1]) == (700, False)
+        assert found(store, TURNS[1]) == 700
         check_invariants(store)
 
 
@@ -1526,11 +1526,10 @@ class StoreMachine(RuleBasedStateMachine):
             assert files_nbytes(self.folder) <= max(self.limit, total)
         self.prompts.append(prompt)
 
-    @rule(prompt=prompts(), generating=st.booleans())
-    def look_up(self, prompt: list[int], generating: bool) -> None:
-        match = self.store.lookup(prompt, TINY, generating=generating)
+    @rule(prompt=prompts())
+    def look_up(self, prompt: list[int]) -> None:
+        match = self.store.lookup(prompt, TINY)
         assert match.cached_tokens <= longest_shared(prompt, self.prompts)
-        assert match.cached_tokens <= len(prompt) - generating
         check_match(self.store, match, prompt)
         self.store.usage_log.touch(match)
 
@@ -1551,13 +1550,10 @@ class StoreMachine(RuleBasedStateMachine):
             assert files_nbytes(self.folder) <= max(self.limit, total)
         self.checkpointed.append(prompt)
 
-    @rule(prompt=prompts(), generating=st.booleans())
-    def look_up_checkpointed(self, prompt: list[int], generating: bool) -> None:
-        match = self.store.lookup(prompt, OTHER, generating=generating)
+    @rule(prompt=prompts())
+    def look_up_checkpointed(self, prompt: list[int]) -> None:
+        match = self.store.lookup(prompt, OTHER)
         assert match.cached_tokens <= longest_shared(prompt, self.checkpointed)
-        assert match.has_logits == (
-            generating and match.cached_tokens == len(prompt) > 0
-        )
         assert not match.slices or match.slices[-1].start == match.cached_tokens
         check_match(self.store, match, prompt)
         self.store.usage_log.touch(match)

@@ -97,7 +97,7 @@ def do(store: PrefixStore, deed: Deed) -> object:
     if deed.kind == "unpin":
         return store.unpin(deed.name, namespace=namespace)
     if deed.kind == "use":
-        match = store.lookup(deed.prompt, model, generating=True)
+        match = store.lookup(deed.prompt[:-1], model)
         new = len(deed.prompt) - match.cached_tokens
         store.usage_log.add_speed(model, 100 + new, 1.0)
         return store.usage_log.record(

@@ -152,11 +152,14 @@ def test_save_that_others_overtook_is_encoded_anew(
         monkeypatch.setattr(store.segments, "missing", overtaken)
         last = list(generator.stream_generate(prompt, 4, save=True))[-1]
 
-        assert found == [[(0, 600)], [(300, 600)]]
+        # The state of a recurrent model is taken before the last token.
+        lost = int(name == "qwen3_next")
+        end, forked = 600 - lost, 300 - lost
+        assert found == [[(0, end)], [(forked, end)]]
         assert last.key is not None
         assert store.verify().is_sound
-        assert {p.num_tokens for p in store.prefixes()} == {300, 600}
-        assert generator.match([*prompt, 1]).cached_tokens == 600
+        assert {p.num_tokens for p in store.prefixes()} == {forked, end}
+        assert generator.match([*prompt, 1]).cached_tokens == end
 
 
 def test_interrupt_while_encoding_is_no_save_that_is_done(

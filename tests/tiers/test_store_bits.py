@@ -182,9 +182,11 @@ def test_rows_that_were_resumed_from_exact_ones_are_saved_too(
     warm = run(generator, [*PROMPT, 7, 8], store_bits=8, max_tokens=1)
 
     expected = cold(generator, [*PROMPT, 7, 8], max_tokens=1)
-    assert warm.last.cached_tokens == 100
+    # The state of a recurrent model is taken before the last token.
+    end = 100 - (name == "qwen3_next")
+    assert warm.last.cached_tokens == end
     assert 0 < largest_difference(warm.logprobs, expected.logprobs) < 1
-    assert store.report(key).prefix.num_tokens == 100
+    assert store.report(key).prefix.num_tokens == end
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -196,10 +198,11 @@ def test_what_is_stored_exactly_is_built_in_fewer_bits_without_reading_it(
 
     small = generator.build(PROMPT, store_bits=8)
 
-    assert small.cached_tokens == 100
+    end = 100 - (name == "qwen3_next")
+    assert small.cached_tokens == end
     assert small.nbytes < exact.nbytes
     store.remove(exact.key)
-    assert generator.build(PROMPT, store_bits=8).cached_tokens == 100
+    assert generator.build(PROMPT, store_bits=8).cached_tokens == end
     warm = run(generator, [*PROMPT[:90], 7], store_bits=8)
     # Only states cannot be cut.
     assert warm.last.cached_tokens == (0 if name == "qwen3_next" else 90)
@@ -219,17 +222,19 @@ def test_longer_prompts_go_on_from_what_is_stored_in_fewer_bits(
     assert again.last.cached_tokens >= 199
     spans = [(s.start, s.end) for s in store.report(key).segments if s.start < s.end]
     assert spans[0][0] == 0
-    assert spans[-1] == (100, 200)
+    lost = int(name == "qwen3_next")
+    assert spans[-1] == (100 - lost, 200 - lost)
 
 
-def test_states_and_logits_are_stored_exactly(make: Callable[[str], Any]) -> None:
+def test_states_are_stored_exactly(make: Callable[[str], Any]) -> None:
     generator = make("qwen3_next")
     first = run(generator, PROMPT, save=True, store_bits=4)
 
     warm = run(generator, PROMPT, store_bits=4)
 
-    assert warm.last.cached_tokens == 100
-    assert mx.array_equal(first.logprobs[0], warm.logprobs[0])
+    assert warm.last.cached_tokens == 99
+    # Only the rows are not: they are what the last token is read after.
+    assert largest_difference(first.logprobs[:1], warm.logprobs[:1]) < 1
 
 
 def test_head_dim_that_no_group_divides_is_stored_exactly(
@@ -340,7 +345,7 @@ def test_explanation_never_blames_what_is_reused_as_well(
 
     found = generator.explain([*LONGER[:150], 7], store_bits=8)
 
-    assert (found.cached_tokens, found.divergence) == (100, None)
+    assert (found.cached_tokens, found.divergence) == (99, None)
 
 
 def test_explanation_names_other_bits(generator: CachedGenerator) -> None:
@@ -376,14 +381,14 @@ def test_parity_measures_the_loss(generator: CachedGenerator) -> None:
         for bits in (None, 8, 4)
     }
     loss = {
-        bits: sum(cut.kl_divergence for cut in report.plan)
+        bits: sum(cut.kl_divergence for cut in report.cuts)
         for bits, report in reports.items()
     }
 
     assert 0 <= loss[None] < loss[8] < loss[4]
     assert reports[8].store_bits == 8
     assert reports[4].verdict.startswith("stored in 4 bits: KL divergence ")
-    assert reports[4].verdict.count(f"of {8 * len(reports[4].plan)} positions") == 1
+    assert reports[4].verdict.count(f"of {8 * len(reports[4].cuts)} positions") == 1
 
 
 def test_parity_with_other_tokens_is_no_failure(generator: CachedGenerator) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.kvcache.layout import (
-    LOGITS,
     TOKEN_IDS,
     Layout,
     decode_layout,
@@ -56,11 +55,6 @@ class LoadedSegment(NamedTuple):
         array = self.destination.array(tensor)
         assert array is not None
         return array[..., self.start : self.stop, :]
-
-    @property
-    def logits(self) -> "mx.array | None":
-        """Return the logits of the next token, shape `(1, vocabulary)`, or None."""
-        return self.arrays.get(LOGITS)
 
     def rows(self, name: str, start: int, stop: int) -> list["mx.array"]:
         """Return what it has of the rows `[start, stop)` of a part, tensor by tensor.

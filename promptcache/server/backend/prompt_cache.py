@@ -187,7 +187,6 @@ class ServerPromptCache:
                 token_ids,
                 plan=reading.plan,
                 kv=reading.settings.kv,
-                generating=False,
                 may_decline=True,
             )
         except StoreError as error:

@@ -191,8 +191,8 @@ class Index(SegmentTree):
                 """
                 INSERT INTO segments (key, parent_id, fingerprint_id, start, end,
                     first_token, nbytes, token_nbytes, created_at, used_at, sliceable,
-                    extendable, needs_checkpoint, has_logits, priority, token_ids)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                    needs_checkpoint, priority, token_ids)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                 """,
                 [
                     info.key,

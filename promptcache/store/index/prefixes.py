@@ -125,12 +125,6 @@ class Prefixes:
             )
             return cursor.rowcount > 0
 
-    def move(self, segment_id: int, to: int) -> None:
-        """Let the prefixes that end in a segment end in another one."""
-        with self._database.writing():
-            sql = "UPDATE prefixes SET segment_id = ? WHERE segment_id = ?"
-            self._database.execute(sql, [to, segment_id])
-
     def remove(self, key: str) -> None:
         """Stop listing a prefix; its segments stay."""
         with self._database.writing():

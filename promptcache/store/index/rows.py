@@ -29,7 +29,6 @@ class SegmentRow(NamedTuple):
     end: int
     nbytes: int
     sliceable: bool
-    extendable: bool
     needs_checkpoint: bool
     token_ids: bytes
 
@@ -40,8 +39,6 @@ class CheckpointRow(NamedTuple):
     key: str
     parent_id: int
     position: int
-    extendable: bool
-    has_logits: bool
     priority: Priority
     is_prefix: bool
 

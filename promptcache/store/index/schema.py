@@ -2,7 +2,7 @@
 
 import sqlite3
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 # In place of the first token of a checkpoint, which has no tokens.
 NO_TOKEN = -1
 # Plain SQL: an index is compared with it whenever it is opened, so the text must not
@@ -34,9 +34,7 @@ CREATE TABLE segments (
     created_at REAL,
     used_at REAL,
     sliceable INTEGER,
-    extendable INTEGER,
     needs_checkpoint INTEGER,
-    has_logits INTEGER,
     priority INTEGER,
     token_ids BLOB
 );

@@ -18,8 +18,7 @@ from promptcache.store.index.schema import NO_TOKEN, within
 
 ROOT_ID = 0
 SEGMENT_COLUMNS = (
-    "id, key, parent_id, start, end, nbytes, sliceable, extendable, needs_checkpoint, "
-    "token_ids"
+    "id, key, parent_id, start, end, nbytes, sliceable, needs_checkpoint, token_ids"
 )
 
 
@@ -103,7 +102,7 @@ class SegmentTree:
         ids = list(parent_ids)
         marks = ", ".join("?" for _ in ids)
         sql = f"""
-            SELECT key, parent_id, start AS position, extendable, has_logits, priority,
+            SELECT key, parent_id, start AS position, priority,
                 id IN (SELECT segment_id FROM prefixes) AS is_prefix
             FROM segments WHERE parent_id IN ({marks}) AND first_token = ?
         """
@@ -159,7 +158,7 @@ class SegmentTree:
         """Return whether a row is the one that `add_segment` would add."""
         sql = """
             SELECT digest, namespace, start, end, first_token, nbytes, sliceable,
-                extendable, needs_checkpoint, has_logits, priority, token_ids
+                needs_checkpoint, priority, token_ids
             FROM segments JOIN fingerprints f ON f.id = fingerprint_id
             WHERE segments.id = ?
         """

@@ -65,7 +65,6 @@ class _Holder(NamedTuple):
     """A segment that has a place."""
 
     key: str
-    extendable: bool
     needs_checkpoint: bool
 
 
@@ -83,21 +82,15 @@ class _Cover:
         after = start if rules.sliceable else max(start, end - 1)
         first = bisect_right(self._positions, after)
         last = bisect_right(self._positions, end)
-        holder = _Holder(key, rules.extendable, rules.needs_checkpoint)
+        holder = _Holder(key, rules.needs_checkpoint)
         for position in self._positions[first:last]:
             place = position, chain.key_at(position)
             if place in self._holders:
                 self._holders[place].append(holder)
 
     def parent_of(self, info: SegmentInfo) -> str | None:
-        """Return the key of the segment that a segment starts in, or None.
-
-        Longer prompts go on from what is extendable; a checkpoint belongs to rows that
-        are good for the same prompts as it is.
-        """
-        extendable = info.resumption.extendable or not info.is_checkpoint
+        """Return the key of the segment that another one starts in, or None."""
         holders = self._holders.get((info.start, info.start_hash), [])
-        holders = sorted(holders, key=lambda h: h.extendable != extendable)
         return holders[0].key if holders else None
 
     def ends(self, num_tokens: int, key: str) -> list[str]:
@@ -144,7 +137,7 @@ def _cover_row(index: Index, cover: _Cover, key: str) -> None:
     *_, row = index.path_to(segment_id)
     digest = index.fingerprints.of_segment(segment_id).digest
     chain = Chain(digest, index.token_ids(segment_id, row.end))
-    rules = ResumeRules(row.sliceable, row.extendable, row.needs_checkpoint)
+    rules = ResumeRules(row.sliceable, row.needs_checkpoint)
     cover.add(chain, key, row.start, row.end, rules)
 
 
