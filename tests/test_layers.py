@@ -211,3 +211,20 @@ def test_using_a_store_imports_nothing_heavy(store: PrefixStore) -> None:
 
 def test_heavy_imports_would_be_seen() -> None:
     assert "mlx" in modules_after("import mlx.core")
+
+
+CACHE_CLASSES = re.compile(r"(\w*KVCache|ArraysCache|CacheList)")
+
+
+def test_cache_classes_are_named_in_one_module() -> None:
+    """So supporting a new one is an entry in that module."""
+    namers = {
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and CACHE_CLASSES.fullmatch(node.value)
+    }
+
+    assert namers == {"kvcache.classes"}

@@ -10,10 +10,11 @@ from promptcache.errors import UsageError
 from promptcache.explain.fingerprint_diff import (
     FOLLOWING_PARTS,
     KV_DETAILS,
-    PART_NAMES,
     change_of_config,
     change_of_part,
     change_of_tools,
+    changed_parts,
+    name_of_part,
     values_of_parts,
 )
 from promptcache.explain.text_diff import compare
@@ -147,7 +148,7 @@ class _Diagnosis:
 
     def _other_fingerprint(self, other: Fingerprint) -> Divergence:
         own, its = self._fingerprint.parts, other.parts
-        names = [name for name in PART_NAMES if own.get(name) != its.get(name)]
+        names = changed_parts(its, own)
         if "kv_bits" in names:
             # Group size and start mean nothing without bits.
             names = [name for name in names if name not in KV_DETAILS]
@@ -166,7 +167,7 @@ class _Diagnosis:
         changes = [
             change_of_part(name, its.get(name, ""), own.get(name, "")) for name in names
         ]
-        kind = PART_NAMES[names[0]] if names else "model"
+        kind = name_of_part(names[0]) if names else "model"
         return self._divergence(
             kind,
             f"other {' and '.join(changes)}",

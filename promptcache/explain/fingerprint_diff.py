@@ -1,6 +1,6 @@
-"""Culprits: what is another one where prompts part, in one clause."""
+"""Describe in one clause what differs between two prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from promptcache.segments.types import PromptOrigin
@@ -32,19 +32,33 @@ FOLLOWING_PARTS = (("config", "modules"), ("modules", "implementation"))
 KV_DETAILS = ("kv_group_size", "quantized_kv_start")
 
 
+def name_of_part(name: str) -> str:
+    """Return what people call a part; one of a later version has its own name."""
+    return PART_NAMES.get(name, name)
+
+
+def changed_parts(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Return the parts that differ, the most telling first.
+
+    The namespace is not one of them: what others have is not compared.
+    """
+    order = [*PART_NAMES, *sorted({*before, *after} - {*PART_NAMES, "namespace"})]
+    return [name for name in order if before.get(name) != after.get(name)]
+
+
 def change_of_part(name: str, before: str, after: str) -> str:
-    """Return which part of a fingerprint is another one, and from what to what."""
-    told = PART_NAMES[name]
+    """Return which part of a fingerprint differs, and from what to what."""
+    title = name_of_part(name)
     if name == "modules":
-        return f"{told} (adapter, quantization)"
+        return f"{title} (adapter, quantization)"
     if name not in PLAIN_PARTS:
-        return told
-    return f"{told}: {before or 'none'} became {after or 'none'}"
+        return title
+    return f"{title}: {before or 'none'} became {after or 'none'}"
 
 
 def values_of_parts(names: Sequence[str], parts: Any) -> str:
     """Return the values of parts of a fingerprint, each with what it is called."""
-    return ", ".join(f"{PART_NAMES[n]}: {parts.get(n) or 'none'}" for n in names)
+    return ", ".join(f"{name_of_part(n)}: {parts.get(n) or 'none'}" for n in names)
 
 
 def change_of_config(before: PromptOrigin, after: PromptOrigin) -> str:

@@ -1,14 +1,17 @@
-"""Cache classes: how each of mlx-lm's cache classes is kept.
+"""Cache classes: how each of mlx-lm's is kept, and what can be done with it.
 
     rows        keys and values of every token: a segment keeps those of its range,
-                and a run can take over at any token
-    window      the same, but the live cache forgets the rows that leave its window:
-                they are captured as each piece of a prefill is done
+                and a run can resume at any token
+    window      the same, but the live cache drops the rows that leave its window:
+                they are copied when each piece of a prefill is done
     checkpoint  the whole state, good at one position only
     empty       nothing: the model does not use this part
 
-`KINDS` says which class is treated how. A `CacheList` is taken apart. A class
-that the model's own modules define is kept as a checkpoint, any other is refused.
+No other module compares names of cache classes. To support a new class, add it to
+`KINDS`, to `TRIMMABLE` if mlx-lm can take its last tokens back, and to `tensor_names`
+if its rows are in other tensors than `keys` and `values`. A `CacheList` is taken
+apart. A class that a model's own modules define is kept as a checkpoint, any other is
+refused.
 """
 
 import math
@@ -41,6 +44,9 @@ KINDS = {
     "ChunkedKVCache": LayerKind.WINDOW,
     "ArraysCache": LayerKind.CHECKPOINT,
 }
+# Classes whose last rows mlx-lm can take back at any length.
+TRIMMABLE = {"KVCache", "ConcatenateKVCache", "QuantizedKVCache"}
+QUANTIZED = "QuantizedKVCache"
 CACHE_MODULE = "mlx_lm.models.cache"
 PLAIN_TENSORS = ("keys", "values")
 QUANTIZED_TENSORS = tuple(
@@ -73,7 +79,7 @@ def with_parts(cache: Sequence[Any], parts: Iterator[Any]) -> list[Any]:
 
 
 def check_supported(cache: Sequence[Any], *models: Any) -> None:
-    """Raise UnsupportedCacheError if no treatment is known for some part's class.
+    """Raise UnsupportedCacheError if no kind is known for some part's class.
 
     Args:
         cache: What the models' `make_prompt_cache` returned.
@@ -99,16 +105,16 @@ def kind_of(part: Any, position: int) -> LayerKind:
 
     What counts tokens in its own way, such as a compressor, is a checkpoint.
     """
-    treatment = LayerKind.CHECKPOINT
+    kind = LayerKind.CHECKPOINT
     if type(part).__module__ == CACHE_MODULE:
-        treatment = KINDS[type(part).__name__]
-    if treatment is LayerKind.CHECKPOINT:
-        return treatment
+        kind = KINDS[type(part).__name__]
+    if kind is LayerKind.CHECKPOINT:
+        return kind
     if part.empty():
         return LayerKind.EMPTY
     if part.offset != position or getattr(part, "keep", 0):
         return LayerKind.CHECKPOINT
-    return treatment
+    return kind
 
 
 def needs_checkpoints(cache: Sequence[Any]) -> bool:
@@ -119,6 +125,24 @@ def needs_checkpoints(cache: Sequence[Any]) -> bool:
         or getattr(part, "keep", 0)
         for _, part in parts_of(cache)
     )
+
+
+def is_plain(part: Any) -> bool:
+    """Return whether a part keeps one row of keys and values a token, and no more."""
+    return type(part).__name__ == "KVCache"
+
+
+def is_all_plain(cache: Sequence[Any]) -> bool:
+    """Return whether all parts are plain, so that rows can be cut at any token."""
+    return all(is_plain(part) for _, part in parts_of(cache))
+
+
+def trim_limit(part: Any) -> float:
+    """Return below how many tokens mlx-lm can take the last ones back out of a part."""
+    name = type(part).__name__
+    if name in TRIMMABLE:
+        return math.inf
+    return int(part.max_size) if name == "RotatingKVCache" else 0
 
 
 def tensor_names(part_class: str) -> tuple[str, ...]:
@@ -292,7 +316,7 @@ Rows = dict[str, list[Any]]
 def row_parts(cache: Sequence[Any]) -> Iterator[Any]:
     """Yield the parts that keep plain rows and have some."""
     for _, part in parts_of(cache):
-        if type(part).__name__ == "KVCache" and not part.empty():
+        if is_plain(part) and not part.empty():
             yield part
 
 
@@ -301,8 +325,7 @@ def has_only_rows(cache: Sequence[Any]) -> bool:
     parts = [part for _, part in parts_of(cache)]
     position = max((part.offset for part in row_parts(cache)), default=0)
     return position > 0 and all(
-        type(part).__name__ == "KVCache"
-        and kind_of(part, position) in (LayerKind.ROWS, LayerKind.EMPTY)
+        is_plain(part) and kind_of(part, position) in (LayerKind.ROWS, LayerKind.EMPTY)
         for part in parts
     )
 

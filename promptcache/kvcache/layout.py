@@ -25,7 +25,7 @@ class PartLayout:
 
     Attributes:
         class_name: Its cache class.
-        treatment: How it is treated.
+        kind: How it is treated.
         group_size: Of a quantized part, else None.
         bits: Of a quantized part, else None.
         state: In a checkpoint, the part's state as JSON, or by how many rows a window
@@ -34,7 +34,7 @@ class PartLayout:
     """
 
     class_name: str
-    treatment: LayerKind
+    kind: LayerKind
     group_size: int | None = None
     bits: int | None = None
     state: Any = None
@@ -43,18 +43,18 @@ class PartLayout:
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """Return the names of the tensors that hold its rows."""
-        has_rows = self.treatment in (LayerKind.ROWS, LayerKind.WINDOW)
+        has_rows = self.kind in (LayerKind.ROWS, LayerKind.WINDOW)
         return tensor_names(self.class_name) if has_rows else ()
 
 
 Layout = Mapping[str, PartLayout]
 
 
-def layout_of(part: Any, treatment: LayerKind, state: Any = None) -> PartLayout:
+def layout_of(part: Any, kind: LayerKind, state: Any = None) -> PartLayout:
     """Return how a part of a cache is kept."""
     return PartLayout(
         type(part).__name__,
-        treatment,
+        kind,
         getattr(part, "group_size", None),
         getattr(part, "bits", None),
         state,
@@ -68,7 +68,7 @@ def name_in_blob(part: str, tensor: str) -> str:
 
 def without_state(part: PartLayout) -> PartLayout:
     """Return how the part is kept where only rows are."""
-    return PartLayout(part.class_name, part.treatment, part.group_size, part.bits)
+    return PartLayout(part.class_name, part.kind, part.group_size, part.bits)
 
 
 def encode_layout(layout: Layout) -> str:
@@ -76,7 +76,7 @@ def encode_layout(layout: Layout) -> str:
     return json.dumps(
         {
             name: [
-                *(p.class_name, p.treatment, p.group_size, p.bits, p.state),
+                *(p.class_name, p.kind, p.group_size, p.bits, p.state),
                 *([p.at_rest] if p.at_rest else []),
             ]
             for name, p in layout.items()
@@ -89,8 +89,8 @@ def decode_layout(layout: str) -> Layout:
     """Return a blob's layout; a class name in it is compared, never called."""
     try:
         return {
-            name: _decode_part(class_name, treatment, *rest)
-            for name, (class_name, treatment, *rest) in json.loads(layout).items()
+            name: _decode_part(class_name, kind, *rest)
+            for name, (class_name, kind, *rest) in json.loads(layout).items()
         }
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedBlobError(f"layout cannot be read ({error})") from error
@@ -98,16 +98,14 @@ def decode_layout(layout: str) -> Layout:
 
 def _decode_part(
     class_name: str,
-    treatment: str,
+    kind: str,
     group_size: int | None = None,
     bits: int | None = None,
     state: Any = None,
     at_rest: Mapping[str, Any] = MappingProxyType({}),
 ) -> PartLayout:
     formats = {tensor: QuantizedFormat.of(f) for tensor, f in at_rest.items()}
-    return PartLayout(
-        class_name, LayerKind(treatment), group_size, bits, state, formats
-    )
+    return PartLayout(class_name, LayerKind(kind), group_size, bits, state, formats)
 
 
 def is_quantized(layout: str) -> bool:

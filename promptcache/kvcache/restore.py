@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from promptcache.errors import DamagedBlobError, StoreError
 from promptcache.kvcache.classes import (
     KINDS,
+    QUANTIZED,
     LayerKind,
     arrays_of,
     filled_in_place,
@@ -50,7 +51,7 @@ def restore(
         raise DamagedBlobError("blob has another number of layers")
     try:
         restored = [
-            _RESTORE[segments[-1].layout[name].treatment](name, part, segments, room)
+            _RESTORE[segments[-1].layout[name].kind](name, part, segments, room)
             for name, part in parts.items()
         ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -80,7 +81,7 @@ def _restore_rows(
     if not all(rows for _, rows in parts):
         raise DamagedBlobError("blob lacks rows of a part")
     kept = next((layout for layout, _ in parts if layout.bits), parts[0][0])
-    _check_class(part, kept, "QuantizedKVCache" if kept.bits else type(part).__name__)
+    _check_class(part, kept, QUANTIZED if kept.bits else type(part).__name__)
     rows = [found for _, found in parts]
     if kept.group_size and kept.bits:
         group_size, bits = kept.group_size, kept.bits

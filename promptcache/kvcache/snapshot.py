@@ -43,7 +43,7 @@ class Snapshot:
     @property
     def needs_checkpoint(self) -> bool:
         """Return whether rows alone do not restore this cache."""
-        return any(p.treatment is LayerKind.CHECKPOINT for p in self.layout.values())
+        return any(p.kind is LayerKind.CHECKPOINT for p in self.layout.values())
 
     @property
     def state_nbytes(self) -> int:
@@ -71,18 +71,18 @@ def capture(
     rows: dict[str, mx.array] = {}
     states: dict[str, mx.array] = {}
     for name, part in parts_of(cache):
-        treatment = kind_of(part, end)
+        kind = kind_of(part, end)
         state: Any = None
-        if treatment is LayerKind.CHECKPOINT:
+        if kind is LayerKind.CHECKPOINT:
             state, arrays = take_state(part, name_in_blob(name, "state"))
             states |= arrays
-        elif treatment is LayerKind.WINDOW:
+        elif kind is LayerKind.WINDOW:
             state = turned_by(part) if part.offset > window_size(part) else 0
-        layout[name] = layout_of(part, treatment, state)
+        layout[name] = layout_of(part, kind, state)
         names = [name_in_blob(name, tensor) for tensor in layout[name].tensor_names]
-        if treatment is LayerKind.WINDOW:
+        if kind is LayerKind.WINDOW:
             rows |= zip(names, window_rows(part, start, end), strict=True)
-        elif treatment is LayerKind.ROWS and every_row:
+        elif kind is LayerKind.ROWS and every_row:
             rows |= zip(names, rows_of(part, start, end), strict=True)
     return Snapshot(start, end, layout, rows, states)
 
@@ -99,7 +99,7 @@ def snapshot_restored(
     taken = capture(cache, end, end)
     rows: dict[str, mx.array] = {}
     for name, part in taken.layout.items():
-        if part.treatment is LayerKind.WINDOW:
+        if part.kind is LayerKind.WINDOW:
             found = [s.rows(name, 0, end) for s in with_rows(segments)]
             names = [name_in_blob(name, tensor) for tensor in part.tensor_names]
             columns = [mx.concatenate(c, axis=-2) for c in zip(*found, strict=True)]

@@ -6,9 +6,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from promptcache.errors import UsageError
-from promptcache.kvcache.classes import parts_of
-
-TRIMMABLE = {"KVCache", "ConcatenateKVCache", "QuantizedKVCache"}
+from promptcache.kvcache.classes import parts_of, trim_limit
 
 
 class DraftPair:
@@ -55,12 +53,11 @@ class DraftPair:
             UsageError: It cannot.
         """
         for _, part in parts_of(self.make_cache()):
-            name = type(part).__name__
-            window = part.max_size if name == "RotatingKVCache" else 0
-            if name in TRIMMABLE or num_tokens < window:
+            window = trim_limit(part)
+            if num_tokens < window:
                 continue
             limit = f" beyond its window of {window} tokens" if window else ""
             raise UsageError(
-                f"speculative decoding has to take tokens back, which a {name} "
-                f"cannot{limit}, leave the draft model out"
+                "speculative decoding has to take tokens back, which a "
+                f"{type(part).__name__} cannot{limit}, leave the draft model out"
             )

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from promptcache.errors import UsageError
-from promptcache.kvcache.classes import check_supported, needs_checkpoints, parts_of
+from promptcache.kvcache.classes import check_supported, is_all_plain, needs_checkpoints
 from promptcache.models import load
 from promptcache.models.draft import DraftPair
 from promptcache.models.identity.identity import (
@@ -108,8 +108,7 @@ class LoadedModel:
 
     def is_sliceable(self, settings: Settings = DEFAULT_SETTINGS) -> bool:
         """Return whether its cache is nothing but rows, of which any are a prefix."""
-        parts = parts_of(self.make_cache(settings))
-        return all(type(part).__name__ == "KVCache" for _, part in parts)
+        return is_all_plain(self.make_cache(settings))
 
     def check_supported(self, settings: Settings) -> None:
         """Raise UnsupportedCacheError if a part of the cache cannot be stored."""

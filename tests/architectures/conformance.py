@@ -25,6 +25,7 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 from promptcache import CachedGenerator
 from promptcache.engine.prefill import prefill
 from promptcache.kvcache import encode, snapshot
+from promptcache.kvcache.kv_quantization import KVSettings
 from promptcache.models.length_dependence import length_dependence
 from promptcache.models.loaded import LoadedModel
 from promptcache.models.settings import Settings
@@ -250,7 +251,7 @@ class Subject:
             length_dependence="" if dependence is None else dependence.reason,
             trials=[
                 *self._ends(),
-                *self._again(kept),
+                *self._again(),
                 *self._forks(kept),
                 *self._answers(kept),
             ],
@@ -264,14 +265,13 @@ class Subject:
             trial.mlx_lm_difference = self._mlx_lm_difference(prompt.token_ids, length)
             yield trial
 
-    def _again(self, kept: "Kept") -> Iterator[Trial]:
-        """Ask what was asked and stored: there is a last token to read, or none."""
+    def _again(self) -> Iterator[Trial]:
+        """Ask what was asked and stored: the last token is left to read."""
         for length in LENGTHS:
             prompt = self.continued(length, length, seed=ASKED)
             num_tokens = len(prompt.token_ids)
-            whole = kept.checkpoint_nbytes or not self.plan.can_resume(num_tokens)
-            expected = num_tokens if whole else num_tokens - 1
-            yield self._trial("again", prompt, num_tokens, expected)
+            stored = self.plan.last_kept(num_tokens, KVSettings())
+            yield self._trial("again", prompt, stored, min(stored, num_tokens - 1))
 
     def _forks(self, kept: "Kept") -> Iterator[Trial]:
         """Part from a stored prefix in the middle, where any token will do."""
@@ -293,7 +293,9 @@ class Subject:
             ids = [*asked, *cold[:length], *token_ids(SUFFIX_TOKENS, NEW)]
             is_kept = self.plan.is_sliceable(len(asked) + SAVED_ANSWER_TOKENS - 1)
             is_whole = length == SAVED_ANSWER_TOKENS - 1 or not kept.checkpoint_nbytes
-            expected = stored if is_kept and is_whole else self._last_cut(len(asked))
+            # Without its answer a prompt is kept as it is when nothing is answered.
+            prompt = self.plan.last_kept(len(asked), KVSettings())
+            expected = stored if is_kept and is_whole else self._last_cut(prompt)
             yield self._trial("answer", RenderedPrompt(ids), stored, expected)
 
     def _last_cut(self, position: int) -> int:
@@ -338,7 +340,7 @@ class Subject:
         rows = encode.encode_rows(cache, captures, ids, 0, len(ids))
         state = encode.encode_checkpoint(captures[-1])
         layout = captures[-1].layout.values()
-        classes = Counter(f"{part.class_name} {part.treatment}" for part in layout)
+        classes = Counter(f"{part.class_name} {part.kind}" for part in layout)
         return Kept(
             dict(classes),
             _nbytes(rows) // len(ids),

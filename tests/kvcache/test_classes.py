@@ -120,9 +120,9 @@ FILLED: dict[str, tuple[Callable[[], Any], LayerKind]] = {
 
 @pytest.mark.parametrize("name", FILLED)
 def test_part_is_kept_as_its_class_allows(name: str) -> None:
-    make_part, treatment = FILLED[name]
+    make_part, kind = FILLED[name]
 
-    assert kind_of(make_part(), 5) is treatment
+    assert kind_of(make_part(), 5) is kind
 
 
 @pytest.mark.parametrize("name", ["KVCache", "RotatingKVCache", "ChunkedKVCache"])

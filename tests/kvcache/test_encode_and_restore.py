@@ -440,7 +440,7 @@ class OwnCache:
 
 
 def mixed_cache() -> list[Any]:
-    """Return a fresh cache with parts of every treatment."""
+    """Return a fresh cache with parts of every kind."""
     return [
         KVCache(),
         CacheList(ArraysCache(3), CacheList(KVCache(), RotatingKVCache(8))),

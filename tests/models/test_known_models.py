@@ -10,7 +10,7 @@ from typing import Any
 import mlx_lm
 import pytest
 
-from promptcache import CachedGenerator, ModelError, PrefixStore, config
+from promptcache import CachedGenerator, ModelError, PrefixStore
 from promptcache.models import load as loading
 from promptcache.models.identity.known_models import (
     MAX_STATES,
@@ -198,7 +198,7 @@ def test_known_model_is_not_hashed_and_takes_well_under_50_ms(
 ) -> None:
     settle(model_dir)
     memo = tmp_path / "known.json"
-    monkeypatch.setattr(config, "known_models_path", lambda: memo)
+    monkeypatch.setattr(loading, "known_models_path", lambda: memo)
     model, _, expected = loading.load(model_dir)
     before = state_of([model_dir])
     assert memo.exists()
@@ -260,7 +260,7 @@ def test_folder_that_changes_while_it_is_loaded_is_what_was_loaded(
     folder, memo = copies.pop(), tmp_path / "known.json"
     path = folder / "model.safetensors"
     settle(folder)
-    monkeypatch.setattr(config, "known_models_path", lambda: memo)
+    monkeypatch.setattr(loading, "known_models_path", lambda: memo)
     old = loading.load(folder)[2]
     if not is_known:
         memo.unlink()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from promptcache.kvcache.classes import PLAIN_TENSORS, is_plain
 from promptcache.segments.blob_format import digest
 from promptcache.segments.types import TensorSpec
 
@@ -99,8 +100,8 @@ class RowBuffers:
         self._tensors = {
             f"layers.{name}.{tensor}"
             for name, part in cache_parts.items()
-            if type(part).__name__ == "KVCache"
-            for tensor in ("keys", "values")
+            if is_plain(part)
+            for tensor in PLAIN_TENSORS
         }
         self._arrays: dict[str, mx.array] = {}
         self._kinds: dict[str, tuple[object, ...]] = {}

@@ -19,6 +19,7 @@ from promptcache.kvcache.classes import (
     LayerKind,
     first_row,
     has_only_rows,
+    is_all_plain,
     kind_of,
     parts_of,
     shared_rows,
@@ -404,7 +405,7 @@ def _usable(
     if kv.bits is not None and any(hasattr(part, "bits") for part in parts):
         return [], 0
     offsets = {part.offset for part in parts if getattr(part, "offset", 0)}
-    is_plain = all(type(part).__name__ == "KVCache" for part in parts)
+    is_plain = is_all_plain(cache)
     end = min(offsets | {num_tokens}) if is_plain else num_tokens
     if not plan.is_sliceable(end):
         end = plan.last_resume_point(min(end, reading.num_tokens - 1))
