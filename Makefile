@@ -16,7 +16,7 @@ RUN := PATH="$(BIN):$$PATH" $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 # The oldest mlx-lm that pyproject.toml allows.
 OLDEST_MLX_LM := $(shell sed -n 's/.*"mlx-lm>=\(.*\)",/\1/p' pyproject.toml)
 # Two processes, each with a group of tests at a time.
-PARALLEL := -n 2 --dist loadgroup
+PARALLEL := -n 2 --dist loadfile
 SOAK_SECONDS ?= 1800
 
 # Where the benchmarks write what they measured, and the plots of it.

@@ -37,9 +37,6 @@ REPRESENTATIVES = (
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 NAMES = all_but(REPRESENTATIVES, architectures.CONFIGS)
 
-# One process makes the results for all of them.
-pytestmark = pytest.mark.xdist_group("conformance")
-
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> dict[str, Result]:
