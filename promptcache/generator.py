@@ -35,6 +35,7 @@ from promptcache.store.reports import Prefix
 from promptcache.tiers import memory_limits
 from promptcache.tiers.background_writer import BackgroundWriter
 from promptcache.tiers.memory_tier import MemoryTier
+from promptcache.tiers.prefix_cache import PrefixCache
 from promptcache.tiers.prompt_read import PromptRead, SavePolicy
 
 
@@ -595,15 +596,8 @@ class CachedGenerator:
             on_saved=on_saved,
             input_embeddings=input_embeddings,
         )
-        return Generation(
-            self.model,
-            self.tokenizer,
-            self.store,
-            self._writer,
-            self._hot,
-            lambda: self.fingerprint(settings),
-            request,
-        ).stream()
+        prefixes = PrefixCache(self.store, self._hot, self._writer)
+        return Generation(self._loaded, self.tokenizer, prefixes, request).stream()
 
     def _prompt_read(
         self,

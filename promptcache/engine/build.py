@@ -2,19 +2,22 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 from mlx_lm.generate import generation_stream, wired_limit
 
-from promptcache.engine.prefill import prefill
+from promptcache.engine.prefill import read_pieces
 from promptcache.errors import ModelError, StoreError, UsageError, warn
-from promptcache.kvcache.kv_quantization import check_quantizable
+from promptcache.kvcache.snapshot import Snapshot
 from promptcache.models.loaded import LoadedModel
 from promptcache.models.settings import Settings
 from promptcache.prompts.render import RenderedPrompt
 from promptcache.store import PrefixStore
 from promptcache.tiers.background_writer import BackgroundWriter
 from promptcache.tiers.disk_tier import check_blobs, restore_prefix
-from promptcache.tiers.saver import Saver
+from promptcache.tiers.prefix_saver import PrefixSaver
+from promptcache.tiers.prompt_read import PromptRead
+from promptcache.tiers.prompt_saver import PromptSaver
 
 
 class Build:
@@ -37,6 +40,7 @@ class Build:
 
         Raises:
             UnsupportedCacheError: The model's cache cannot be stored.
+            UsageError: Nothing of it can be reused.
         """
         model.check_supported(settings)
         self._model = model
@@ -45,11 +49,10 @@ class Build:
         self._settings = settings
         self._plan = model.plan(settings, rendered.boundaries, rendered.answer)
         self._fingerprint = model.fingerprint(settings)
-        self._origin = rendered.origin
         self._reuse_warning: str | None = None
-        self._token_ids = self._reusable(rendered)
-        self._num_tokens = len(self._token_ids)
-        self.key = store.segments.key_of(self._token_ids, self._fingerprint)
+        token_ids = self._reusable(rendered)
+        self._read = PromptRead(token_ids, self._plan, settings, rendered.origin)
+        self.key = store.segments.key_of(token_ids, self._fingerprint)
 
     def _reusable(self, rendered: RenderedPrompt) -> list[int]:
         """Return as much of the prefix as other prompts can reuse.
@@ -108,44 +111,28 @@ class Build:
             StoreError: The store cannot be written.
         """
         with self._store.segments.building(self.key, on_wait):
-            num_cached = self._read(on_progress)
+            num_cached = self._save_missing(on_progress)
         if self._reuse_warning is not None:
             warn(self._reuse_warning)
         return num_cached
 
-    def _read(self, on_progress: Callable[[int, int], None]) -> int:
-        token_ids, kv = self._token_ids, self._settings.kv
-        reader = self._model.reader(self._settings)
-        cache = self._model.make_cache(self._settings)
-        saver = Saver(
-            self._store,
-            self._writer,
-            self._fingerprint,
-            token_ids,
-            cache,
-            self._plan,
-            kv,
-            is_build=True,
-            origin=self._origin,
-            store_bits=self._settings.store_bits,
-        )
+    def _save_missing(self, on_progress: Callable[[int, int], None]) -> int:
+        """Read and save what is missing; return how much was there."""
+        read = self._read
+        cache = self._model.make_cache(read.settings)
         if self.is_stored():
-            # Lists the prefix also where nothing was missing.
-            saver.save(self._num_tokens)
-            return self._num_tokens
-        resumed = restore_prefix(
+            # Lists the prefix where only that was missing.
+            self._saver(read, cache, None).save(read.num_tokens)
+            return read.num_tokens
+        restored = restore_prefix(
             self._store,
             self._fingerprint,
             cache,
-            token_ids,
-            plan=self._plan,
-            kv=kv,
+            read.token_ids,
+            plan=read.plan,
+            kv=read.kv,
         )
-        saver.take_over(resumed.taken)
-        num_cached = resumed.match.cached_tokens
-        if kv.starts_within(num_cached, self._num_tokens):
-            for model in filter(None, (self._model.model, self._settings.draft_model)):
-                check_quantizable(model, kv, self._settings.max_kv_size)
+        saver = self._saver(read, cache, restored.restored)
 
         def on_piece(start: int, stop: int) -> None:
             saver.capture(start, stop)
@@ -153,24 +140,35 @@ class Build:
             saver.save(stop)
 
         with wired_limit(self._model.model, [generation_stream]):
-            seconds = prefill(
-                reader,
+            seconds = read_pieces(
+                self._model,
+                read,
                 cache,
-                token_ids,
-                start=num_cached,
-                end=self._num_tokens,
-                plan=self._plan,
-                kv=kv,
+                start=restored.cached_tokens,
+                end=read.num_tokens,
                 on_piece=on_piece,
                 on_progress=on_progress,
             )
-            # A receipt is not worth waiting for, let alone failing.
-            with contextlib.suppress(StoreError):
-                num_read = self._num_tokens - num_cached
-                self._store.usage_log.add_speed(self._fingerprint, num_read, seconds)
+        num_read = read.num_tokens - restored.cached_tokens
+        # A receipt is not worth waiting for, let alone failing.
+        with contextlib.suppress(StoreError):
+            self._store.usage_log.add_speed(self._fingerprint, num_read, seconds)
         self._check_model()
-        saver.save(self._num_tokens)
-        return num_cached
+        saver.save(read.num_tokens)
+        return restored.cached_tokens
+
+    def _saver(
+        self, read: PromptRead, cache: list[Any], restored: Snapshot | None
+    ) -> PromptSaver:
+        return PromptSaver(
+            PrefixSaver(self._store, self._writer),
+            read,
+            self._fingerprint,
+            cache,
+            num_tokens=read.num_tokens,
+            restored=restored,
+            is_build=True,
+        )
 
     def _check_model(self) -> None:
         """Raise ModelError if what has been read was read by another model."""
@@ -182,6 +180,6 @@ class Build:
         """Return whether all of it is there, in the index and on disk."""
         # In its own tree: exact rows of the same are no reason to store nothing.
         fingerprint = self._fingerprint.reusable[-1]
-        match = self._store.lookup(self._token_ids, fingerprint)
-        is_whole = match.cached_tokens == self._num_tokens
+        match = self._store.lookup(self._read.token_ids, fingerprint)
+        is_whole = match.cached_tokens == self._read.num_tokens
         return is_whole and check_blobs(self._store, match)

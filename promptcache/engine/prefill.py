@@ -7,8 +7,14 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
-from promptcache.kvcache.kv_quantization import KVSettings, quantize
+from promptcache.kvcache.kv_quantization import (
+    KVSettings,
+    check_quantizable,
+    quantize,
+)
+from promptcache.models.loaded import LoadedModel
 from promptcache.models.prefill_plan import DEFAULT_PLAN, PrefillPlan
+from promptcache.tiers.prompt_read import PromptRead
 
 
 def prefill(
@@ -39,9 +45,6 @@ def prefill(
         on_progress: Called with the number of tokens the cache holds, `start` at first,
             and `end`.
     """
-    import mlx.core as mx
-    from mlx_lm.generate import generation_stream
-
     kv = kv or KVSettings()
     seconds = 0.0
     if on_progress:
@@ -63,12 +66,40 @@ def prefill(
     return seconds
 
 
-def read_rest(
-    model: Any,
+def read_pieces(
+    model: LoadedModel,
+    read: PromptRead,
     cache: list[Any],
-    token_ids: Sequence[int],
     *,
-    num_read: int,
+    start: int,
+    end: int,
+    on_piece: Callable[[int, int], object],
+    on_progress: Callable[[int, int], None],
+) -> float:
+    """Read a prompt's tokens `[start, end)` with the model, and with its draft.
+
+    See `prefill`. Raises UsageError if the cache cannot be quantized as the settings
+    say.
+    """
+    kv, settings = read.kv, read.settings
+    if kv.starts_within(start, read.num_tokens):
+        for part in filter(None, (model.model, settings.draft_model)):
+            check_quantizable(part, kv, settings.max_kv_size)
+    return prefill(
+        model.reader(settings),
+        cache,
+        read.token_ids,
+        start=start,
+        end=end,
+        plan=read.plan,
+        kv=kv,
+        on_piece=on_piece,
+        on_progress=on_progress,
+    )
+
+
+def read_rest(
+    model: Any, cache: list[Any], token_ids: Sequence[int], *, num_read: int
 ) -> mx.array:
     """Read `token_ids[num_read:]` at once; return the logits of the next token.
 

@@ -1,12 +1,15 @@
-"""A request: what a generation is asked for."""
+"""A request: what a generation is asked for, and how far it has come."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from promptcache.engine.decode import LogitsProcessor, Sampler
+from promptcache.tiers.prefix_cache import FetchedPrefix
 from promptcache.tiers.prompt_read import PromptRead
+from promptcache.tiers.prompt_saver import PromptSaver
 
 # As in mlx-lm's speculative_generate_step.
 DEFAULT_DRAFT_TOKENS = 2
@@ -39,3 +42,37 @@ class Request:
     save_answer: bool = False
     on_saved: Callable[[str], None] = lambda key: None
     input_embeddings: mx.array | None = None
+
+
+@dataclass(slots=True)
+class RequestState:
+    """How far a request has come: all that changes while it runs.
+
+    Attributes:
+        fetched: Where it starts.
+        saver: What saves its prompt.
+        started_at: When it was begun, by `time.perf_counter`.
+        loaded_at: When what is cached was loaded.
+        num_pieced: Up to where its prompt has been read in pieces that can be saved.
+        timed: Tokens that the model read in pieces, and the seconds that took.
+        prefill_seconds: From loading to the first token, 0 before that.
+        answer: The tokens generated so far.
+        num_read: How many of them the cache is known to hold.
+        has_changed: Whether the model is no longer what it was at the start.
+    """
+
+    fetched: FetchedPrefix
+    saver: PromptSaver
+    started_at: float
+    loaded_at: float = field(default_factory=time.perf_counter)
+    num_pieced: int = 0
+    timed: tuple[int, float] = (0, 0.0)
+    prefill_seconds: float = 0.0
+    answer: list[int] = field(default_factory=list)
+    num_read: int = 0
+    has_changed: bool = False
+
+    @property
+    def load_seconds(self) -> float:
+        """Return the time it took to find and load what is cached."""
+        return self.loaded_at - self.started_at

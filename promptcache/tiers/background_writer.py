@@ -22,10 +22,9 @@ class BackgroundWriter:
     """
 
     def __init__(self, max_nbytes: int = MAX_QUEUED_NBYTES) -> None:
-        """Take how many bytes may wait; the thread starts with the first job."""
         self._max_nbytes = max_nbytes
         self._queued_nbytes = 0
-        self._has_less = threading.Condition()
+        self._space_freed = threading.Condition()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="promptcache-writer")
 
     @property
@@ -33,14 +32,10 @@ class BackgroundWriter:
         """Return the bytes of the jobs that wait or run."""
         return self._queued_nbytes
 
-    def is_full(self) -> bool:
-        """Return whether a job of half of what may wait would have to wait itself."""
-        return self._queued_nbytes > self._max_nbytes // 2
-
     def submit(self, job: Callable[[], None], nbytes: int) -> "Future[None]":
         """Run a job that holds so many bytes, once there is room for them."""
-        with self._has_less:
-            self._has_less.wait_for(lambda: self.has_room(nbytes))
+        with self._space_freed:
+            self._space_freed.wait_for(lambda: self.has_room(nbytes))
             self._queued_nbytes += nbytes
         future = self._pool.submit(job)
         future.add_done_callback(lambda _: self._release(nbytes))
@@ -49,12 +44,16 @@ class BackgroundWriter:
     def has_room(self, nbytes: int) -> bool:
         """Return whether a job of so many bytes would not have to wait."""
         queued = self._queued_nbytes
-        return queued == 0 or queued + nbytes <= self._max_nbytes
+        return not (queued and nbytes) or queued + nbytes <= self._max_nbytes
 
     def _release(self, nbytes: int) -> None:
-        with self._has_less:
+        with self._space_freed:
             self._queued_nbytes -= nbytes
-            self._has_less.notify_all()
+            self._space_freed.notify_all()
+
+    def wait(self) -> None:
+        """Wait until all jobs that were submitted so far are done."""
+        self.submit(lambda: None, 0).result()
 
     def close(self) -> None:
         """Finish all jobs and end the thread."""

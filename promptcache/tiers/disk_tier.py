@@ -1,9 +1,9 @@
-"""Resuming: fill a fresh cache with what the store has of a prompt."""
+"""The tier on disk: fill a fresh cache with what the store has of a prompt."""
 
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from promptcache.errors import DamagedBlobError, StoreError, warn
 from promptcache.kvcache import restore, snapshot
@@ -22,9 +22,6 @@ from promptcache.store import PrefixStore
 from promptcache.store.types import LoadEstimate
 from promptcache.tiers import memory_limits
 
-if TYPE_CHECKING:
-    pass
-
 # An answer's first tokens need no new allocation; more would only take time here.
 DECODE_ROOM = 64
 # How many segments to read ahead of the one that is waited for.
@@ -38,13 +35,13 @@ class RestoredPrefix(NamedTuple):
         match: The longest prefix that the store has.
         cached_tokens: How many tokens the cache holds, from the store or from memory.
         declined: Why the match was not loaded, if it was not.
-        taken: All of it, if it is stored under another fingerprint only.
+        restored: All of it, if it is stored under another fingerprint only.
     """
 
     match: Match = Match()
     cached_tokens: int = 0
     declined: LoadEstimate | None = None
-    taken: snapshot.Snapshot | None = None
+    restored: snapshot.Snapshot | None = None
 
 
 def restore_prefix(
@@ -55,6 +52,7 @@ def restore_prefix(
     *,
     plan: PrefillPlan,
     kv: KVSettings,
+    match: Match | None = None,
     may_decline: bool = False,
 ) -> RestoredPrefix:
     """Fill a fresh cache with the longest cached prefix of token ids.
@@ -70,23 +68,24 @@ def restore_prefix(
         token_ids: The prompt, up to where it may be restored.
         plan: Where the pieces of its prefill end.
         kv: When keys and values are quantized.
+        match: What `lookup` has just found of it, if it was asked.
         may_decline: Load nothing where the model reads the same tokens sooner.
 
     Raises:
         StoreError: The index cannot be read.
     """
+    if match is None:
+        match = store.lookup(token_ids, fingerprint)
+    if not match.slices:
+        return RestoredPrefix(match)
+    if may_decline and (declined := _declines(store, fingerprint, match)):
+        return RestoredPrefix(match, declined=declined)
     room = len(token_ids) + DECODE_ROOM
-    skip: set[str] = set()
-    destination = make_buffers(dict(parts_of(cache)), room)
-    with destination or contextlib.nullcontext():
-        loader = _Loader(store, token_ids, plan, kv, destination)
-        while True:
-            match = store.lookup(token_ids, fingerprint, skip=skip)
-            if not match.slices:
-                return RestoredPrefix(match)
-            estimate = store.usage_log.estimate(fingerprint, match.cached_tokens)
-            if may_decline and estimate is not None and estimate.prefill_is_faster:
-                return RestoredPrefix(match, declined=estimate)
+    buffers = make_buffers(dict(parts_of(cache)), room)
+    with buffers or contextlib.nullcontext():
+        loader = _Loader(store, token_ids, plan, kv, buffers)
+        skip: set[str] = set()
+        while match.slices:
             loader.at = match.slices[0]
             try:
                 memory_limits.check_fits(store.segments.nbytes_of(match))
@@ -96,20 +95,38 @@ def restore_prefix(
             except _TooEarlyError:
                 skip.add(loader.at.key)
             except StoreError as error:
-                # Split or removed since it was found: another look finds what is left.
-                if not store.segments.holds(loader.at):
-                    continue
-                _give_up(store, loader.at, error)
-                # What does not fit into memory does not fit in part either.
-                is_damaged = isinstance(error, DamagedBlobError)
-                skip.add(loader.at.key if is_damaged else match.slices[0].key)
+                skip |= _unusable(store, match, loader.at, error)
+            match = store.lookup(token_ids, fingerprint, skip=skip)
+    if not match.slices:
+        return RestoredPrefix(match)
     quantized_from = plan.quantized_from(kv)
     if quantized_from is not None and match.cached_tokens >= quantized_from:
         quantize(cache, match.cached_tokens, kv)
-    taken = None
+    restored = None
     if loader.digests[match.slices[-1].key] != fingerprint.digest:
-        taken = snapshot.snapshot_restored(cache, segments, match.cached_tokens)
-    return RestoredPrefix(match, match.cached_tokens, taken=taken)
+        restored = snapshot.snapshot_restored(cache, segments, match.cached_tokens)
+    return RestoredPrefix(match, match.cached_tokens, restored=restored)
+
+
+def _declines(
+    store: PrefixStore, fingerprint: Fingerprint, match: Match
+) -> LoadEstimate | None:
+    """Return why to read a match again rather than to load it, if that is faster."""
+    estimate = store.usage_log.estimate(fingerprint, match.cached_tokens)
+    return estimate if estimate is not None and estimate.prefill_is_faster else None
+
+
+def _unusable(
+    store: PrefixStore, match: Match, part: SegmentSlice, error: StoreError
+) -> set[str]:
+    """Return the keys to do without after an error with a part of a match."""
+    # Split or removed since it was found: another look finds what is left.
+    if not store.segments.holds(part):
+        return set()
+    _give_up(store, part, error)
+    # What does not fit into memory does not fit in part either.
+    is_damaged = isinstance(error, DamagedBlobError)
+    return {part.key if is_damaged else match.slices[0].key}
 
 
 class _TooEarlyError(Exception):

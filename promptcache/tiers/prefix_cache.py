@@ -1,139 +1,240 @@
-"""Starting: the cache a generation starts with, and what of the prompt is in it.
+"""The prefix cache: all tiers, as a run sees them.
 
-It comes from memory, from the store, or is empty.
+`fetch` finds the longest prefix of a prompt in memory and on disk, and loads it; `keep`
+and `saver` put into both what was read. Another tier is fetched from here.
 """
 
-from collections.abc import Callable
+import contextlib
 from typing import Any, NamedTuple
 
-from mlx_lm.models.cache import make_prompt_cache
-
-from promptcache.errors import (
-    ModelError,
-    StoreError,
-    UnsupportedCacheError,
-    warn,
-)
-from promptcache.kvcache.classes import check_supported
+from promptcache.errors import ModelError, StoreError, UnsupportedCacheError, warn
+from promptcache.kvcache.classes import has_only_rows, shared_rows
+from promptcache.kvcache.snapshot import Snapshot
+from promptcache.models.loaded import LoadedModel
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.segments.types import Match
 from promptcache.store import PrefixStore
-from promptcache.tiers.disk_tier import RestoredPrefix, restore_prefix
-from promptcache.tiers.memory_tier import MemoryTier
+from promptcache.store.types import LoadEstimate, RequestUsage
+from promptcache.tiers.background_writer import BackgroundWriter
+from promptcache.tiers.disk_tier import restore_prefix
+from promptcache.tiers.memory_tier import MemoryPrefix, MemoryTier
+from promptcache.tiers.prefix_saver import PrefixSaver
 from promptcache.tiers.prompt_read import PromptRead
+from promptcache.tiers.prompt_saver import PromptSaver
 
 
 class FetchedPrefix(NamedTuple):
-    """Where a generation starts.
+    """Where a run starts.
 
     Attributes:
-        cache: One mlx-lm cache object a layer.
-        resumed: What it was filled with.
+        cache: One mlx-lm cache object a layer, which is the run's.
+        cached_tokens: How many tokens of the prompt it holds.
         fingerprint: What its values depend on, None to go on without the store.
-        loaded_tokens: How many of its tokens were loaded from the store.
+        match: What the store has of the prompt.
+        tier: Where it is from: "memory", "disk", or "" if it is empty.
+        declined: Why the match was not loaded, if it was not.
+        restored: All of it, if it is stored under another fingerprint only.
     """
 
     cache: list[Any]
-    resumed: RestoredPrefix
+    cached_tokens: int = 0
     fingerprint: Fingerprint | None = None
-    loaded_tokens: int = 0
+    match: Match = Match()
+    tier: str = ""
+    declined: LoadEstimate | None = None
+    restored: Snapshot | None = None
 
     @property
-    def match(self) -> Match:
-        """Return what the store has of the prompt."""
-        return self.resumed.match
-
-    @property
-    def cached_tokens(self) -> int:
-        """Return how many tokens the cache holds."""
-        return self.resumed.cached_tokens
+    def loaded_tokens(self) -> int:
+        """Return how many tokens were loaded from the store."""
+        return self.cached_tokens if self.tier == "disk" else 0
 
 
-def start(
-    reader: Any,
-    store: PrefixStore | None,
-    hot: MemoryTier,
-    fingerprint: Callable[[], Fingerprint],
-    read: PromptRead,
-) -> FetchedPrefix:
-    """Find and load what is cached of a prompt; trouble is a warning and a prefill.
+class PrefixCache:
+    """Fetches prefixes from all tiers, and has what was read kept in them.
 
-    Args:
-        reader: What reads the prompt: the model, or both of a pair.
-        store: The store, or None to go without.
-        hot: What is in memory.
-        fingerprint: Returns what KV values depend on.
-        read: The prompt, and how it is read.
+    Attributes:
+        store: The tier on disk, or None to go without.
+        memory: The tier in memory.
+        writer: What writes to the store.
     """
-    cache = _make_cache(reader, read)
-    if store is None:
-        return FetchedPrefix(cache, RestoredPrefix())
-    try:
-        _check_cacheable(reader, cache, read)
-        return _resume(store, hot, fingerprint(), cache, read)
-    except (ModelError, StoreError) as error:
-        warn(f"going on without the store: {error}")
-        # With a cache of its own: the other one may have been filled.
-        return FetchedPrefix(_make_cache(reader, read), RestoredPrefix())
 
+    def __init__(
+        self, store: PrefixStore | None, memory: MemoryTier, writer: BackgroundWriter
+    ) -> None:
+        self.store = store
+        self.memory = memory
+        self.writer = writer
 
-def _make_cache(reader: Any, read: PromptRead) -> list[Any]:
-    cache: list[Any] = make_prompt_cache(reader, read.settings.max_kv_size)
-    return cache
+    def fetch(
+        self, model: LoadedModel, read: PromptRead, *, is_shared: bool = False
+    ) -> FetchedPrefix:
+        """Find and load the longest prefix; trouble is a warning and a prefill.
 
+        At least one token is left to read.
 
-def _check_cacheable(reader: Any, cache: list[Any], read: PromptRead) -> None:
-    """Raise UnsupportedCacheError if the prompt's state cannot be kept."""
-    if not read.can_be_stored:
-        raise UnsupportedCacheError("prefixes cannot be stored with input_embeddings")
-    check_supported(cache, reader)
+        Args:
+            model: The model that reads the prompt.
+            read: The prompt, and how it is read.
+            is_shared: Whether the prefix stays in memory, to be found by others
+                meanwhile; the run must not write to its arrays.
+        """
+        has_tiers = self.store is not None or self.memory.max_nbytes
+        if not has_tiers or not (read.reuse or read.save):
+            return FetchedPrefix(model.make_cache(read.settings))
+        try:
+            if not read.can_be_stored:
+                raise UnsupportedCacheError(
+                    "prefixes cannot be stored with input_embeddings"
+                )
+            model.check_supported(read.settings)
+            fingerprint = model.fingerprint(read.settings)
+            if not read.reuse:
+                cache = model.make_cache(read.settings)
+                return FetchedPrefix(cache, fingerprint=fingerprint)
+            return self._fetch(model, read, fingerprint, is_shared)
+        except (ModelError, StoreError) as error:
+            warn(f"going on without the store: {error}")
+            # With a cache of its own: the other one may have been filled.
+            return FetchedPrefix(model.make_cache(read.settings))
 
+    def _fetch(
+        self,
+        model: LoadedModel,
+        read: PromptRead,
+        fingerprint: Fingerprint,
+        is_shared: bool,
+    ) -> FetchedPrefix:
+        match = Match()
+        if self.store is not None:
+            match = self.store.lookup(read.token_ids[:-1], fingerprint)
+        found = self._in_memory(read, fingerprint, match)
+        if found is not None and (cache := self._take(found, is_shared)) is not None:
+            return FetchedPrefix(cache, found.num_tokens, fingerprint, match, "memory")
+        cache = model.make_cache(read.settings)
+        if self.store is None:
+            return FetchedPrefix(cache, fingerprint=fingerprint)
+        restored = restore_prefix(
+            self.store,
+            fingerprint,
+            cache,
+            read.token_ids[:-1],
+            plan=read.plan,
+            kv=read.kv,
+            match=match,
+            may_decline=True,
+        )
+        num_tokens = restored.cached_tokens
+        if is_shared and read.uses_memory and num_tokens and has_only_rows(cache):
+            shared = shared_rows(cache, num_tokens)
+            self.memory.add(fingerprint.digest, read.token_ids[:num_tokens], shared)
+        return FetchedPrefix(
+            cache,
+            num_tokens,
+            fingerprint,
+            restored.match,
+            "disk" if num_tokens else "",
+            restored.declined,
+            restored.restored,
+        )
 
-def _resume(
-    store: PrefixStore,
-    hot: MemoryTier,
-    fingerprint: Fingerprint,
-    cache: list[Any],
-    read: PromptRead,
-) -> FetchedPrefix:
-    """Return a cache with the longest prefix there is, in memory or on disk."""
-    if not read.reuse:
-        return FetchedPrefix(cache, RestoredPrefix(), fingerprint)
-    if found := _resume_hot(store, hot, fingerprint, read):
-        return found
-    resumed = restore_prefix(
-        store,
-        fingerprint,
-        cache,
-        read.token_ids[:-1],
-        plan=read.plan,
-        kv=read.kv,
-        may_decline=True,
-    )
-    return FetchedPrefix(cache, resumed, fingerprint, resumed.cached_tokens)
+    def _in_memory(
+        self, read: PromptRead, fingerprint: Fingerprint, match: Match
+    ) -> MemoryPrefix | None:
+        """Return what memory has, if the store has no more."""
+        found = self._find(read, fingerprint)
+        if found is None or found.num_tokens < match.cached_tokens:
+            return None
+        # What is saved has to be captured, piece by piece, from where the store ends.
+        is_lost = not found.is_sliceable and read.is_due(match)
+        return None if is_lost else found
 
+    def _find(self, read: PromptRead, fingerprint: Fingerprint) -> MemoryPrefix | None:
+        if not read.uses_memory:
+            return None
+        return self.memory.find(
+            fingerprint.digest, read.token_ids, read.plan.last_resume_point
+        )
 
-def _resume_hot(
-    store: PrefixStore, hot: MemoryTier, fingerprint: Fingerprint, read: PromptRead
-) -> FetchedPrefix | None:
-    """Take a cache from memory, if no longer prefix is on disk."""
-    if not read.uses_memory:
-        return None
-    found = hot.find(fingerprint.digest, read.token_ids, read.plan.last_resume_point)
-    if found is None:
-        return None
-    match = store.lookup(read.token_ids[:-1], fingerprint)
-    is_shorter = found.num_tokens < min(match.cached_tokens, read.num_tokens - 1)
-    # What is saved has to be captured, piece by piece, from where the store ends.
-    is_lost = not found.is_sliceable and read.is_due(match)
-    if is_shorter or is_lost:
-        return None
-    try:
-        cache = hot.take(found)
-    except (RuntimeError, MemoryError):
-        # It does not fit twice; on disk it is safe.
-        hot.clear()
-        return None
-    if cache is None:
-        return None
-    return FetchedPrefix(cache, RestoredPrefix(match, found.num_tokens), fingerprint)
+    def _take(self, found: MemoryPrefix, is_shared: bool) -> list[Any] | None:
+        try:
+            return self.memory.share(found) if is_shared else self.memory.take(found)
+        except (RuntimeError, MemoryError):
+            # It does not fit twice; on disk it is safe.
+            self.memory.clear()
+            return None
+
+    def num_cached(self, read: PromptRead, fingerprint: Fingerprint) -> int:
+        """Return how much of a prompt could be fetched now."""
+        found = self._find(read, fingerprint)
+        num_tokens = found.num_tokens if found else 0
+        if self.store is not None and num_tokens < read.num_tokens - 1:
+            with contextlib.suppress(StoreError):
+                match = self.store.lookup(read.token_ids[:-1], fingerprint)
+                return max(num_tokens, match.cached_tokens)
+        return num_tokens
+
+    def saver(self, read: PromptRead, fetched: FetchedPrefix) -> PromptSaver:
+        """Return what saves a prompt while it is read, or nothing if it is not due."""
+        saver = None
+        is_due = fetched.fingerprint is not None and read.is_due(fetched.match)
+        if self.store is not None and is_due and read.num_saved:
+            saver = PrefixSaver(self.store, self.writer)
+        return PromptSaver(
+            saver,
+            read,
+            fetched.fingerprint,
+            fetched.cache,
+            num_tokens=read.num_saved,
+            restored=fetched.restored,
+        )
+
+    def keep(self, read: PromptRead, fetched: FetchedPrefix, answer: list[int]) -> None:
+        """Keep a run's cache in memory, which has read the prompt and an answer."""
+        if not read.uses_memory or read.is_drafted or fetched.fingerprint is None:
+            return
+        token_ids = [*read.token_ids, *answer]
+        end = len(token_ids)
+        if not read.plan.is_sliceable(end):
+            end = read.plan.last_resume_point(read.num_tokens - 1)
+        digest = fetched.fingerprint.digest
+        self.memory.put(digest, token_ids, fetched.cache, good_to=end)
+
+    def record(
+        self,
+        read: PromptRead,
+        fetched: FetchedPrefix,
+        *,
+        load_seconds: float,
+        prefill_seconds: float,
+        timed: tuple[int, float] = (0, 0.0),
+    ) -> tuple[str | None, float]:
+        """Note in the store what a run reused.
+
+        Return the key of what it reused, and the seconds saved; see `UsageLog.record`.
+
+        Args:
+            read: The prompt.
+            fetched: What was fetched of it.
+            load_seconds: Time to find and load that.
+            prefill_seconds: From then to the first token.
+            timed: Tokens that the model read by itself, and the seconds that took.
+        """
+        nothing = (fetched.match.key, 0.0)
+        if self.store is None or fetched.fingerprint is None or not read.reuse:
+            return nothing
+        usage = RequestUsage(
+            fetched.fingerprint,
+            fetched.match,
+            fetched.cached_tokens,
+            read.num_tokens - fetched.cached_tokens,
+            load_seconds,
+            prefill_seconds,
+        )
+        log = self.store.usage_log
+        # It is not worth waiting for, let alone failing.
+        with contextlib.suppress(StoreError):
+            log.add_speed(fetched.fingerprint, *timed)
+            log.add_load(fetched.fingerprint, fetched.loaded_tokens, load_seconds)
+            return log.record(usage)
+        return nothing

@@ -65,7 +65,7 @@ class PromptRead:
 
         It may not where keys and values are quantized from some length on.
         """
-        return self.reuse and self.kv.bits is None and not self.is_drafted
+        return self.reuse and self.kv.bits is None
 
     def is_due(self, match: Match) -> bool:
         """Return whether what the store lacks of the prompt is to be saved."""

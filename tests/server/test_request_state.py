@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,8 @@ from promptcache.server.backend.prompt_cache import ServerPromptCache
 from promptcache.server.backend.request_state import RequestState, RequestTokens
 from promptcache.server.backend.single_flight import SingleFlight
 from promptcache.store import PrefixStore
+from promptcache.tiers.prefix_cache import FetchedPrefix
+from promptcache.tiers.prompt_read import PromptRead
 from tests.architectures import architectures
 
 MODEL = LoadedModel(architectures.build("llama"))
@@ -28,12 +31,9 @@ def reading(
 ) -> RequestState:
     plan = PrefillPlan(step_size=options.pop("step_size", 64), boundaries=boundaries)
     return RequestState(
-        token_ids,
+        PromptRead(token_ids, plan, DEFAULT_SETTINGS),
         model,
-        DEFAULT_SETTINGS,
         model.fingerprint(),
-        plan,
-        None,
         0,
         16,
         threading.Event(),
@@ -70,7 +70,7 @@ def test_others_take_over_where_a_piece_ends(
 
 def test_what_is_read_already_is_no_reason_to_wait() -> None:
     leader = reading([1] * 200)
-    leader.begin(199)
+    leader.begin(FetchedPrefix([], 199))
 
     assert leader.is_read
     assert leader.usable_by(reading([1] * 300)) == 0
@@ -110,7 +110,8 @@ def test_trouble_of_the_cache_is_a_cold_prompt(store: PrefixStore) -> None:
     cache = ServerPromptCache(store, memory_limit=10**6)
     prompt = RequestTokens([1] * 40, reading([1] * 40))
     # Nothing expects this.
-    prompt.reading.plan = None  # type: ignore[assignment]
+    broken: Any = None
+    prompt.reading.read = replace(prompt.reading.read, plan=broken)
 
     with pytest.warns(UserWarning, match="going on without the cache"):
         found = cache.fetch_nearest_cache(("model", None, None), prompt)

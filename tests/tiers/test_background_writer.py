@@ -10,7 +10,7 @@ from mlx_lm.utils import load_tokenizer
 
 from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning
 from promptcache.kvcache import encode
-from promptcache.tiers import saver
+from promptcache.tiers import prefix_saver
 from promptcache.tiers.background_writer import BackgroundWriter
 from tests.architectures import architectures
 from tests.helpers import tiny
@@ -51,7 +51,9 @@ def test_submitting_waits_while_too_many_bytes_are_queued() -> None:
     filling.join(0.2)
     assert filling.is_alive()
     assert writer.queued_nbytes == 80
-    assert writer.is_full()
+    assert not writer.has_room(40)
+    assert writer.has_room(20)
+    assert writer.has_room(0)
     go_on.set()
     filling.join(10)
     writer.close()
@@ -175,7 +177,7 @@ def test_interrupt_while_encoding_is_no_save_that_is_done(
         return encode_rows(*args, **options)
 
     with CachedGenerator.load(model_dir, store=tmp_path / "store") as generator:
-        monkeypatch.setattr(saver, "encode_rows", interrupted)
+        monkeypatch.setattr(prefix_saver, "encode_rows", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(generator.stream_generate(PROMPT[:600], 8, save=True))
 

@@ -35,6 +35,7 @@ from promptcache.server.backend.single_flight import (
     SingleFlight,
 )
 from promptcache.server.http.validation import check_vocabulary
+from promptcache.tiers.prompt_read import PromptRead
 
 # How often a thread that waits for an answer looks whether its client still does.
 LISTEN_SECONDS = 0.25
@@ -189,12 +190,9 @@ class CachedResponseGenerator(ResponseGenerator):
         places = (rendered.head,) if is_sliceable else rendered.boundaries
         plan = model.plan(settings, places, rendered.answer)
         request.reading = RequestState(
-            token_ids,
+            PromptRead(token_ids, plan, settings, rendered.origin),
             model,
-            settings,
             model.fingerprint(settings),
-            plan,
-            rendered.origin,
             rendered.head,
             args.max_tokens,
             request.over,

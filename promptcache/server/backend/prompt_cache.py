@@ -1,19 +1,19 @@
-"""The served cache: what mlx-lm's server takes for its prompt cache.
+"""The prompt cache that is handed to mlx-lm's server.
 
-It looks for the longest prefix in memory and on disk, and keeps what was read in
-both. mlx-lm calls it on the thread that generates, which it never makes wait for the
-disk to write, and which no trouble of its own may end.
+It fetches prefixes from all tiers, and keeps what was read in them. mlx-lm calls it on
+the thread that generates, which it never makes wait for the disk to write, and which no
+trouble of its own may end.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
-from promptcache.errors import StoreError, warn
+from promptcache.errors import warn
 from promptcache.kvcache import snapshot
 from promptcache.kvcache.classes import (
     LayerKind,
@@ -24,14 +24,13 @@ from promptcache.kvcache.classes import (
     parts_of,
     shared_rows,
 )
-from promptcache.server.backend.clerk import Clerk
 from promptcache.server.backend.request_state import RequestState, RequestTokens
 from promptcache.server.metrics import Gauges, ServingMetrics
 from promptcache.store import PrefixStore
-from promptcache.tiers.background_saver import BackgroundSaver, Ending
 from promptcache.tiers.background_writer import MAX_QUEUED_NBYTES, BackgroundWriter
-from promptcache.tiers.disk_tier import restore_prefix
 from promptcache.tiers.memory_tier import MemoryTier
+from promptcache.tiers.prefix_cache import PrefixCache
+from promptcache.tiers.prefix_saver import OvertakenError, PrefixSaver, SaveJob
 
 # What an interrupted prefill may lose of the time it read; see `generation`.
 KEEP_SECONDS = 5.0
@@ -41,7 +40,8 @@ QUEUE_SHARE = 4
 MIN_QUEUE_NBYTES = 32 * 1024**2
 # Clients ask for as many tokens as they may get; few answers are that long.
 EXPECTED_ANSWER_TOKENS = 1024
-Found = tuple[list[Any] | None, int, str]
+# A disk that is full stays so for a while; encoding takes time from generating.
+PAUSE_SECONDS = 10.0
 
 
 class ServerPromptCache:
@@ -69,17 +69,20 @@ class ServerPromptCache:
         self._memory_limit = memory_limit
         self._save_answers = save_answers
         share = max(memory_limit // QUEUE_SHARE, MIN_QUEUE_NBYTES)
-        queue = min(share, MAX_QUEUED_NBYTES)
-        self._writer = BackgroundWriter(queue)
-        self._saver = BackgroundSaver(store, self._writer, queue) if store else None
+        self._max_queued_nbytes = min(share, MAX_QUEUED_NBYTES)
+        self._writer = BackgroundWriter(self._max_queued_nbytes)
+        self._saver = PrefixSaver(store, self._writer) if store else None
+        self._paused_until = 0.0
         self._hot = MemoryTier(memory_limit)
+        self._prefixes = PrefixCache(store, self._hot, self._writer)
         self._running: list[RequestState] = []
         self._active_nbytes = 0
         self._token_nbytes = 0.0
         self.num_waiting = 0
         self.on_kept: Callable[[], None] = lambda: None
         self.metrics = ServingMetrics(self._levels)
-        self._clerk = Clerk(store, self.metrics) if store else None
+        # By result, how many prefixes were to be stored.
+        self._num_saves = {"stored": 0, "failed": 0, "skipped": 0}
 
     # What mlx-lm calls
 
@@ -94,16 +97,19 @@ class ServerPromptCache:
             return None, tokens
         reading = tokens.reading
         reading.started_at = time.perf_counter()
+        fetched = None
         try:
-            cache, num_cached, tier = self._find(reading)
+            reading.check_model()
+            fetched = self._prefixes.fetch(reading.model, reading.read, is_shared=True)
         # Whatever it is, the prompt can be read.
         except Exception as error:
             warn(f"going on without the cache: {error}")
-            cache, num_cached, tier = None, 0, ""
-        reading.begin(num_cached)
-        self._count(reading, tier)
+        reading.begin(fetched)
+        self._count(reading)
         self._run(reading)
-        return cache, tokens[num_cached:]
+        if fetched is None or not fetched.cached_tokens:
+            return None, tokens
+        return fetched.cache, tokens[fetched.cached_tokens :]
 
     def insert_cache(
         self,
@@ -149,81 +155,14 @@ class ServerPromptCache:
             "queued": {"n_sequences": queued, "n_bytes": self._queued_nbytes},
         }
 
-    # Finding
-
-    def _find(self, reading: RequestState) -> Found:
-        reading.check_model()
-        hot = None
-        if reading.settings.kv.bits is None:
-            hot = self._hot.find(
-                reading.fingerprint.digest,
-                reading.token_ids,
-                reading.plan.last_resume_point,
-            )
-        num_hot = hot.num_tokens if hot else 0
-        if num_hot < reading.num_tokens - 1:
-            cache, num_cold = self._resume(reading, num_hot)
-            if num_cold > num_hot:
-                return cache, num_cold, "disk"
-        cache = self._hot.share(hot) if hot else None
-        return (cache, num_hot, "memory") if cache else (None, 0, "")
-
-    def _resume(
-        self, reading: RequestState, num_hot: int
-    ) -> tuple[list[Any] | None, int]:
-        """Load what the store has, if that is more than what memory has."""
-        if self._store is None:
-            return None, 0
-        # A server reads the last token itself.
-        token_ids, fingerprint = reading.token_ids[:-1], reading.fingerprint
-        try:
-            reading.match = self._store.lookup(token_ids, fingerprint)
-            if reading.match.cached_tokens <= num_hot:
-                return None, 0
-            cache = reading.model.make_cache(reading.settings)
-            resumed = restore_prefix(
-                self._store,
-                fingerprint,
-                cache,
-                token_ids,
-                plan=reading.plan,
-                kv=reading.settings.kv,
-                may_decline=True,
-            )
-        except StoreError as error:
-            warn(f"going on without the store: {error}")
-            return None, 0
-        reading.match, reading.loaded_tokens = resumed.match, resumed.cached_tokens
-        if resumed.taken is not None:
-            reading.captures = [resumed.taken]
-        self._keep_resumed(reading, cache, resumed.cached_tokens)
-        return cache, resumed.cached_tokens
-
-    def _keep_resumed(
-        self, reading: RequestState, cache: list[Any], num_cached: int
-    ) -> None:
-        """Have the next request find in memory what this one loaded."""
-        if num_cached and reading.settings.kv.bits is None and has_only_rows(cache):
-            token_ids = reading.token_ids[:num_cached]
-            shared = shared_rows(cache, num_cached)
-            self._hot.add(reading.fingerprint.digest, token_ids, shared)
-
     def num_cached(self, reading: RequestState) -> int:
         """Return how much of a prompt could be taken over now."""
-        digest, token_ids = reading.fingerprint.digest, reading.token_ids
-        found = self._hot.find(digest, token_ids, reading.plan.last_resume_point)
-        num_hot = found.num_tokens if found else 0
-        if self._store is None or num_hot == reading.num_tokens - 1:
-            return num_hot
-        with contextlib.suppress(StoreError):
-            match = self._store.lookup(token_ids[:-1], reading.fingerprint)
-            return max(num_hot, match.cached_tokens)
-        return num_hot
+        return self._prefixes.num_cached(reading.read, reading.fingerprint)
 
-    def _count(self, reading: RequestState, tier: str) -> None:
+    def _count(self, reading: RequestState) -> None:
         num_new = reading.num_tokens - reading.cached_tokens
-        if tier:
-            self.metrics.hit(tier, reading.cached_tokens, num_new)
+        if reading.fetched is not None and reading.fetched.tier:
+            self.metrics.hit(reading.fetched.tier, reading.cached_tokens, num_new)
         else:
             self.metrics.miss(num_new)
 
@@ -260,12 +199,12 @@ class ServerPromptCache:
 
     def _insert(
         self, reading: RequestState, tokens: RequestTokens, cache: list[Any]
-    ) -> "Future[None] | None":
+    ) -> "Future[str] | None":
         """Keep a cache, and return what is done when it is stored, too."""
         start, reading.num_read = reading.num_read, len(tokens)
         was_read = start >= reading.num_tokens - 1
         if reading.is_read and not was_read:
-            self._note(reading)
+            self._record(reading)
         cache, end = _usable(reading, cache, len(tokens))
         if end <= reading.cached_tokens or not cache:
             return None
@@ -298,33 +237,62 @@ class ServerPromptCache:
         cache: list[Any],
         *,
         start: int,
-    ) -> "Future[None] | None":
+    ) -> "Future[str] | None":
         assert self._saver is not None
         end = len(token_ids)
         if not _has_rows_since(cache, start):
             # An answer that was longer than a window.
-            reading.captures.clear()
+            reading.snapshots.clear()
             return None
         taken = snapshot.capture(cache, start, end)
         mx.eval(taken.rows, taken.states)
-        reading.captures.append(taken)
-        ending = Ending(
+        reading.snapshots.append(taken)
+        # mlx-lm reads a prompt's last token with its answer.
+        num_prompt = reading.num_tokens - 1
+        job = SaveJob(
             token_ids,
             reading.fingerprint,
             cache,
-            tuple(reading.captures),
-            reading.plan,
-            reading.settings.kv,
-            # mlx-lm reads a prompt's last token with its answer.
-            reading.plan.next_turn(reading.num_tokens - 1),
-            origin=reading.origin,
+            tuple(reading.snapshots),
+            reading.read.plan,
+            reading.read.settings,
+            num_prompt,
+            reading.read.plan.next_turn(num_prompt),
+            origin=reading.read.origin,
             is_listed=self._is_listed(reading, end),
-            store_bits=reading.settings.store_bits,
+            saved_to=start,
         )
-        self._saver.save(ending)
+        job.done.add_done_callback(self._on_saved)
+        if self._store is None or self._store.is_read_only or self._is_paused():
+            job.done.cancel()
+            return job.done
+        self._saver.submit(job)
+        self._advance()
         # What it held is on its way to the disk.
-        del reading.captures[:-1]
-        return ending.saved
+        del reading.snapshots[:-1]
+        return job.done
+
+    def _is_paused(self) -> bool:
+        return time.monotonic() < self._paused_until
+
+    def _on_saved(self, done: "Future[str]") -> None:
+        """Count a save, and pause after one that failed."""
+        if done.cancelled():
+            self._num_saves["skipped"] += 1
+        elif (error := done.exception()) is not None:
+            self._num_saves["failed"] += 1
+            if not isinstance(error, OvertakenError):
+                self._paused_until = time.monotonic() + PAUSE_SECONDS
+            warn(f"a prompt is not saved: {error}")
+        else:
+            self._num_saves["stored"] += 1
+
+    def _advance(self) -> None:
+        """Encode what the writer has room for, and give up what is too much."""
+        if self._saver is not None:
+            while self._saver.advance():
+                pass
+            self._saver.hold(self._max_queued_nbytes)
 
     def _is_listed(self, reading: RequestState, end: int) -> bool:
         """Return whether to list an end: of a system prompt and the last of a turn."""
@@ -336,8 +304,7 @@ class ServerPromptCache:
         if not self.running():
             # mlx-lm tells it only when it takes one in.
             self._active_nbytes = 0
-        if self._saver is not None:
-            self._saver.advance()
+        self._advance()
         self._hold_limit()
 
     @property
@@ -349,11 +316,27 @@ class ServerPromptCache:
         taken = self._active_nbytes + self._queued_nbytes
         self._hot.hold(max(self._memory_limit - taken, 0))
 
-    # Telling
+    # Recording
 
-    def _note(self, reading: RequestState) -> None:
-        if self._clerk is not None:
-            self._clerk.note(reading)
+    def _record(self, reading: RequestState) -> None:
+        """Note what a request reused; its prompt has just been read to the end."""
+        if self._store is None or reading.fetched is None:
+            return
+        now = time.perf_counter()
+        seconds = now - reading.started_at - reading.load_seconds
+        num_new = reading.num_tokens - reading.cached_tokens
+        # A speed among others says nothing of the model's.
+        timed = (num_new - 1, seconds) if reading.is_alone else (0, 0.0)
+        record = partial(
+            self._prefixes.record,
+            reading.read,
+            # The writer needs no arrays.
+            reading.fetched._replace(cache=[], restored=None),
+            load_seconds=reading.load_seconds,
+            prefill_seconds=seconds,
+            timed=timed,
+        )
+        self._writer.submit(lambda: self.metrics.save_seconds(record()[1]), 0)
 
     def _levels(self) -> Gauges:
         store, saver = self._store, self._saver
@@ -367,11 +350,7 @@ class ServerPromptCache:
             nbytes,
             limits,
             evictions,
-            {
-                "stored": saver.num_saved if saver is not None else 0,
-                "failed": saver.num_failed if saver is not None else 0,
-                "skipped": saver.num_skipped if saver is not None else 0,
-            },
+            self._num_saves,
             self._queued_nbytes,
             len(saver) if saver is not None else 0,
             sum(not reading.over.is_set() for reading in [*self._running]),
@@ -380,15 +359,12 @@ class ServerPromptCache:
 
     def finish(self) -> None:
         """Wait until all is stored, on the thread that owns the arrays."""
-        while self._saver is not None and len(self._saver):
-            self._saver.advance()
-            time.sleep(0.01)
+        if self._saver is not None:
+            self._saver.finish()
 
     def close(self) -> None:
         """Give up what is in memory; to be called after `finish`."""
         self._writer.close()
-        if self._clerk is not None:
-            self._clerk.close()
         self._hot.clear()
 
 
@@ -400,7 +376,7 @@ def _usable(
     That is nothing where it cannot be told apart from the rest. Speculation may leave
     one of two models' caches ahead or behind.
     """
-    kv, plan = reading.settings.kv, reading.plan
+    kv, plan = reading.read.kv, reading.read.plan
     parts = [part for _, part in parts_of(cache)]
     if kv.bits is not None and any(hasattr(part, "bits") for part in parts):
         return [], 0

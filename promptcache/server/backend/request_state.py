@@ -8,19 +8,16 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Event
-from typing import TYPE_CHECKING, Any, Self, SupportsIndex, overload
+from typing import Any, Self, SupportsIndex, overload
 
 from promptcache.errors import ModelError
+from promptcache.kvcache.snapshot import Snapshot
 from promptcache.models.loaded import LoadedModel
-from promptcache.models.prefill_plan import PrefillPlan
-from promptcache.models.settings import Settings
 from promptcache.segments.chain import common_length, pack
 from promptcache.segments.fingerprint import Fingerprint
-from promptcache.segments.types import Match, PromptOrigin
 from promptcache.server.backend.compat import CompletionRequest
-
-if TYPE_CHECKING:
-    from promptcache.kvcache.snapshot import Snapshot
+from promptcache.tiers.prefix_cache import FetchedPrefix
+from promptcache.tiers.prompt_read import PromptRead
 
 
 @dataclass(eq=False, slots=True)
@@ -28,54 +25,54 @@ class RequestState:
     """How far a request has come.
 
     Attributes:
-        token_ids: Its prompt.
+        read: Its prompt, and how it is read.
         model: What reads it.
-        settings: How.
         fingerprint: What its KV values depend on.
-        plan: Where the pieces of its prefill end.
-        origin: How it was rendered, if that is known.
         head: How many tokens come before the first user's text, 0 if unknown.
         max_tokens: How long its answer may become.
         over: Set when nobody waits for the answer any more.
         is_sliceable: Whether a cache in memory can be taken over at any token.
-        cached_tokens: How many tokens were taken from memory or disk.
-        match: What the store had of it.
+        fetched: What was taken from memory or disk.
         num_read: Up to where it has been read.
-        captures: What its cache has lost since what is stored.
+        snapshots: What its cache has lost since what is stored.
         is_alone: Whether nothing else was read meanwhile.
         started_at: When it was looked up.
         load_seconds: How long it took to find and to load what was cached.
-        loaded_tokens: How many tokens were loaded from disk.
         kept_at: When it was kept last.
         settled: Done when its answer is kept and, if it is to be, stored.
     """
 
-    token_ids: list[int]
+    read: PromptRead
     model: LoadedModel
-    settings: Settings
     fingerprint: Fingerprint
-    plan: PrefillPlan
-    origin: PromptOrigin | None
     head: int
     max_tokens: int
     over: Event
     is_sliceable: bool = True
-    cached_tokens: int = 0
-    match: Match = field(default_factory=Match)
+    fetched: FetchedPrefix | None = None
     num_read: int = 0
-    captures: "list[Snapshot]" = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
     is_alone: bool = True
     started_at: float = 0.0
     load_seconds: float = 0.0
-    loaded_tokens: int = 0
     kept_at: float = 0.0
     settled: "Future[None]" = field(default_factory=Future)
     _data: bytes = b""
 
     @property
+    def token_ids(self) -> list[int]:
+        """Return the prompt."""
+        return self.read.token_ids
+
+    @property
     def num_tokens(self) -> int:
         """Return the length of the prompt."""
-        return len(self.token_ids)
+        return self.read.num_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """Return how many tokens were taken from memory or disk."""
+        return 0 if self.fetched is None else self.fetched.cached_tokens
 
     @property
     def data(self) -> bytes:
@@ -90,18 +87,20 @@ class RequestState:
 
     def check_model(self) -> None:
         """Raise ModelError if its model is not what it was when it was asked."""
-        now = self.model.fingerprint(self.settings)
+        now = self.model.fingerprint(self.read.settings)
         if now.digest != self.fingerprint.digest:
             raise ModelError("the model has changed meanwhile")
 
-    def begin(self, cached_tokens: int) -> None:
+    def begin(self, fetched: FetchedPrefix | None) -> None:
         """Note what a cache holds before anything is read."""
-        self.cached_tokens = self.num_read = cached_tokens
-        now = time.perf_counter()
-        self.load_seconds = now - self.started_at
-        self.kept_at = now
+        self.fetched = fetched
+        self.num_read = self.cached_tokens
+        self.kept_at = time.perf_counter()
+        self.load_seconds = self.kept_at - self.started_at
+        if fetched is not None and fetched.restored is not None:
+            self.snapshots = [fetched.restored]
 
-    def settle_with(self, saved: "Future[None] | None") -> None:
+    def settle_with(self, saved: "Future[str] | None") -> None:
         """Be settled when something is saved, or at once."""
 
         def settle(_: object) -> None:
@@ -116,8 +115,8 @@ class RequestState:
     def ends(self) -> Iterable[int]:
         """Return where what it is going to read can be taken over."""
         last = self.num_tokens - 1
-        pieces = self.plan.pieces(self.num_read, last)
-        return (end for _, end in pieces if self.plan.can_resume(end))
+        pieces = self.read.plan.pieces(self.num_read, last)
+        return (end for _, end in pieces if self.read.plan.can_resume(end))
 
     def usable_by(self, other: "RequestState") -> int:
         """Return how much of another prompt this one is going to have read."""
@@ -125,7 +124,9 @@ class RequestState:
             return 0
         shared = min(common_length(self.data, other.data), other.num_tokens - 1)
         ends = [min(end, shared) if self.is_sliceable else end for end in self.ends()]
-        usable = [self.plan.last_resume_point(end) for end in ends if end <= shared]
+        usable = [
+            self.read.plan.last_resume_point(end) for end in ends if end <= shared
+        ]
         return max(usable, default=0)
 
 
