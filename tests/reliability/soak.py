@@ -15,6 +15,7 @@ import urllib.error
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class Soak:
     Attributes:
         statuses: How often each kind of request was answered with each status.
         memory: The process's bytes in memory, sampled.
+        warm_memory: The most of them in the first phase, when each client did each
+            deed once, and others at random.
         held: The bytes that the caches told, sampled.
         disk: The bytes of the store, sampled.
         num_threads: The process's threads at rest, early on and at the end.
@@ -49,6 +52,7 @@ class Soak:
 
     statuses: "Counter[tuple[str, int]]" = field(default_factory=Counter)
     memory: list[int] = field(default_factory=list)
+    warm_memory: int = 0
     held: list[int] = field(default_factory=list)
     disk: list[int] = field(default_factory=list)
     num_threads: list[int] = field(default_factory=list)
@@ -61,9 +65,8 @@ class Soak:
 
     @property
     def growth(self) -> int:
-        """Return by how much memory grew after the first fifth of the time."""
-        warm = len(self.memory) // 5
-        return max(self.memory[warm:]) - max(self.memory[: warm + 1])
+        """Return by how much memory grew after the first phase."""
+        return max(self.memory) - self.warm_memory
 
 
 class _Client:
@@ -85,22 +88,33 @@ class _Client:
             (self._look_at_the_cache, 1),
         ]
 
+    def try_everything(self) -> None:
+        """Do each deed once, in the same order as the other clients.
+
+        So the requests that take most memory come at the same time.
+        """
+        for deed, _ in self._deeds:
+            self._do(deed)
+
     def run(self, until: float) -> None:
+        """Do deeds at random."""
         deeds, weights = zip(*self._deeds, strict=True)
         while time.monotonic() < until and not self._soak.problems:
-            deed = self._random.choices(deeds, weights)[0]
-            name = deed.__name__.strip("_")
-            try:
-                status = deed()
-            except urllib.error.HTTPError as error:
-                status = error.code
-                told = json.loads(error.read())["error"]["message"]
-                if status >= 500:
-                    self._soak.problems.append(f"{name}: {status} {told}")
-            except OSError as error:
-                status = 0
-                self._soak.problems.append(f"{name}: {error!r}")
-            self._soak.statuses[name, status] += 1
+            self._do(self._random.choices(deeds, weights)[0])
+
+    def _do(self, deed: Callable[[], int]) -> None:
+        name = deed.__name__.strip("_")
+        try:
+            status = deed()
+        except urllib.error.HTTPError as error:
+            status = error.code
+            message = json.loads(error.read())["error"]["message"]
+            if status >= 500:
+                self._soak.problems.append(f"{name}: {status} {message}")
+        except OSError as error:
+            status = 0
+            self._soak.problems.append(f"{name}: {error!r}")
+        self._soak.statuses[name, status] += 1
 
     def _post(self, messages: Any, **options: Any) -> Any:
         body = {"model": "default_model", "messages": messages, "max_tokens": 12}
@@ -206,9 +220,13 @@ def soak(model: Path, seconds: float, store: Path, *, seed: int = 0) -> Soak:
         env={"HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"},
     )
     try:
-        # Threads that stay, such as the writer, start with the first requests.
-        _let_loose(server, found, seconds / 5, seed)
-        _let_loose(server, found, seconds * 4 / 5, seed + NUM_CLIENTS)
+        clients = [_Client(server, found, seed + i) for i in range(NUM_CLIENTS)]
+        # Threads that stay, such as the writer, start with the first requests, and the
+        # allocator keeps what the largest ones took.
+        _together(server, found, [client.try_everything for client in clients])
+        _let_loose(server, found, clients, seconds / 5)
+        found.warm_memory = max(found.memory)
+        _let_loose(server, found, clients, seconds * 4 / 5)
         _check(found)
         if code := server.stop():
             found.problems.append(f"it ended with {code}: {server.said[-20:]}")
@@ -218,20 +236,26 @@ def soak(model: Path, seconds: float, store: Path, *, seed: int = 0) -> Soak:
     return found
 
 
-def _let_loose(server: Server, found: Soak, seconds: float, seed: int) -> None:
-    """Let clients do what they like for so long, and wait until nothing is left."""
+def _let_loose(
+    server: Server, found: Soak, clients: list[_Client], seconds: float
+) -> None:
+    """Let clients do what they like for this long."""
     until = time.monotonic() + seconds
-    clients = [_Client(server, found, seed + i) for i in range(NUM_CLIENTS)]
-    threads = [threading.Thread(target=c.run, args=(until,)) for c in clients]
+    _together(server, found, [partial(client.run, until) for client in clients])
+    found.num_threads.append(_threads_at_rest(server))
+
+
+def _together(server: Server, found: Soak, jobs: list[Callable[[], None]]) -> None:
+    """Run jobs, each in a thread, and wait until the server has nothing left to do."""
+    threads = [threading.Thread(target=job) for job in jobs]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         _sample(server, found)
-        time.sleep(min(0.25, seconds / 40))
+        time.sleep(0.1)
     wait_until(lambda: server.metric("active_requests") == 0)
     server.wait_saved()
     _sample(server, found)
-    found.num_threads.append(_threads_at_rest(server))
 
 
 def _threads_at_rest(server: Server) -> int:
@@ -275,7 +299,7 @@ def report(found: Soak) -> None:
     )
     print(
         f"{found.num_requests} requests; process {first} at first, {most} at most, "
-        f"{last} at last; grew by {found.growth / 1e6:.0f} MB after the first fifth; "
+        f"{last} at last; grew by {found.growth / 1e6:.0f} MB after the first phase; "
         f"caches {max(found.held) / 1e6:.1f} of {MEMORY_LIMIT / 1e6:.0f} MB, "
         f"disk {max(found.disk) / 1e6:.1f} of {DISK_LIMIT / 1e6:.0f} MB; "
         f"{found.num_threads} threads at rest"
