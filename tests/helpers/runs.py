@@ -7,11 +7,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from promptcache import (
-    CachedGenerator,
-    PrefixStore,
-    PromptCacheWarning,
-)
+from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning
 from promptcache.store.blobs.folder import BlobFolder
 
 MAX_TOKENS = 24
@@ -26,6 +22,14 @@ def ids(num_tokens: int, *, seed: int = 1) -> list[int]:
 
 PROMPT = ids(100)
 OTHER = ids(100, seed=2)
+QUANTIZED = [
+    pytest.param(
+        {"kv_bits": bits, "kv_group_size": 32, "quantized_kv_start": start},
+        id=f"{bits} bits from {start}",
+    )
+    for bits in (8, 4)
+    for start in (0, 60)
+]
 
 
 class Run(NamedTuple):
@@ -71,9 +75,6 @@ def stored_token_ids(store: PrefixStore) -> list[list[int]]:
     for report in reports:
         assert report.segments[-1].end == len(report.token_ids)
     return sorted(list(report.token_ids) for report in reports)
-
-
-# What cannot be cached
 
 
 def only_warning(record: pytest.WarningsRecorder) -> str:
