@@ -25,10 +25,11 @@ from promptcache.segments.types import Match
 
 if TYPE_CHECKING:
     from promptcache.chat.conversation import Conversation
+    from promptcache.engine.build import BuiltPrefix
     from promptcache.engine.response import GenerationResponse
     from promptcache.explain.lint import VolatileText
     from promptcache.explain.types import Divergence, Explanation
-    from promptcache.generator import BuiltPrefix, CachedGenerator
+    from promptcache.generator import CachedGenerator
     from promptcache.prompts.render import RenderedPrompt
     from promptcache.segments.fingerprint import Fingerprint
     from promptcache.segments.types import Match
@@ -57,7 +58,8 @@ _NAMES_BY_MODULE = {
     "engine.response": ["GenerationResponse"],
     "explain.lint": ["VolatileText"],
     "explain.types": ["Divergence", "Explanation"],
-    "generator": ["BuiltPrefix", "CachedGenerator"],
+    "engine.build": ["BuiltPrefix"],
+    "generator": ["CachedGenerator"],
     "prompts.render": ["RenderedPrompt"],
     "segments.fingerprint": ["Fingerprint"],
     "segments.types": ["Match"],

@@ -1,37 +1,36 @@
 """CachedGenerator: match, load, stream the rest, save."""
 
 import contextlib
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, TypedDict, Unpack, cast
+from typing import Any, Self, Unpack, cast
 
 import mlx.core as mx
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from promptcache.engine.build import Build
-from promptcache.engine.decode import LogitsProcessor, Sampler, penalties_of, sampler_of
+from promptcache.engine.build import Build, BuiltPrefix
 from promptcache.engine.generation import Generation
-from promptcache.engine.request import DEFAULT_DRAFT_TOKENS, Progress, Request
+from promptcache.engine.options import (
+    GenerateOptions,
+    GeneratorOptions,
+    LoadOptions,
+    split_options,
+)
+from promptcache.engine.request import Progress, Request, ignore_progress
 from promptcache.engine.response import GenerationResponse
-from promptcache.errors import KeyNotFoundError, StoreError, UsageError, warn
-from promptcache.explain import explain
+from promptcache.engine.sampling import SamplingOptions, sampling_of
+from promptcache.errors import StoreError, UsageError, warn
+from promptcache.explain.explain import explain_prompt
 from promptcache.explain.lint import VolatileText, find_volatile_text
 from promptcache.explain.types import Explanation
 from promptcache.models import load
 from promptcache.models.identity.identity import ModelIdentity
-from promptcache.models.loaded import LoadedModel
-from promptcache.models.settings import DEFAULT_SETTINGS, ReadOptions, Settings
-from promptcache.prompts import render
-from promptcache.prompts.chat import Message, is_messages
-from promptcache.prompts.parts import PromptParts, compose
+from promptcache.models.settings import ReadOptions, Settings
+from promptcache.models.text_model import TextModel
+from promptcache.prompts.chat import Message
 from promptcache.prompts.render import Prompt, RenderedPrompt
-from promptcache.segments.fingerprint import Fingerprint
 from promptcache.segments.types import Match
 from promptcache.store import PrefixStore
 from promptcache.store.names import check_name
-from promptcache.store.reports import Prefix
 from promptcache.tiers import memory_limits
 from promptcache.tiers.background_writer import BackgroundWriter
 from promptcache.tiers.memory_tier import MemoryTier
@@ -39,76 +38,7 @@ from promptcache.tiers.prefix_cache import PrefixCache
 from promptcache.tiers.prompt_read import PromptRead, SavePolicy
 
 
-@dataclass(frozen=True, slots=True)
-class BuiltPrefix(Prefix):
-    """A prefix that `build` made sure of.
-
-    Attributes:
-        cached_tokens: Tokens that were in the store before.
-        seconds: Time it took, without loading the model.
-    """
-
-    cached_tokens: int = 0
-    seconds: float = 0.0
-
-
-class GeneratorOptions(TypedDict, total=False):
-    """Keyword arguments of `CachedGenerator`, where they are documented."""
-
-    store: PrefixStore | str | Path | None
-    max_nbytes: int | None
-    memory_limit: int | None
-    save: SavePolicy
-    reuse: bool
-    namespace: str
-    chat_template_config: Mapping[str, Any] | None
-    announce: Callable[[str], None] | None
-
-
-class LoadOptions(GeneratorOptions, total=False):
-    """Those of `CachedGenerator.load`: the generator's, and `mlx_lm.load`'s."""
-
-    tokenizer_config: dict[str, Any] | None
-    model_config: dict[str, Any] | None
-    lazy: bool
-    revision: str | None
-    trust_remote_code: bool
-
-
-class SamplingOptions(TypedDict, total=False):
-    """How to choose the tokens of an answer.
-
-    Attributes:
-        temp: Sampling temperature, 0 or None (default) for greedy; this and the next
-            three as in `mlx_lm.sample_utils.make_sampler`.
-        top_p: Sample from the likeliest tokens of this probability in all.
-        min_p: Sample from tokens this likely, as a share of the likeliest.
-        top_k: Sample from this number of the likeliest tokens.
-        repetition_penalty: Penalty for repeated tokens of the whole prompt and the
-            answer; see `mlx_lm.sample_utils.make_logits_processors`.
-        repetition_context_size: How many tokens back it looks, 20 by default.
-        seed: Seed for the sampling.
-        sampler: A sampler in place of the one that `temp` and so on make.
-        logits_processors: Called with the token ids of the whole prompt and the
-            answer, shape `(tokens,)`, and the logits, shape `(1, vocabulary)`.
-    """
-
-    temp: float | None
-    top_p: float | None
-    min_p: float | None
-    top_k: int | None
-    repetition_penalty: float | None
-    repetition_context_size: int
-    seed: int | None
-    sampler: Sampler | None
-    logits_processors: list[LogitsProcessor] | None
-
-
-class GenerateOptions(SamplingOptions, ReadOptions, total=False):
-    """How `stream_generate` chooses tokens, and how it reads the prompt."""
-
-
-class CachedGenerator:
+class CachedGenerator(TextModel):
     """Generates like mlx-lm, resuming every prompt from its longest cached prefix.
 
     Trouble with the store never breaks a generation: it becomes one
@@ -156,20 +86,19 @@ class CachedGenerator:
             announce: Called with a line for people when hashing a model takes long,
                 else that is a warning.
         """
-        self.model = model
-        if not isinstance(tokenizer, TokenizerWrapper):
-            tokenizer = TokenizerWrapper(tokenizer)
-        self.tokenizer = tokenizer
+        super().__init__(
+            model,
+            tokenizer,
+            namespace=namespace,
+            chat_template_config=chat_template_config,
+            identity=identity,
+            announce=announce,
+        )
         self.store: PrefixStore | None = None
         self.save: SavePolicy = save
-        self.namespace = namespace
         self._reuse = reuse
-        self._chat_template_config = chat_template_config
-        self._loaded = LoadedModel(
-            model, identity=identity, namespace=namespace, announce=announce
-        )
         self._writer = BackgroundWriter()
-        self._hot = MemoryTier(memory_limits.cache_limit(memory_limit))
+        self._memory = MemoryTier(memory_limits.cache_limit(memory_limit))
         self._store_error: StoreError | None = None
         self._owns_store = not isinstance(store, PrefixStore)
         if isinstance(store, PrefixStore):
@@ -212,7 +141,7 @@ class CachedGenerator:
         Raises:
             ModelError: The model cannot be found or loaded.
         """
-        own, of_mlx_lm = _split(options, GeneratorOptions)
+        own, of_mlx_lm = split_options(options, GeneratorOptions)
         model, tokenizer, identity = load.load(
             path_or_hf_repo,
             adapter_path=adapter_path,
@@ -224,7 +153,7 @@ class CachedGenerator:
     def close(self) -> None:
         """Finish what is being saved, and close the store unless it was handed in."""
         self._writer.close()
-        self._hot.clear()
+        self._memory.clear()
         if self.store is not None and self._owns_store:
             self.store.close()
             self.store = None
@@ -238,116 +167,6 @@ class CachedGenerator:
             if self.store is not None and is_interrupted:
                 stack.enter_context(self.store.patience.hurried())
             self.close()
-
-    @property
-    def identity(self) -> ModelIdentity:
-        """Return what the model is now; hash it if that is unknown.
-
-        Raises ModelError if it cannot be hashed.
-        """
-        return self._loaded.identity
-
-    def refresh_identity(self) -> None:
-        """Hash the model and its drafts again before their next use.
-
-        Needed after an array was changed in place (`weight[0] = 1`). Arrays, modules
-        and plain attributes that were replaced are noticed without this.
-        """
-        self._loaded.refresh_identity()
-
-    def fingerprint(self, settings: Settings = DEFAULT_SETTINGS) -> Fingerprint:
-        """Return what KV values depend on now, besides the token ids.
-
-        Raises ModelError if the model cannot be hashed.
-        """
-        return self._loaded.fingerprint(settings)
-
-    def load_draft(self, path_or_hf_repo: str | Path) -> Any:
-        """Load a draft model for `build` and `stream_generate`.
-
-        Raises:
-            ModelError: It cannot be found or loaded, or its vocabulary differs.
-        """
-        return self._loaded.load_draft(path_or_hf_repo, self.tokenizer.vocab_size)
-
-    def render(
-        self,
-        prompt: Prompt,
-        tools: Sequence[Message] | None = None,
-        chat_template_config: Mapping[str, Any] | None = None,
-    ) -> RenderedPrompt:
-        """Return a prompt as token ids, with the boundaries worth resuming from.
-
-        Args:
-            prompt: Text, token ids or chat messages.
-            tools: Tools for the chat template.
-            chat_template_config: Further arguments of the chat template, in place of
-                the generator's.
-
-        Raises:
-            UsageError: The prompt is empty, or not a prompt of this model.
-        """
-        rendered = render.render_prompt(
-            self.tokenizer,
-            prompt,
-            **self._template_options(tools, chat_template_config),
-        )
-        self._loaded.check_token_ids(rendered.token_ids)
-        return rendered
-
-    def render_open(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Message] | None = None,
-        chat_template_config: Mapping[str, Any] | None = None,
-    ) -> RenderedPrompt:
-        """Return what comes before the last user's text, or before its last part.
-
-        Args:
-            messages: Chat messages with a user's text to be replaced.
-            tools: See `render`.
-            chat_template_config: See `render`.
-
-        Raises:
-            UsageError: Nothing comes before it.
-        """
-        rendered = render.render_open(
-            self.tokenizer,
-            messages,
-            **self._template_options(tools, chat_template_config),
-        )
-        self._loaded.check_token_ids(rendered.token_ids)
-        return rendered
-
-    def render_parts(self, parts: PromptParts) -> RenderedPrompt:
-        """Return a whole prompt from its parts. Raises UsageError."""
-        if parts.raw:
-            return self.render(parts.text())
-        messages = parts.compose(parts.prompt)
-        return self.render(messages, parts.tools, parts.chat_template_config)
-
-    def render_prefix(self, parts: PromptParts) -> RenderedPrompt:
-        """Return what to build for a prompt in parts.
-
-        Without a user's text, that is everything before it. Raises UsageError.
-        """
-        if not parts.is_open:
-            return self.render_parts(parts)
-        messages = parts.compose("")
-        return self.render_open(messages, parts.tools, parts.chat_template_config)
-
-    def _template_options(
-        self,
-        tools: Sequence[Message] | None,
-        config: Mapping[str, Any] | None,
-    ) -> dict[str, Any]:
-        return {
-            "tools": tools,
-            "chat_template_config": (
-                self._chat_template_config if config is None else config
-            ),
-            "every_message": self._loaded.needs_checkpoints(),
-        }
 
     def match(
         self,
@@ -372,7 +191,7 @@ class CachedGenerator:
             StoreError: The store cannot be read.
         """
         token_ids = self.render(prompt, tools, chat_template_config).token_ids
-        fingerprint = self.fingerprint(Settings.of(**options))
+        fingerprint = self.fingerprint(self.settings(**options))
         return self._usable_store().lookup(token_ids[:-1], fingerprint)
 
     def explain(
@@ -396,18 +215,9 @@ class CachedGenerator:
             StoreError: The store cannot be read.
         """
         rendered = self.render(prompt, tools, chat_template_config)
-        fingerprint = self.fingerprint(Settings.of(**options))
+        fingerprint = self.fingerprint(self.settings(**options))
         store = self._usable_store()
-        nearby = store.segments.nearby(rendered.token_ids, fingerprint, rendered.origin)
-        estimate = store.usage_log.estimate(fingerprint, nearby.match.cached_tokens)
-        declines = estimate is not None and estimate.prefill_is_faster
-        return explain.explain(
-            self.tokenizer,
-            rendered,
-            fingerprint,
-            nearby,
-            declined=estimate if declines else None,
-        )
+        return explain_prompt(store, self.tokenizer, rendered, fingerprint)
 
     def _usable_store(self) -> PrefixStore:
         if self.store is None:
@@ -451,56 +261,19 @@ class CachedGenerator:
         """
         if name is not None:
             check_name(name)
-        settings = Settings.of(**options)
-        rendered = self._prompt_to_build(prompt, system, tools, chat_template_config)
+        settings = self.settings(**options)
+        rendered = self.render_whole(prompt, system, tools, chat_template_config)
         self._check_draft(settings, rendered)
-        started = time.perf_counter()
-        building = Build(
-            self._loaded, self._usable_store(), self._writer, rendered, settings
+        build = Build(
+            self.loaded, self._usable_store(), self._writer, rendered, settings
         )
-        cached_tokens = building.run(
-            prompt_progress_callback or (lambda done, total: None), on_wait
-        )
-        prefix = self._built(building.key, name)
-        seconds = time.perf_counter() - started
-        return BuiltPrefix(
-            **asdict(prefix), cached_tokens=cached_tokens, seconds=seconds
-        )
-
-    def _built(self, key: str, name: str | None) -> Prefix:
-        store = self._usable_store()
-        try:
-            if name is not None:
-                store.pin(key, name, namespace=self.namespace)
-            return store.resolve(key, namespace=self.namespace)
-        except KeyNotFoundError as error:
-            raise StoreError(
-                "what was built has been evicted by another process already"
-            ) from error
+        return build.run(name, prompt_progress_callback or ignore_progress, on_wait)
 
     def _check_draft(self, settings: Settings, rendered: RenderedPrompt) -> None:
         """Raise UsageError for token ids that a draft model does not have."""
         draft_model = settings.draft_model
         if draft_model is not None:
-            self._loaded.check_token_ids(rendered.token_ids, draft_model=draft_model)
-
-    def _prompt_to_build(
-        self,
-        prompt: Prompt | None,
-        system: str | None,
-        tools: Sequence[Message] | None,
-        chat_template_config: Mapping[str, Any] | None,
-    ) -> RenderedPrompt:
-        if prompt is None:
-            if system is None and not tools:
-                raise UsageError("there is nothing to build, give a prompt or a system")
-            messages = compose(system=system, user="")
-            return self.render_open(messages, tools, chat_template_config)
-        if isinstance(prompt, str) and (system is not None or tools):
-            prompt = compose(system=system, user=prompt)
-        elif is_messages(prompt):
-            prompt = compose(system=system, messages=prompt)
-        return self.render(prompt, tools, chat_template_config)
+            self.loaded.check_token_ids(rendered.token_ids, draft_model=draft_model)
 
     def is_built(
         self, prompt: RenderedPrompt, **options: Unpack[ReadOptions]
@@ -517,9 +290,9 @@ class CachedGenerator:
             StoreError: The store cannot be read.
         """
         store = self._usable_store()
-        settings = Settings.of(**options)
-        building = Build(self._loaded, store, self._writer, prompt, settings)
-        return building.key, building.is_stored()
+        settings = self.settings(**options)
+        build = Build(self.loaded, store, self._writer, prompt, settings)
+        return build.key, build.is_stored()
 
     def lint(self, prompt: RenderedPrompt) -> list[VolatileText]:
         """Return what is likely to change early in a prompt, and spoil its reuse."""
@@ -538,12 +311,6 @@ class CachedGenerator:
         *,
         tools: Sequence[Message] | None = None,
         chat_template_config: Mapping[str, Any] | None = None,
-        save: SavePolicy | None = None,
-        reuse: bool | None = None,
-        save_answer: bool = False,
-        on_saved: Callable[[str], None] = lambda key: None,
-        num_draft_tokens: int = DEFAULT_DRAFT_TOKENS,
-        input_embeddings: mx.array | None = None,
         prompt_progress_callback: Progress | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Generator[GenerationResponse, None, None]:
@@ -557,105 +324,62 @@ class CachedGenerator:
             max_tokens: Most tokens to generate, -1 for no limit.
             tools: Tools for the chat template.
             chat_template_config: See `render`.
-            save: Overrides the generator's policy.
-            reuse: Overrides whether to look for cached prefixes.
-            save_answer: Save the answer, too, where the prompt is saved: as far as it
-                came, and unless it depends on how it was computed (a draft model,
-                exact mode, quantization that began with it).
-            on_saved: Called with the key of what was saved at the end, also an early
-                one.
-            num_draft_tokens: See `mlx_lm.generate.speculative_generate_step`.
-            input_embeddings: See `mlx_lm.generate.generate_step`; nothing is cached.
             prompt_progress_callback: Called with the prompt tokens done so far,
                 cached ones included, and their total.
-            options: How to choose the tokens (`temp`, `top_p`, `min_p`, `top_k`,
-                `repetition_penalty`, `repetition_context_size`, `seed`, `sampler`,
-                `logits_processors`; see `SamplingOptions`), and how to read the
-                prompt (`kv_bits`, `exact` and so on; see `ReadOptions`).
+            options: What to reuse and to save (`save`, `reuse`, `save_answer` and so
+                on; see `GenerateOptions`), how to choose the tokens (`temp`, `top_p`,
+                `seed` and so on; see `SamplingOptions`), and how to read the prompt
+                (`kv_bits`, `exact` and so on; see `ReadOptions`).
 
         Raises:
             UsageError: The arguments make no sense, or mlx-lm cannot do it with this
                 model.
         """
-        sampling, reading = _split(options, SamplingOptions)
-        settings = Settings.of(**reading)
-        _check(max_tokens, sampling, settings, input_embeddings)
-        rendered = self.render(prompt, tools, chat_template_config)
-        self._check_draft(settings, rendered)
-        sampler, logits_processors = _sampling(cast(SamplingOptions, sampling))
-        request = Request(
-            self._prompt_read(
-                rendered, settings, save, reuse, can_be_stored=input_embeddings is None
-            ),
-            max_tokens=max_tokens,
-            sampler=sampler,
-            logits_processors=logits_processors,
-            on_progress=prompt_progress_callback or (lambda done, total: None),
-            num_draft_tokens=num_draft_tokens,
-            save_answer=save_answer,
-            on_saved=on_saved,
-            input_embeddings=input_embeddings,
+        sampling, options_left = split_options(options, SamplingOptions)
+        reading, caching = split_options(options_left, ReadOptions)
+        request = self._request(
+            self.render(prompt, tools, chat_template_config),
+            max_tokens,
+            self.settings(**cast(ReadOptions, reading)),
+            cast(SamplingOptions, sampling),
+            prompt_progress_callback or ignore_progress,
+            **caching,
         )
-        prefixes = PrefixCache(self.store, self._hot, self._writer)
-        return Generation(self._loaded, self.tokenizer, prefixes, request).stream()
+        prefixes = PrefixCache(self.store, self._memory, self._writer)
+        return Generation(self.loaded, self.tokenizer, prefixes, request).stream()
 
-    def _prompt_read(
+    def _request(
         self,
         rendered: RenderedPrompt,
+        max_tokens: int,
         settings: Settings,
-        save: SavePolicy | None,
-        reuse: bool | None,
+        sampling: SamplingOptions,
+        on_progress: Progress,
         *,
-        can_be_stored: bool,
-    ) -> PromptRead:
-        return PromptRead(
+        save: SavePolicy | None = None,
+        reuse: bool | None = None,
+        input_embeddings: mx.array | None = None,
+        **options: Any,
+    ) -> Request:
+        if max_tokens == 0 or max_tokens < -1:
+            raise UsageError("max_tokens must be at least 1, or -1 for no limit")
+        if settings.draft_model is not None and input_embeddings is not None:
+            raise UsageError("mlx-lm takes no input_embeddings with a draft model")
+        self._check_draft(settings, rendered)
+        read = PromptRead(
             rendered.token_ids,
-            self._loaded.plan(settings, rendered.boundaries, rendered.answer),
+            self.loaded.plan(settings, rendered.boundaries, rendered.answer),
             settings,
             origin=rendered.origin,
             reuse=self._reuse if reuse is None else reuse,
             save=self.save if save is None else save,
-            can_be_stored=can_be_stored,
+            can_be_stored=input_embeddings is None,
         )
-
-
-def _split(
-    options: Mapping[str, Any], kind: type
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options that a TypedDict has, and the others."""
-    names = kind.__annotations__
-    own = {name: value for name, value in options.items() if name in names}
-    return own, {name: options[name] for name in options if name not in names}
-
-
-def _check(
-    max_tokens: int,
-    sampling: Mapping[str, Any],
-    settings: Settings,
-    input_embeddings: mx.array | None,
-) -> None:
-    """Raise UsageError for what cannot be generated."""
-    seed = sampling.get("seed")
-    if max_tokens == 0 or max_tokens < -1:
-        raise UsageError("max_tokens must be at least 1, or -1 for no limit")
-    if seed is not None and not 0 <= seed < 2**64:
-        raise UsageError(f"seed must be in [0, 2**64), not {seed}")
-    if settings.draft_model is not None and input_embeddings is not None:
-        raise UsageError("mlx-lm takes no input_embeddings with a draft model")
-
-
-def _sampling(options: SamplingOptions) -> tuple[Sampler, list[LogitsProcessor]]:
-    """Return what chooses the tokens. MLX's random numbers start at the seed."""
-    seed = options.get("seed")
-    if seed is not None:
-        mx.random.seed(seed)
-    sampler = options.get("sampler") or sampler_of(
-        options.get("temp"),
-        options.get("top_p"),
-        options.get("min_p"),
-        options.get("top_k"),
-    )
-    penalties = penalties_of(
-        options.get("repetition_penalty"), options.get("repetition_context_size", 20)
-    )
-    return sampler, [*penalties, *(options.get("logits_processors") or [])]
+        return Request(
+            read,
+            max_tokens,
+            *sampling_of(sampling),
+            on_progress=on_progress,
+            input_embeddings=input_embeddings,
+            **options,
+        )

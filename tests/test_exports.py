@@ -7,7 +7,8 @@ import pytest
 
 import promptcache
 from promptcache import CachedGenerator, errors
-from promptcache.generator import GenerateOptions, SamplingOptions
+from promptcache.engine.options import GenerateOptions
+from promptcache.engine.sampling import SamplingOptions
 from promptcache.models.settings import ReadOptions
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +72,8 @@ def test_public_names_are_on_the_page_of_the_python_api() -> None:
 @pytest.mark.parametrize("kind", [GenerateOptions, ReadOptions, SamplingOptions])
 def test_options_are_documented(kind: type) -> None:
     page = (ROOT / "docs/python-api.md").read_text()
-    described = f"{ReadOptions.__doc__}{SamplingOptions.__doc__}"
+    kinds = (GenerateOptions, ReadOptions, SamplingOptions)
+    described = "".join(kind.__doc__ or "" for kind in kinds)
 
     for name in kind.__annotations__:
         assert f"`{name}" in page

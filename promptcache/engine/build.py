@@ -1,23 +1,45 @@
 """One build: match, load, read the rest piece by piece, save."""
 
 import contextlib
+import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_lm.generate import generation_stream, wired_limit
 
 from promptcache.engine.prefill import read_pieces
-from promptcache.errors import ModelError, StoreError, UsageError, warn
+from promptcache.errors import (
+    KeyNotFoundError,
+    ModelError,
+    StoreError,
+    UsageError,
+    warn,
+)
 from promptcache.kvcache.snapshot import Snapshot
 from promptcache.models.loaded import LoadedModel
 from promptcache.models.settings import Settings
 from promptcache.prompts.render import RenderedPrompt
 from promptcache.store import PrefixStore
+from promptcache.store.reports import Prefix
 from promptcache.tiers.background_writer import BackgroundWriter
 from promptcache.tiers.disk_tier import check_blobs, restore_prefix
 from promptcache.tiers.prefix_saver import PrefixSaver
 from promptcache.tiers.prompt_read import PromptRead
 from promptcache.tiers.prompt_saver import PromptSaver
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltPrefix(Prefix):
+    """A prefix that `build` made sure of.
+
+    Attributes:
+        cached_tokens: Tokens that were in the store before.
+        seconds: Time it took, without loading the model.
+    """
+
+    cached_tokens: int = 0
+    seconds: float = 0.0
 
 
 class Build:
@@ -96,12 +118,14 @@ class Build:
 
     def run(
         self,
+        name: str | None,
         on_progress: Callable[[int, int], None],
         on_wait: Callable[[], None],
-    ) -> int:
-        """Save what is missing; return how much was there.
+    ) -> BuiltPrefix:
+        """Save what is missing, and return what is stored then.
 
         Args:
+            name: A name to pin it under.
             on_progress: Called with tokens processed and their total.
             on_wait: Called when another process builds the same prefix.
 
@@ -110,11 +134,27 @@ class Build:
             UsageError: The cache cannot be quantized as the settings say.
             StoreError: The store cannot be written.
         """
+        started = time.perf_counter()
         with self._store.segments.building(self.key, on_wait):
-            num_cached = self._save_missing(on_progress)
+            cached_tokens = self._save_missing(on_progress)
         if self._reuse_warning is not None:
             warn(self._reuse_warning)
-        return num_cached
+        prefix = self._stored(name)
+        seconds = time.perf_counter() - started
+        return BuiltPrefix(
+            **asdict(prefix), cached_tokens=cached_tokens, seconds=seconds
+        )
+
+    def _stored(self, name: str | None) -> Prefix:
+        namespace = self._settings.namespace
+        try:
+            if name is not None:
+                self._store.pin(self.key, name, namespace=namespace)
+            return self._store.resolve(self.key, namespace=namespace)
+        except KeyNotFoundError as error:
+            raise StoreError(
+                "what was built has been evicted by another process already"
+            ) from error
 
     def _save_missing(self, on_progress: Callable[[int, int], None]) -> int:
         """Read and save what is missing; return how much was there."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from promptcache.engine.decode import LogitsProcessor, Sampler
+from promptcache.engine.sampling import LogitsProcessor, Sampler
 from promptcache.tiers.prefix_cache import FetchedPrefix
 from promptcache.tiers.prompt_read import PromptRead
 from promptcache.tiers.prompt_saver import PromptSaver
@@ -14,6 +14,10 @@ from promptcache.tiers.prompt_saver import PromptSaver
 # As in mlx-lm's speculative_generate_step.
 DEFAULT_DRAFT_TOKENS = 2
 Progress = Callable[[int, int], None]
+
+
+def ignore_progress(done: int, total: int) -> None:
+    """Take progress, and show nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class Request:
     max_tokens: int
     sampler: Sampler
     logits_processors: list[LogitsProcessor]
-    on_progress: Progress = lambda done, total: None
+    on_progress: Progress = ignore_progress
     num_draft_tokens: int = DEFAULT_DRAFT_TOKENS
     save_answer: bool = False
     on_saved: Callable[[str], None] = lambda key: None

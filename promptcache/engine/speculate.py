@@ -6,7 +6,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import speculative_generate_step
 
-from promptcache.engine.decode import LogitsProcessor, Sampler, Step
+from promptcache.engine.decode import Step
+from promptcache.engine.sampling import LogitsProcessor, Sampler
 from promptcache.kvcache.kv_quantization import KVSettings
 from promptcache.models.draft import DraftPair
 

@@ -25,6 +25,7 @@ from promptcache.prompts.template import render
 from promptcache.segments.chain import common_length, pack
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.segments.types import PromptOrigin
+from promptcache.store import PrefixStore
 from promptcache.store.nearby import is_alike, shares_tools
 from promptcache.store.types import Eviction, LoadEstimate, NearbyPrefixes, StoredPrompt
 from promptcache.units import format_age
@@ -55,6 +56,20 @@ def explain(
     now = time.time() if now is None else now
     inquiry = _Diagnosis(tokenizer, rendered, fingerprint, nearby, now)
     return replace(inquiry.explain(), declined=declined)
+
+
+def explain_prompt(
+    store: PrefixStore,
+    tokenizer: Any,
+    rendered: RenderedPrompt,
+    fingerprint: Fingerprint,
+) -> Explanation:
+    """Say why a prompt hits or misses in a store. Raises StoreError."""
+    nearby = store.segments.nearby(rendered.token_ids, fingerprint, rendered.origin)
+    estimate = store.usage_log.estimate(fingerprint, nearby.match.cached_tokens)
+    declines = estimate is not None and estimate.prefill_is_faster
+    declined = estimate if declines else None
+    return explain(tokenizer, rendered, fingerprint, nearby, declined=declined)
 
 
 class _Diagnosis:

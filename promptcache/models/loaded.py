@@ -37,7 +37,6 @@ class LoadedModel:
         model: Any,
         *,
         identity: ModelIdentity | None = None,
-        namespace: str = "",
         announce: Callable[[str], None] | None = None,
     ) -> None:
         """Take a model.
@@ -45,12 +44,10 @@ class LoadedModel:
         Args:
             model: A model of mlx-lm.
             identity: What it is, if known; else it is hashed on first use.
-            namespace: See `CachedGenerator`.
             announce: Called with a line for people when hashing takes long.
         """
         self.model = model
         self.length_dependence = length_dependence(model)
-        self._namespace = namespace
         self._announce = announce
         self._main = IdentifiedModel(model, identity, announce)
         # Of what the length dependence is known.
@@ -179,7 +176,6 @@ class LoadedModel:
             **identity.parts,
             "draft": "" if draft is None else hash_json(dict(draft.parts)),
             "layout": hash_layout(self.make_cache(settings)),
-            "namespace": self._namespace,
         }
         return make_fingerprint(
             parts, model=identity.name, source=identity.source, exact=exact
@@ -198,6 +194,7 @@ class LoadedModel:
             "quantized_kv_start": str(kv.start if kv.bits else ""),
             "max_kv_size": str(settings.max_kv_size or ""),
             "exact": exact,
+            "namespace": settings.namespace,
         }
 
     def load_draft(self, path_or_hf_repo: str | Path, vocab_size: int) -> Any:

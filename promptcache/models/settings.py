@@ -42,7 +42,7 @@ class ReadOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a run reads its prompt: `ReadOptions`, checked."""
+    """How a run reads its prompt: `ReadOptions`, checked, and in which namespace."""
 
     kv: KVSettings = field(default_factory=KVSettings)
     max_kv_size: int | None = None
@@ -50,6 +50,7 @@ class Settings:
     step_size: int = DEFAULT_STEP_SIZE
     draft_model: Any = None
     store_bits: int | None = None
+    namespace: str = ""
 
     def __post_init__(self) -> None:
         """Raise UsageError for what contradicts itself."""
@@ -82,6 +83,7 @@ class Settings:
         prefill_step_size: int = DEFAULT_STEP_SIZE,
         draft_model: Any = None,
         store_bits: int | None = None,
+        namespace: str = "",
     ) -> Self:
         """Return the settings that `ReadOptions` mean.
 
@@ -89,7 +91,15 @@ class Settings:
             UsageError: mlx cannot quantize to this, or they contradict each other.
         """
         kv = KVSettings(kv_bits, kv_group_size, quantized_kv_start)
-        return cls(kv, max_kv_size, exact, prefill_step_size, draft_model, store_bits)
+        return cls(
+            kv,
+            max_kv_size,
+            exact,
+            prefill_step_size,
+            draft_model,
+            store_bits,
+            namespace,
+        )
 
 
 DEFAULT_SETTINGS = Settings()

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from promptcache.engine.build import BuiltPrefix
 from promptcache.errors import PromptCacheError, UsageError
-from promptcache.generator import BuiltPrefix, CachedGenerator
+from promptcache.generator import CachedGenerator
 from promptcache.project.manifest import Manifest, PromptSpec
 from promptcache.prompts.render import RenderedPrompt
 from promptcache.store import PrefixStore

@@ -17,7 +17,7 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 from promptcache import config
 from promptcache.errors import ModelError, UsageError
 from promptcache.models.default import download
-from promptcache.server.backend.compat import changes, told
+from promptcache.server.backend.compat import describe, incompatibilities
 from promptcache.server.backend.generator import CachedResponseGenerator
 from promptcache.server.backend.model_provider import IdentifiedModelProvider
 from promptcache.server.backend.prompt_cache import ServerPromptCache
@@ -195,8 +195,8 @@ def _quota(
 
 
 def _check(options: Namespace, keys: ApiKeys, *, insecure: bool) -> None:
-    if found := changes():
-        raise UsageError(f"promptcache does not know this server: {told(found)}")
+    if found := [*incompatibilities()]:
+        raise UsageError(f"promptcache does not know this server: {describe(found)}")
     if mx.distributed.init().size() > 1:
         raise UsageError("serve runs on one machine, start mlx_lm.server for several")
     if not (is_loopback(options.host) or len(keys) or insecure):

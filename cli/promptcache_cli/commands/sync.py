@@ -19,7 +19,7 @@ from promptcache_cli.options import (
 
 if TYPE_CHECKING:
     from promptcache import CachedGenerator
-    from promptcache.generator import BuiltPrefix
+    from promptcache.engine.build import BuiltPrefix
     from promptcache.project.manifest import PromptSpec
     from promptcache.project.sync import SyncStep
     from promptcache.prompts.render import RenderedPrompt

@@ -1,7 +1,7 @@
 """mlx-lm's server: all that promptcache uses of it, in one place.
 
-The server is composed of its parts, which are no public interface: a release of mlx-lm
-may move any of them. `changes` tells which, before a request finds out.
+The server is composed of its parts, which are not a public interface: a release of
+mlx-lm may change any of them. `incompatibilities` finds out before a request does.
 """
 
 import inspect
@@ -27,8 +27,10 @@ __all__ = [
     "ModelProvider",
     "ResponseGenerator",
     "TimeBudget",
-    "changes",
+    "describe",
+    "find",
     "get_system_fingerprint",
+    "incompatibilities",
     "load_processor",
     "parse_size",
 ]
@@ -67,76 +69,20 @@ PARAMETERS = {
         *("request_type", "prompt", "messages", "tools", "role_mapping"),
     ),
 }
-# What its code does with the prompt cache and with what is overridden.
-USES = {
-    "ResponseGenerator._generate": (
-        "self._next_request(timeout)",
-        "for _ in self._time_budget:",
-        "self.model_provider.load_default()",
-        "self.prompt_cache.fetch_nearest_cache(",
-        "current_model_key, prompt",
-        "all_tokens=[prompt[:prompt_cache_count]]",
-        "self.prompt_cache.insert_cache(",
-        "cache_key[:],",
-        "r.all_tokens[:],",
-        "self.prompt_cache.trim_to(n_bytes=total - active)",
-        "self._tokenize(current_tokenizer, request, args)",
-        "self._serve_single((rqueue, request, args), generation_stream)",
-    ),
-    "ResponseGenerator._serve_single": (
-        "cache_key = vision.cache_key if vision is not None else prompt[:]",
-        "self.prompt_cache.fetch_nearest_cache(",
-        "self.model_provider.model_key, cache_key, cache",
-        "rqueue.put((tokens_processed, tokens_total))",
-        "cache += make_prompt_cache(self.model_provider.draft_model)",
-    ),
-    "ResponseGenerator.generate": (
-        "self.requests.put((response_queue, request, generation_args))",
-        "self._await_response(response_queue)",
-    ),
-    "APIHandler.do_POST": (
-        'self.headers.get("Content-Length")',
-        "self.rfile.read(content_length)",
-        "self.handle_completion(request, stop_words)",
-    ),
-    "APIHandler.handle_completion": (
-        "self.response_generator.generate(",
-        "self._set_completion_headers(404)",
-        "ctx.stop()",
-        'self.stream_options["include_usage"]',
-    ),
-    "ModelProvider._load": (
-        "self.processor = load_processor(model, config)",
-        "self.model_key = (model_path, adapter_path, draft_model_path)",
-        'hasattr(c, "merge") for c in make_prompt_cache(model)',
-    ),
-}
 
 
-def changes(source: Any = server) -> list[str]:
-    """Return what of mlx-lm's server is not as promptcache needs it, line by line."""
-    return [*_moved(source), *_used_otherwise(source)]
-
-
-def _moved(source: Any) -> Iterator[str]:
+def incompatibilities(source: Any = server) -> Iterator[str]:
+    """Yield what of mlx-lm's server has other parameters than promptcache needs."""
     for name, wanted in PARAMETERS.items():
-        found = _find(source, name)
+        found = find(source, name)
         if found is None:
             yield f"{name} is gone"
         elif (parameters := tuple(inspect.signature(found).parameters)) != wanted:
             yield f"{name} takes {_listed(parameters)}, not {_listed(wanted)}"
 
 
-def _used_otherwise(source: Any) -> Iterator[str]:
-    for name, uses in USES.items():
-        found = _find(source, name)
-        code = "" if found is None else "".join(inspect.getsource(found).split())
-        for use in uses:
-            if "".join(use.split()) not in code:
-                yield f"{name} does not {use!r} any more"
-
-
-def _find(source: Any, name: str) -> Any:
+def find(source: Any, name: str) -> Any:
+    """Return an attribute of attributes by its dotted name, None if there is none."""
     for part in name.split("."):
         source = getattr(source, part, None)
     return source
@@ -146,6 +92,6 @@ def _listed(names: Sequence[str]) -> str:
     return f"({', '.join(names)})"
 
 
-def told(found: Sequence[str]) -> str:
-    """Return in one line what changed."""
-    return f"mlx-lm {version('mlx-lm')}: {'; '.join(found)}"
+def describe(incompatible: Sequence[str]) -> str:
+    """Return in one line what differs."""
+    return f"mlx-lm {version('mlx-lm')}: {'; '.join(incompatible)}"

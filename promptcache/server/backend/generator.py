@@ -7,6 +7,7 @@ generates. Requests for what another one is reading right now are held back ther
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from queue import Empty, Queue
 from typing import Any
 
@@ -19,6 +20,7 @@ from promptcache.server.backend.compat import ResponseGenerator, TimeBudget
 from promptcache.server.backend.model_provider import (
     IdentifiedModelProvider,
     ModelKey,
+    ServedModel,
     UnavailableError,
 )
 from promptcache.server.backend.prompt_cache import ServerPromptCache
@@ -28,7 +30,6 @@ from promptcache.server.backend.request_state import (
     RequestTokens,
     ServedRequest,
 )
-from promptcache.server.backend.served_model import ServedModel
 from promptcache.server.backend.single_flight import (
     MIN_SHARED_TOKENS,
     Job,
@@ -175,8 +176,8 @@ class CachedResponseGenerator(ResponseGenerator):
         current = self.model_provider.current
         assert current is not None
         check_vocabulary(args, current.vocab_size)
-        model = current.in_namespace(request.namespace)
-        settings = current.settings
+        model = current.loaded
+        settings = replace(current.settings, namespace=request.namespace)
         rendered = self._rendered(current, request, args)
         found = super()._tokenize(tokenizer, request, args)
         token_ids, segments, _, state, vision = found
@@ -209,7 +210,6 @@ class CachedResponseGenerator(ResponseGenerator):
         tokenizer = current.tokenizer
         if request.request_type != "chat" or not tokenizer.has_chat_template:
             return None
-        model = current.in_namespace(request.namespace)
         config = self.cli_args.chat_template_args | (args.chat_template_kwargs or {})
         # It takes less than mlx-lm does, images for one.
         with contextlib.suppress(UsageError):
@@ -218,7 +218,7 @@ class CachedResponseGenerator(ResponseGenerator):
                 request.messages,
                 tools=request.tools,
                 chat_template_config=config,
-                every_message=model.needs_checkpoints(current.settings),
+                every_message=current.loaded.needs_checkpoints(current.settings),
             )
         return None
 

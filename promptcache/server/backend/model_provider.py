@@ -5,20 +5,37 @@ import threading
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from promptcache.errors import PromptCacheError
 from promptcache.models import load
-from promptcache.models.loaded import vocab_size_of
+from promptcache.models.loaded import LoadedModel
 from promptcache.models.settings import Settings
 from promptcache.server.backend.compat import ModelProvider, load_processor
-from promptcache.server.backend.served_model import ServedModel
 
 # A model, its adapter and its draft, as mlx-lm tells them apart.
 ModelKey = tuple[str, str | None, str | None]
+
+
+class ServedModel(NamedTuple):
+    """A model that can be used on any thread, also while another takes its place.
+
+    Attributes:
+        loaded: The mlx-lm model, with what identifies it.
+        tokenizer: mlx-lm's wrapper of its tokenizer.
+        settings: How it reads prompts.
+        vocab_size: How many tokens it knows.
+        most_tokens: How long a prompt may be, None for any length.
+    """
+
+    loaded: LoadedModel
+    tokenizer: Any
+    settings: Settings
+    vocab_size: int
+    most_tokens: int | None
 
 
 class UnavailableError(PromptCacheError):
@@ -143,23 +160,26 @@ class IdentifiedModelProvider(ModelProvider):
         self.processor = load_processor(model, config)
         self.draft_model = draft_model
         limit = _context(config) if self._limit is None else self._limit
+        loaded = LoadedModel(model, identity=identity)
+        if draft_identity is not None:
+            loaded.register_draft(draft_model, draft_identity)
+        vocab_size = max(tokenizer.get_vocab().values()) + 1
         self.current = ServedModel(
-            model,
+            loaded,
             tokenizer,
-            identity,
-            draft_identity,
-            Settings.of(
-                kv_bits=self.cli_args.kv_bits,
-                kv_group_size=self.cli_args.kv_group_size,
-                quantized_kv_start=self.cli_args.quantized_kv_start,
-                prefill_step_size=self.cli_args.prefill_step_size,
-                draft_model=draft_model,
-                store_bits=self._store_bits,
-            ),
-            vocab_size=min(
-                max(tokenizer.get_vocab().values()) + 1, vocab_size_of(model)
-            ),
-            most_tokens=limit or None,
+            self._settings(draft_model),
+            min(vocab_size, loaded.vocab_size),
+            limit or None,
+        )
+
+    def _settings(self, draft_model: Any) -> Settings:
+        return Settings.of(
+            kv_bits=self.cli_args.kv_bits,
+            kv_group_size=self.cli_args.kv_group_size,
+            quantized_kv_start=self.cli_args.quantized_kv_start,
+            prefill_step_size=self.cli_args.prefill_step_size,
+            draft_model=draft_model,
+            store_bits=self._store_bits,
         )
 
     def reset(self) -> None:

@@ -1,15 +1,17 @@
 """The cache API: what a server's cache holds, and why a prompt hits or misses."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from promptcache.errors import PromptCacheError
-from promptcache.generator import CachedGenerator
+from promptcache.explain.explain import explain_prompt
+from promptcache.prompts.render import render_prompt
 from promptcache.server.backend.model_provider import (
     IdentifiedModelProvider,
+    ServedModel,
     UnavailableError,
 )
-from promptcache.server.backend.served_model import ServedModel
 from promptcache.server.http.validation import BadRequestError, check_completion
 from promptcache.store import PrefixStore
 from promptcache.store.reports import PinQuota, Prefix
@@ -48,27 +50,19 @@ class CacheApi:
         is_chat = "messages" in body
         check_completion(body, is_chat=is_chat)
         current = self._model(body)
-        template_args = self._provider.cli_args.chat_template_args
-        generator = CachedGenerator(
-            current.model,
+        config = self._provider.cli_args.chat_template_args
+        rendered = render_prompt(
             current.tokenizer,
-            store=self._usable(),
-            memory_limit=0,
-            namespace=namespace,
-            identity=current.identity,
-            chat_template_config=template_args
-            | (body.get("chat_template_kwargs") or {}),
-        )
-        settings = current.settings
-        explanation = generator.explain(
             body["messages"] if is_chat else body["prompt"],
             tools=body.get("tools"),
-            kv_bits=settings.kv.bits,
-            kv_group_size=settings.kv.group_size,
-            quantized_kv_start=settings.kv.start,
-            prefill_step_size=settings.step_size,
-            store_bits=settings.store_bits,
+            chat_template_config=config | (body.get("chat_template_kwargs") or {}),
+            every_message=current.loaded.needs_checkpoints(current.settings),
         )
+        current.loaded.check_token_ids(rendered.token_ids)
+        settings = replace(current.settings, namespace=namespace)
+        fingerprint = current.loaded.fingerprint(settings)
+        store = self._usable()
+        explanation = explain_prompt(store, current.tokenizer, rendered, fingerprint)
         return explanation.to_json()
 
     def _model(self, body: Mapping[str, Any]) -> ServedModel:
