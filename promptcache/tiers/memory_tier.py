@@ -1,14 +1,14 @@
-"""The hot tier: what this process has read lately, in memory.
+"""The tier in memory: what this process has read lately.
 
-Prefixes form a tree here, too. Its trunks are whole caches: a generation takes one,
-writes on behind the rows that it shares, and puts it back longer. Where prompts part,
-the smaller side is copied: rows that would be overwritten become a branch, or the
-shared ones a cache of their own. So a prompt that goes on where another one stopped
+Prefixes form a tree here, too. Its roots are whole caches: a generation pops one,
+writes on behind the rows that it shares, and inserts it again when it is longer. Where
+prompts part, the smaller side is copied: rows that would be overwritten become a
+suffix, or the shared ones a cache of their own. So a prompt that continues another one
 costs no copy, and one that shares a long system prompt costs that of the few rows
 after it.
 
 A server's batches copy what they are given, so that a prefix can stay here while they
-use it: they `share` it, and `add` what is new, which becomes a branch.
+use it: they `view` it, and `insert_shared` what is new, which becomes a suffix.
 
 Rows of `KVCache` are shared at any token. A cache with parts of other classes is taken
 as a whole, by prompts that continue all it has read.
@@ -32,64 +32,59 @@ from promptcache.kvcache.classes import (
 )
 from promptcache.segments.chain import TOKEN_NBYTES, common_length, pack
 
-# Of how many pieces a prefix is put together before they become one.
+# A prefix of more pieces than this is merged into one.
 MAX_PIECES = 8
 
 
 @dataclass(eq=False, slots=True)
-class _CacheEntry:
-    """A whole cache.
+class _Entry:
+    """What has been read.
 
     Attributes:
         fingerprint: What its values depend on.
-        data: The packed token ids that it has read.
-        cache: One mlx-lm cache object a layer.
+        data: The packed token ids, from the first one on.
         nbytes: The size of its arrays.
     """
 
     fingerprint: str
     data: bytes
-    cache: list[Any]
     nbytes: int
 
     @property
     def num_tokens(self) -> int:
         return len(self.data) // TOKEN_NBYTES
 
+
+@dataclass(eq=False, slots=True)
+class _CacheEntry(_Entry):
+    """A whole cache: one mlx-lm cache object a layer."""
+
+    cache: list[Any]
+
     @property
     def is_sliceable(self) -> bool:
-        """Return whether a run can take over at any token of it."""
+        """Return whether a run can resume at any token of it."""
         return has_only_rows(self.cache)
 
 
 @dataclass(eq=False, slots=True)
-class _SuffixEntry:
-    """Rows that hang on a prefix which lies in some trunk and other branches.
+class _SuffixEntry(_Entry):
+    """Rows that continue a prefix, which lies in a cache and other suffixes.
 
     Attributes:
-        fingerprint: What its values depend on.
-        data: The packed token ids, from the first token on.
         start: The first of its rows.
         rows: For each part of the cache its keys and values, shape
             `(1, kv_heads, tokens, head_dim)`.
-        nbytes: The size of these.
     """
 
-    fingerprint: str
-    data: bytes
     start: int
     rows: Rows
-    nbytes: int
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.data) // TOKEN_NBYTES
 
 
 class _Piece(NamedTuple):
     """The rows up to `stop` of an entry, which others come before."""
 
-    entry: _CacheEntry | _SuffixEntry
+    entry: _Entry
     stop: int
 
 
@@ -119,10 +114,9 @@ class MemoryTier:
     """
 
     def __init__(self, max_nbytes: int) -> None:
-        """Take how many bytes to hold, 0 to hold nothing."""
         self.max_nbytes = max_nbytes
         self.num_evicted = 0
-        self._entries: list[_CacheEntry | _SuffixEntry] = []
+        self._entries: list[_Entry] = []
         self._lock = threading.RLock()
 
     @property
@@ -137,8 +131,6 @@ class MemoryTier:
         """Forget everything."""
         with self._lock:
             self._entries.clear()
-
-    # Finding and taking
 
     def find(
         self,
@@ -158,17 +150,17 @@ class MemoryTier:
         """
         data = pack(token_ids)
         with self._lock:
-            branches = self._branches(fingerprint, data)
-            found = (
-                self._prefix(trunk, branches, data, last_resume_point)
-                for trunk in self._entries
-                if isinstance(trunk, _CacheEntry) and trunk.fingerprint == fingerprint
+            suffixes = self._suffixes(fingerprint, data)
+            prefixes = (
+                self._prefix(root, suffixes, data, last_resume_point)
+                for root in self._entries
+                if isinstance(root, _CacheEntry) and root.fingerprint == fingerprint
             )
-            best = max(found, key=lambda prefix: prefix.num_tokens, default=None)
+            best = max(prefixes, key=lambda prefix: prefix.num_tokens, default=None)
         return best if best and best.num_tokens else None
 
-    def _branches(self, fingerprint: str, data: bytes) -> list[_Piece]:
-        """Return all branches with how far they agree with a prompt."""
+    def _suffixes(self, fingerprint: str, data: bytes) -> list[_Piece]:
+        """Return all suffixes with how far they agree with a prompt."""
         return [
             _Piece(entry, common_length(entry.data, data))
             for entry in self._entries
@@ -177,101 +169,102 @@ class MemoryTier:
 
     def _prefix(
         self,
-        trunk: _CacheEntry,
-        branches: Sequence[_Piece],
+        root: _CacheEntry,
+        suffixes: Sequence[_Piece],
         data: bytes,
         last_resume_point: Callable[[int], int],
     ) -> MemoryPrefix:
-        """Return what a trunk has of a prompt, with the branches that go on from it."""
+        """Return what a root has of a prompt, with the suffixes that go on from it."""
         last = len(data) // TOKEN_NBYTES - 1
-        covered = min(common_length(trunk.data, data), last)
-        if not trunk.is_sliceable:
-            is_whole = covered == trunk.num_tokens == last_resume_point(covered)
+        covered = min(common_length(root.data, data), last)
+        if not root.is_sliceable:
+            is_whole = covered == root.num_tokens == last_resume_point(covered)
             return MemoryPrefix(
-                covered if is_whole else 0, False, (_Piece(trunk, covered),)
+                covered if is_whole else 0, False, (_Piece(root, covered),)
             )
-        pieces = [_Piece(trunk, covered)]
-        while longer := _longest_branch(branches, covered, last):
+        pieces = [_Piece(root, covered)]
+        while longer := _longest_suffix(suffixes, covered, last):
             pieces.append(longer)
             covered = longer.stop
         return MemoryPrefix(last_resume_point(covered), True, tuple(pieces))
 
-    def take(self, found: MemoryPrefix) -> list[Any] | None:
-        """Return a cache that holds a prefix which was just found; it is the caller's.
+    def pop(self, prefix: MemoryPrefix) -> list[Any] | None:
+        """Return a cache with a prefix that was just found; it is the caller's.
 
-        None if another thread has taken it meanwhile. A generation that is done with it
-        puts it back.
+        None if another thread has popped it meanwhile. A generation that is done with
+        it inserts it again.
         """
         with self._lock:
-            (trunk, stop), *branches = found.pieces
-            if any(piece.entry not in self._entries for piece in found.pieces):
+            if not self._holds(prefix):
                 return None
-            assert isinstance(trunk, _CacheEntry)
-            covered = min(stop, found.num_tokens)
-            cache = self._taken(trunk, covered)
-            for branch, stop in branches:
-                assert isinstance(branch, _SuffixEntry)
-                stop = min(stop, found.num_tokens)
-                if stop > covered:
-                    _append(cache, branch, covered, stop)
-                    self._use(branch)
-                    covered = stop
-                if covered == branch.num_tokens:
-                    self._entries.remove(branch)
+            entry, stop = prefix.pieces[0]
+            assert isinstance(entry, _CacheEntry)
+            covered = min(stop, prefix.num_tokens)
+            cache = self._popped(entry, covered)
+            for suffix, stop in self._append_suffixes(cache, prefix, covered):
+                if stop == suffix.num_tokens:
+                    self._entries.remove(suffix)
             self._hold_limit()
             return cache
 
-    def _taken(self, trunk: _CacheEntry, num_tokens: int) -> list[Any]:
-        """Return a cache with the first tokens of a trunk; the rest of it stays."""
-        num_left = trunk.num_tokens - num_tokens
+    def _popped(self, entry: _CacheEntry, num_tokens: int) -> list[Any]:
+        """Return a cache with the first tokens of an entry; the rest of it stays."""
+        num_left = entry.num_tokens - num_tokens
         if num_left > num_tokens:
-            self._use(trunk)
-            return copied_cache(trunk.cache, num_tokens)
-        self._entries.remove(trunk)
+            self._use(entry)
+            return copied_cache(entry.cache, num_tokens)
+        self._entries.remove(entry)
         if num_left:
-            rows = copied_rows(trunk.cache, num_tokens, trunk.num_tokens)
-            nbytes = sum(array.nbytes for arrays in rows.values() for array in arrays)
-            self._entries.append(
-                _SuffixEntry(trunk.fingerprint, trunk.data, num_tokens, rows, nbytes)
-            )
-            trim(trunk.cache, num_tokens)
-        return trunk.cache
+            rest = _suffix_of(entry.fingerprint, entry.data, entry.cache, num_tokens)
+            self._entries.append(rest)
+            trim(entry.cache, num_tokens)
+        return entry.cache
 
-    def share(self, found: MemoryPrefix) -> list[Any] | None:
+    def view(self, prefix: MemoryPrefix) -> list[Any] | None:
         """Return a cache with a prefix that was just found, which stays here, too.
 
         Its arrays are objects of its own, and it has no room: what is written to it is
-        written to copies. None if another thread has taken it meanwhile.
+        written to copies. None if another thread has popped it meanwhile.
         """
         with self._lock:
-            (trunk, stop), *branches = found.pieces
-            if any(piece.entry not in self._entries for piece in found.pieces):
+            if not self._holds(prefix):
                 return None
-            assert isinstance(trunk, _CacheEntry)
-            covered = min(stop, found.num_tokens)
-            if not trunk.is_sliceable:
-                self._use(trunk)
-                return deepcopy(trunk.cache)
-            cache = shared_rows(trunk.cache, covered)
-            for branch, stop in branches:
-                assert isinstance(branch, _SuffixEntry)
-                stop = min(stop, found.num_tokens)
-                if stop > covered:
-                    _append(cache, branch, covered, stop)
-                    self._use(branch)
-                    covered = stop
+            entry, stop = prefix.pieces[0]
+            assert isinstance(entry, _CacheEntry)
+            if not entry.is_sliceable:
+                self._use(entry)
+                return deepcopy(entry.cache)
+            covered = min(stop, prefix.num_tokens)
+            cache = shared_rows(entry.cache, covered)
+            self._append_suffixes(cache, prefix, covered)
             # Last, so that it outlives what is of no use without it.
-            self._use(trunk)
+            self._use(entry)
             return cache
 
-    def _use(self, entry: _CacheEntry | _SuffixEntry) -> None:
+    def _holds(self, prefix: MemoryPrefix) -> bool:
+        return all(piece.entry in self._entries for piece in prefix.pieces)
+
+    def _append_suffixes(
+        self, cache: list[Any], prefix: MemoryPrefix, covered: int
+    ) -> list[_Piece]:
+        """Add the rows of a prefix's suffixes to a cache; return those pieces."""
+        suffixes = []
+        for suffix, stop in prefix.pieces[1:]:
+            assert isinstance(suffix, _SuffixEntry)
+            stop = min(stop, prefix.num_tokens)
+            if stop > covered:
+                _append(cache, suffix, covered, stop)
+                self._use(suffix)
+                covered = stop
+                suffixes.append(_Piece(suffix, stop))
+        return suffixes
+
+    def _use(self, entry: _Entry) -> None:
         """Make an entry the last to go."""
         self._entries.remove(entry)
         self._entries.append(entry)
 
-    # Putting back
-
-    def put(
+    def insert(
         self,
         fingerprint: str,
         token_ids: Sequence[int],
@@ -301,19 +294,21 @@ class MemoryTier:
         except (AttributeError, NotImplementedError):
             # A class of the model's own, whose size nobody knows.
             return
-        new = _CacheEntry(fingerprint, pack(token_ids[:num_good]), cache, nbytes)
+        new = _CacheEntry(fingerprint, pack(token_ids[:num_good]), nbytes, cache)
         with self._lock:
-            known = [*self._alike(new)]
-            for entry in known:
+            equivalents = [*self._equivalents(new)]
+            for entry in equivalents:
                 if entry.num_tokens > new.num_tokens:
                     self._use(entry)
                     return
-            for entry in known:
+            for entry in equivalents:
                 self._entries.remove(entry)
             self._entries.append(new)
             self._hold_limit()
 
-    def add(self, fingerprint: str, token_ids: Sequence[int], cache: list[Any]) -> None:
+    def insert_shared(
+        self, fingerprint: str, token_ids: Sequence[int], cache: list[Any]
+    ) -> None:
         """Keep what a cache has read, but only rows of it that are not here yet.
 
         Args:
@@ -322,29 +317,25 @@ class MemoryTier:
             cache: One mlx-lm cache object a layer, of which the caller keeps nothing.
         """
         if not has_only_rows(cache):
-            return self.put(fingerprint, token_ids, cache)
+            return self.insert(fingerprint, token_ids, cache)
         with self._lock:
             # One more, as a prefix leaves one to read.
-            found = self.find(fingerprint, [*token_ids, 0], lambda end: end)
-            if found is None or len(found.pieces) >= MAX_PIECES:
+            prefix = self.find(fingerprint, [*token_ids, 0], lambda end: end)
+            if prefix is None or len(prefix.pieces) >= MAX_PIECES:
                 data = pack(token_ids)
                 self._forget_prefixes(fingerprint, data)
-                return self.put(fingerprint, token_ids, cache)
-            for entry, _ in reversed(found.pieces):
+                return self.insert(fingerprint, token_ids, cache)
+            for entry, _ in reversed(prefix.pieces):
                 self._use(entry)
-            if found.num_tokens == len(token_ids):
+            if prefix.num_tokens == len(token_ids):
                 return
-            rows = copied_rows(cache, found.num_tokens, len(token_ids))
-            nbytes = sum(array.nbytes for arrays in rows.values() for array in arrays)
-            branch = _SuffixEntry(
-                fingerprint, pack(token_ids), found.num_tokens, rows, nbytes
-            )
-            # Before its trunk, which is to outlive it.
-            self._entries.insert(len(self._entries) - 1, branch)
+            suffix = _suffix_of(fingerprint, pack(token_ids), cache, prefix.num_tokens)
+            # Before the cache that it continues, which is to outlive it.
+            self._entries.insert(len(self._entries) - 1, suffix)
             self._hold_limit()
 
     def _forget_prefixes(self, fingerprint: str, data: bytes) -> None:
-        """Remove the branches that a longer trunk makes superfluous."""
+        """Remove the suffixes that a longer root makes superfluous."""
         self._entries = [
             entry
             for entry in self._entries
@@ -353,14 +344,14 @@ class MemoryTier:
             or not data.startswith(entry.data)
         ]
 
-    def hold(self, max_nbytes: int) -> None:
+    def set_limit(self, max_nbytes: int) -> None:
         """Set how many bytes to hold, and give up what is more."""
         with self._lock:
             self.max_nbytes = max_nbytes
             self._hold_limit()
 
-    def _alike(self, new: _CacheEntry) -> Iterator[_CacheEntry]:
-        """Yield the trunks that are good for all that a new one is, or the reverse."""
+    def _equivalents(self, new: _CacheEntry) -> Iterator[_CacheEntry]:
+        """Yield the roots that are good for all that a new one is, or the reverse."""
         for entry in self._entries:
             if isinstance(entry, _CacheEntry) and entry.fingerprint == new.fingerprint:
                 shared = common_length(entry.data, new.data)
@@ -377,22 +368,31 @@ class MemoryTier:
             self.num_evicted += 1
 
 
-def _longest_branch(
-    branches: Sequence[_Piece], covered: int, last: int
+def _suffix_of(
+    fingerprint: str, data: bytes, cache: Sequence[Any], start: int
+) -> _SuffixEntry:
+    """Return a copy of the rows that a cache has from a token on."""
+    rows = copied_rows(cache, start, len(data) // TOKEN_NBYTES)
+    nbytes = sum(array.nbytes for arrays in rows.values() for array in arrays)
+    return _SuffixEntry(fingerprint, data, nbytes, start, rows)
+
+
+def _longest_suffix(
+    suffixes: Sequence[_Piece], covered: int, last: int
 ) -> _Piece | None:
-    """Return the branch that reaches furthest beyond what is covered, if any."""
+    """Return the suffix that reaches furthest beyond what is covered, if any."""
     pieces = (
         _Piece(entry, min(stop, last))
-        for entry, stop in branches
+        for entry, stop in suffixes
         if isinstance(entry, _SuffixEntry) and entry.start <= covered
     )
     best = max(pieces, key=lambda piece: piece.stop, default=None)
     return best if best and best.stop > covered else None
 
 
-def _append(cache: Sequence[Any], branch: _SuffixEntry, start: int, stop: int) -> None:
-    """Add the rows `[start, stop)` of a branch to a cache that holds those before."""
+def _append(cache: Sequence[Any], suffix: _SuffixEntry, start: int, stop: int) -> None:
+    """Add the rows `[start, stop)` of a suffix to a cache that holds those before."""
     for name, part in parts_of(cache):
         if not part.empty():
-            span = slice(start - branch.start, stop - branch.start)
-            part.update_and_fetch(*(array[..., span, :] for array in branch.rows[name]))
+            span = slice(start - suffix.start, stop - suffix.start)
+            part.update_and_fetch(*(array[..., span, :] for array in suffix.rows[name]))

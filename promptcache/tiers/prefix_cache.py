@@ -109,7 +109,10 @@ class PrefixCache:
         if self.store is not None:
             match = self.store.lookup(read.token_ids[:-1], fingerprint)
         found = self._in_memory(read, fingerprint, match)
-        if found is not None and (cache := self._take(found, is_shared)) is not None:
+        if (
+            found is not None
+            and (cache := self._from_memory(found, is_shared)) is not None
+        ):
             return FetchedPrefix(cache, found.num_tokens, fingerprint, match, "memory")
         cache = model.make_cache(read.settings)
         if self.store is None:
@@ -127,7 +130,9 @@ class PrefixCache:
         num_tokens = restored.cached_tokens
         if is_shared and read.uses_memory and num_tokens and has_only_rows(cache):
             shared = shared_rows(cache, num_tokens)
-            self.memory.add(fingerprint.digest, read.token_ids[:num_tokens], shared)
+            self.memory.insert_shared(
+                fingerprint.digest, read.token_ids[:num_tokens], shared
+            )
         return FetchedPrefix(
             cache,
             num_tokens,
@@ -142,12 +147,12 @@ class PrefixCache:
         self, read: PromptRead, fingerprint: Fingerprint, match: Match
     ) -> MemoryPrefix | None:
         """Return what memory has, if the store has no more."""
-        found = self._find(read, fingerprint)
-        if found is None or found.num_tokens < match.cached_tokens:
+        prefix = self._find(read, fingerprint)
+        if prefix is None or prefix.num_tokens < match.cached_tokens:
             return None
         # What is saved has to be captured, piece by piece, from where the store ends.
-        is_lost = not found.is_sliceable and read.is_due(match)
-        return None if is_lost else found
+        is_lost = not prefix.is_sliceable and read.is_due(match)
+        return None if is_lost else prefix
 
     def _find(self, read: PromptRead, fingerprint: Fingerprint) -> MemoryPrefix | None:
         if not read.uses_memory:
@@ -156,9 +161,9 @@ class PrefixCache:
             fingerprint.digest, read.token_ids, read.plan.last_resume_point
         )
 
-    def _take(self, found: MemoryPrefix, is_shared: bool) -> list[Any] | None:
+    def _from_memory(self, prefix: MemoryPrefix, is_shared: bool) -> list[Any] | None:
         try:
-            return self.memory.share(found) if is_shared else self.memory.take(found)
+            return self.memory.view(prefix) if is_shared else self.memory.pop(prefix)
         except (RuntimeError, MemoryError):
             # It does not fit twice; on disk it is safe.
             self.memory.clear()
@@ -166,8 +171,8 @@ class PrefixCache:
 
     def num_cached(self, read: PromptRead, fingerprint: Fingerprint) -> int:
         """Return how much of a prompt could be fetched now."""
-        found = self._find(read, fingerprint)
-        num_tokens = found.num_tokens if found else 0
+        prefix = self._find(read, fingerprint)
+        num_tokens = prefix.num_tokens if prefix else 0
         if self.store is not None and num_tokens < read.num_tokens - 1:
             with contextlib.suppress(StoreError):
                 match = self.store.lookup(read.token_ids[:-1], fingerprint)
@@ -198,7 +203,7 @@ class PrefixCache:
         if not read.plan.is_sliceable(end):
             end = read.plan.last_resume_point(read.num_tokens - 1)
         digest = fetched.fingerprint.digest
-        self.memory.put(digest, token_ids, fetched.cache, good_to=end)
+        self.memory.insert(digest, token_ids, fetched.cache, good_to=end)
 
     def record(
         self,

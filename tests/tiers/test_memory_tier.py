@@ -19,7 +19,7 @@ from tests.helpers.memory import MODEL, PLENTY, ids, read, rows
 
 
 def put(tier: MemoryTier, token_ids: list[int]) -> None:
-    tier.put("f", token_ids, read(token_ids)[0])
+    tier.insert("f", token_ids, read(token_ids)[0])
 
 
 def taken(tier: MemoryTier, prompt: list[int]) -> tuple[int, list[Any]]:
@@ -27,7 +27,7 @@ def taken(tier: MemoryTier, prompt: list[int]) -> tuple[int, list[Any]]:
     found = tier.find("f", prompt, lambda position: position)
     if found is None:
         return 0, make_prompt_cache(MODEL)
-    cache = tier.take(found)
+    cache = tier.pop(found)
     assert cache is not None
     expected, _ = read(prompt[: found.num_tokens])
     for left, right in zip(rows(cache), rows(expected), strict=True):
@@ -41,7 +41,7 @@ def test_prompt_that_continues_gets_the_very_arrays() -> None:
     cache, _ = read(prompt)
     before = cache[0].keys
 
-    tier.put("f", prompt, cache)
+    tier.insert("f", prompt, cache)
     num_tokens, again = taken(tier, [*prompt, 5])
 
     assert num_tokens == 300
@@ -70,7 +70,7 @@ def test_first_question_survives_the_second_one() -> None:
 
     num_tokens, cache = taken(tier, [*system, *two])
     assert num_tokens == 200
-    tier.put("f", [*system, *two], read([*system, *two], cache)[0])
+    tier.insert("f", [*system, *two], read([*system, *two], cache)[0])
 
     assert taken(tier, [*system, *one, 5])[0] == 230
 
@@ -104,7 +104,7 @@ def test_conversations_in_turn_equal_cold_runs(seed: int) -> None:
 
         assert num_tokens == min(shared, len(prompt) - 1)
         assert mx.allclose(logits, read(prompt)[1], atol=1e-4).item()
-        tier.put("f", prompt, cache)
+        tier.insert("f", prompt, cache)
         known.append(prompt)
 
 
@@ -121,7 +121,7 @@ def test_limit_holds_and_the_least_recently_used_goes_first() -> None:
         put(tier, prompt)
     num_tokens, cache = taken(tier, [*one, 5])
     assert num_tokens == 200
-    tier.put("f", one, cache)
+    tier.insert("f", one, cache)
 
     put(tier, three)
 
@@ -141,7 +141,7 @@ def test_cache_that_has_read_more_is_cut_to_what_is_known() -> None:
     tier = MemoryTier(PLENTY)
     prompt = ids(60, 1)
 
-    tier.put("f", prompt, read(prompt)[0], good_to=50)
+    tier.insert("f", prompt, read(prompt)[0], good_to=50)
 
     assert taken(tier, [*prompt[:50], 7, 7])[0] == 50
 
@@ -154,7 +154,7 @@ def test_what_another_thread_has_taken_is_gone() -> None:
     assert found is not None
     tier.clear()
 
-    assert tier.take(found) is None
+    assert tier.pop(found) is None
 
 
 def test_window_that_has_read_more_than_is_known_is_not_kept() -> None:
@@ -163,7 +163,7 @@ def test_window_that_has_read_more_than_is_known_is_not_kept() -> None:
     cache = [RotatingKVCache(32) for _ in make_prompt_cache(MODEL)]
     MODEL(mx.array(prompt)[None], cache=cache)
 
-    tier.put("f", prompt, cache, good_to=50)
+    tier.insert("f", prompt, cache, good_to=50)
 
     assert len(tier) == 0
 
@@ -349,7 +349,7 @@ def test_quantized_caches_are_left_to_the_disk(
     options = {"kv_bits": 8, "kv_group_size": 32, "save": False}
     answered(generator, ids(100, 1), **options)
 
-    assert len(generator._hot) == 0
+    assert len(generator._memory) == 0
 
 
 def test_longer_prefix_on_disk_is_preferred(
@@ -383,10 +383,10 @@ def test_default_limit_is_a_part_of_the_memory(
 ) -> None:
     monkeypatch.delenv("PROMPTCACHE_MEMORY_LIMIT")
     with CachedGenerator.load(model_dir) as generator:
-        assert generator._hot.max_nbytes > 10**8
+        assert generator._memory.max_nbytes > 10**8
     monkeypatch.setenv("PROMPTCACHE_MEMORY_LIMIT", "5MB")
     with CachedGenerator.load(model_dir) as generator:
-        assert generator._hot.max_nbytes == 5 * 10**6
+        assert generator._memory.max_nbytes == 5 * 10**6
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ from tests.helpers.memory import PLENTY, ids, read, rows
 
 
 def add(tier: MemoryTier, token_ids: list[int]) -> None:
-    tier.add("f", token_ids, read(token_ids)[0])
+    tier.insert_shared("f", token_ids, read(token_ids)[0])
 
 
 def shared(tier: MemoryTier, prompt: list[int]) -> tuple[int, list[Any]]:
     """Share what there is of a prompt, and check that it is what a cold run reads."""
     found = tier.find("f", prompt, lambda position: position)
     assert found is not None
-    cache = tier.share(found)
+    cache = tier.view(found)
     assert cache is not None
     expected, _ = read(prompt[: found.num_tokens])
     for left, right in zip(rows(cache), rows(expected), strict=True):
@@ -29,7 +29,7 @@ def shared(tier: MemoryTier, prompt: list[int]) -> tuple[int, list[Any]]:
 def test_shared_prefix_stays_and_is_not_written_to() -> None:
     tier = MemoryTier(PLENTY)
     prompt = ids(300, 1)
-    tier.put("f", prompt, read(prompt)[0])
+    tier.insert("f", prompt, read(prompt)[0])
 
     for seed in (2, 3, 4):
         for length in (299, 300, 120):
@@ -87,7 +87,7 @@ def test_trunk_outlives_its_branches() -> None:
     for seed in range(2, 8):
         add(tier, [*system, *ids(10, seed)])
 
-    tier.hold(tier.nbytes - 1)
+    tier.set_limit(tier.nbytes - 1)
 
     assert tier.num_evicted == 1
     assert shared(tier, [*system, *ids(10, 2), 5])[0] < 210
@@ -106,7 +106,7 @@ def test_random_uses_give_the_rows_of_a_cold_run() -> None:
         found = tier.find("f", prompt, lambda position: position)
         if found is not None:
             _, cache = shared(tier, prompt)
-            tier.add("f", prompt, read(prompt, cache)[0])
+            tier.insert_shared("f", prompt, read(prompt, cache)[0])
         else:
             add(tier, prompt)
         prompts.append(prompt)

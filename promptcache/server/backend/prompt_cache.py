@@ -73,8 +73,8 @@ class ServerPromptCache:
         self._writer = BackgroundWriter(self._max_queued_nbytes)
         self._saver = PrefixSaver(store, self._writer) if store else None
         self._paused_until = 0.0
-        self._hot = MemoryTier(memory_limit)
-        self._prefixes = PrefixCache(store, self._hot, self._writer)
+        self._memory = MemoryTier(memory_limit)
+        self._prefixes = PrefixCache(store, self._memory, self._writer)
         self._running: list[RequestState] = []
         self._active_nbytes = 0
         self._token_nbytes = 0.0
@@ -142,16 +142,16 @@ class ServerPromptCache:
     @property
     def nbytes(self) -> int:
         """Return the bytes of memory that it holds."""
-        return self._hot.nbytes + self._queued_nbytes
+        return self._memory.nbytes + self._queued_nbytes
 
     def __len__(self) -> int:
-        return len(self._hot)
+        return len(self._memory)
 
     def stats_by_type(self) -> dict[str, dict[str, int]]:
         """Return what mlx-lm logs before each request."""
         queued = len(self._saver) if self._saver is not None else 0
         return {
-            "memory": {"n_sequences": len(self), "n_bytes": self._hot.nbytes},
+            "memory": {"n_sequences": len(self), "n_bytes": self._memory.nbytes},
             "queued": {"n_sequences": queued, "n_bytes": self._queued_nbytes},
         }
 
@@ -218,7 +218,7 @@ class ServerPromptCache:
         saved = None
         if self._saver is not None and (self._save_answers or not is_answer):
             saved = self._save(reading, [*tokens[:end]], cache, start=start)
-        self._hot.add(reading.fingerprint.digest, tokens[:end], cache)
+        self._memory.insert_shared(reading.fingerprint.digest, tokens[:end], cache)
         self._hold_limit()
         return saved
 
@@ -314,7 +314,7 @@ class ServerPromptCache:
 
     def _hold_limit(self) -> None:
         taken = self._active_nbytes + self._queued_nbytes
-        self._hot.hold(max(self._memory_limit - taken, 0))
+        self._memory.set_limit(max(self._memory_limit - taken, 0))
 
     # Recording
 
@@ -340,9 +340,9 @@ class ServerPromptCache:
 
     def _levels(self) -> Gauges:
         store, saver = self._store, self._saver
-        nbytes = {"memory": self._hot.nbytes, "active": self._active_nbytes}
+        nbytes = {"memory": self._memory.nbytes, "active": self._active_nbytes}
         limits = {"memory": self._memory_limit}
-        evictions = {"memory": self._hot.num_evicted}
+        evictions = {"memory": self._memory.num_evicted}
         if store is not None:
             nbytes["disk"], limits["disk"] = store.total_nbytes(), store.max_nbytes
             evictions["disk"] = store.num_evicted
@@ -365,7 +365,7 @@ class ServerPromptCache:
     def close(self) -> None:
         """Give up what is in memory; to be called after `finish`."""
         self._writer.close()
-        self._hot.clear()
+        self._memory.clear()
 
 
 def _usable(
