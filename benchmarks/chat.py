@@ -18,14 +18,21 @@ from typing import NamedTuple
 import mlx_lm
 from mlx_lm.models.cache import KVCache, save_prompt_cache
 
-from benchmarks import caches, restore
+from benchmarks import restore
 from benchmarks.harness import (
+    NBYTES_PER_TOKEN,
     Measurement,
+    blobs_of,
     check_close,
     check_equal,
+    checksum,
+    fresh_cache,
     narrate,
+    nbytes_of,
     options_parser,
     report,
+    save_cache,
+    shrink,
     write_json,
 )
 from benchmarks.random_llama import NARROW, SMOLLM2_VOCABULARY, make_random_llama
@@ -84,7 +91,7 @@ class Chat:
         # The last token has not been read.
         self.saved = [*self._token_ids, *answer[:-1]]
         self._token_ids += answer
-        rows_nbytes = len(self.saved) * caches.NBYTES_PER_TOKEN
+        rows_nbytes = len(self.saved) * NBYTES_PER_TOKEN
         return Turn(self._stored_nbytes(), rows_nbytes, self._file_nbytes())
 
     def _answer(self) -> list[int]:
@@ -113,7 +120,7 @@ class Chat:
         return answer
 
     def _stored_nbytes(self) -> int:
-        return caches.nbytes_of([f for f in self.path.rglob("*") if f.is_file()])
+        return nbytes_of([f for f in self.path.rglob("*") if f.is_file()])
 
     def _file_nbytes(self) -> int:
         """Return how big mlx-lm's file of this turn is, without keeping it."""
@@ -125,7 +132,7 @@ class Chat:
 
     def cache(self) -> list[KVCache]:
         """Return a cache that has read what was saved."""
-        store, cache = self._generator.store, caches.fresh_cache()
+        store, cache = self._generator.store, fresh_cache()
         assert store is not None
         resumed = restore_prefix(
             store,
@@ -136,7 +143,7 @@ class Chat:
             kv=KVSettings(),
         )
         check_equal("rows restored", resumed.match.cached_tokens, len(self.saved))
-        caches.shrink(cache, len(self.saved))
+        shrink(cache, len(self.saved))
         return cache
 
     def close(self) -> None:
@@ -164,21 +171,19 @@ def restore_cases(chat: Chat, folder: Path) -> list[restore.Case]:
     cache, num_tokens = chat.cache(), len(chat.saved)
     one_folder = folder / "one"
     with PrefixStore(one_folder) as store:
-        caches.save_cache(
-            store, chat.fingerprint, chat.saved, cache, cut_at=[num_tokens]
-        )
-    files = caches.blobs_of(one_folder)
+        save_cache(store, chat.fingerprint, chat.saved, cache, cut_at=[num_tokens])
+    files = blobs_of(one_folder)
     one = restore.Case(
         restore.labels(num_tokens, "promptcache", len(files)),
         "promptcache",
         num_tokens,
         files,
-        caches.checksum(cache, num_tokens),
+        checksum(cache, num_tokens),
         [*chat.saved, *restore.SUFFIX],
         one_folder,
         chat.fingerprint,
     )
-    files = caches.blobs_of(chat.path)
+    files = blobs_of(chat.path)
     labels = restore.labels(num_tokens, "promptcache", len(files))
     return [one, replace(one, labels=labels, files=files, store=chat.path)]
 

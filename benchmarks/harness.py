@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, trials in processes, tables and JSON files."""
+"""What the benchmarks share: options, trials in processes, caches, tables, files."""
 
 import argparse
 import json
@@ -7,13 +7,21 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import mlx.core as mx
+import xxhash
+from mlx_lm.models.cache import KVCache
+
 import promptcache
+from promptcache.kvcache import snapshot
+from promptcache.kvcache.encode import encode_rows
+from promptcache.segments.fingerprint import Fingerprint
+from promptcache.store import PrefixStore
 
 NARRATOR = Path(__file__).parents[1] / "docs" / "examples" / "narrator.txt"
 
@@ -22,6 +30,10 @@ NARRATOR = Path(__file__).parents[1] / "docs" / "examples" / "narrator.txt"
 CPU_TOLERANCE = 1e-4
 # In half precision, as on a GPU, rounding hides such a row.
 GPU_TOLERANCE = 1e-1
+
+# SmolLM2-135M's, in float32.
+NUM_LAYERS, KV_HEADS, HEAD_DIM = 30, 3, 64
+NBYTES_PER_TOKEN = NUM_LAYERS * 2 * KV_HEADS * HEAD_DIM * 4
 
 # The argument with which a benchmark runs one trial.
 WORKER = "--worker"
@@ -164,8 +176,6 @@ def check_equal(what: str, value: object, expected: object) -> None:
 
 def check_close(what: str, values: Sequence[float], expected: Sequence[float]) -> None:
     """Raise AssertionError if log-probabilities differ by more than rounding."""
-    import mlx.core as mx
-
     is_cpu = mx.default_device() == mx.Device(mx.cpu)
     worst = max(abs(a - b) for a, b in zip(values, expected, strict=True))
     # Not the other way around: it may be no number.
@@ -180,8 +190,6 @@ def narrate(text: str) -> None:
 
 def machine() -> str:
     """Return one line about the machine and the versions that were measured."""
-    import mlx.core as mx
-
     versions = ", ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm"))
     versions = f"promptcache {promptcache.__version__}, {versions}"
     blas = " with OpenBLAS" if "openblas" in os.environ.get("LD_PRELOAD", "") else ""
@@ -198,3 +206,76 @@ def table(headers: Sequence[str], rows: Iterable[Iterable[object]]) -> Iterator[
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a Markdown table."""
     print("\n".join(table(headers, rows)), flush=True)
+
+
+# Caches without a model
+
+
+def random_cache(num_tokens: int, seed: int) -> list[KVCache]:
+    """Return a cache of SmolLM2's shape that holds random keys and values."""
+    mx.random.seed(seed)
+    shape = (1, KV_HEADS, num_tokens, HEAD_DIM)
+    cache = [KVCache() for _ in range(NUM_LAYERS)]
+    for part in cache:
+        part.update_and_fetch(mx.random.normal(shape), mx.random.normal(shape))
+    mx.eval([part.state for part in cache])
+    return cache
+
+
+def fresh_cache() -> list[KVCache]:
+    """Return an empty cache of SmolLM2's shape."""
+    return [KVCache() for _ in range(NUM_LAYERS)]
+
+
+def evaluate(cache: Sequence[Any]) -> None:
+    """Compute all keys and values of a cache."""
+    mx.eval([[part.keys, part.values] for part in cache if part.keys is not None])
+
+
+def shrink(cache: Sequence[Any], num_tokens: int) -> None:
+    """Leave a cache the rows that it has after reading these tokens and no others.
+
+    mlx-lm saves all rows, also those that it has only made room for.
+    """
+    for part in cache:
+        part.trim(part.offset - num_tokens)
+        capacity = -(-num_tokens // part.step) * part.step
+        part.keys = mx.contiguous(part.keys[..., :capacity, :])
+        part.values = mx.contiguous(part.values[..., :capacity, :])
+    evaluate(cache)
+
+
+def checksum(cache: Sequence[Any], num_tokens: int) -> str:
+    """Return a hash over the first rows of a cache, layer by layer."""
+    hash_ = xxhash.xxh3_128()
+    for part in cache if num_tokens else ():
+        for array in (part.keys, part.values):
+            hash_.update(memoryview(mx.contiguous(array[..., :num_tokens, :])))
+    return hash_.hexdigest()
+
+
+def save_cache(
+    store: PrefixStore,
+    fingerprint: Fingerprint,
+    token_ids: Sequence[int],
+    cache: Sequence[Any],
+    *,
+    cut_at: Collection[int] = (),
+) -> None:
+    """Save what a cache holds of these tokens, in segments that end at `cut_at`."""
+    taken = snapshot.capture(cache, 0, len(token_ids))
+
+    def encode(start: int, end: int) -> Any:
+        return encode_rows(cache, [taken], token_ids, start, end)
+
+    store.segments.save(token_ids, fingerprint, encode, cut_at=cut_at)
+
+
+def blobs_of(store: Path) -> list[Path]:
+    """Return the blobs of a store."""
+    return sorted(store.glob("blobs/*/*.safetensors"))
+
+
+def nbytes_of(files: Sequence[Path]) -> int:
+    """Return the size of files."""
+    return sum(file.stat().st_size for file in files)

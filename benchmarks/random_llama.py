@@ -25,6 +25,16 @@ LLAMA_1B = {
     "head_dim": 64,
     "vocab_size": 128_256,
 }
+# 128 KiB of keys and values a token in bfloat16.
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "intermediate_size": 14_336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128_256,
+}
 # SmolLM2-135M's keys and values, and little else.
 NARROW = {
     "hidden_size": 192,
@@ -44,12 +54,15 @@ SHARED = {
 }
 
 
-def make_random_llama(folder: Path, shape: dict[str, int]) -> Path:
-    """Save a float32 model with SmolLM2's tokenizer; return the folder."""
+def make_random_llama(
+    folder: Path, shape: dict[str, int], dtype: mx.Dtype = mx.float32
+) -> Path:
+    """Save a model with SmolLM2's tokenizer; return the folder."""
     config = SHARED | shape
     folder.mkdir(parents=True)
     mx.random.seed(0)
     model = Model(ModelArgs.from_dict(config))
+    model.set_dtype(dtype)
     embedding = model.model.embed_tokens
     # The tokenizer has no words for tokens beyond, so they get no likely logits.
     rows = mx.arange(shape["vocab_size"])[:, None] < SMOLLM2_VOCABULARY

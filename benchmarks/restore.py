@@ -23,16 +23,24 @@ import mlx.core as mx
 import xxhash
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
-from benchmarks import caches, page_cache
+from benchmarks import page_cache
 from benchmarks.harness import (
+    NBYTES_PER_TOKEN,
     WORKER,
     Measurement,
+    blobs_of,
     check_equal,
+    checksum,
+    evaluate,
+    fresh_cache,
     median_ratio,
     narrate,
+    nbytes_of,
     options_parser,
+    random_cache,
     report,
     run_worker,
+    save_cache,
 )
 from promptcache.kvcache.kv_quantization import KVSettings
 from promptcache.models.prefill_plan import PrefillPlan
@@ -86,8 +94,8 @@ class Case:
     def nbytes(self) -> int:
         """Return how many bytes are wanted."""
         if self.way in RAW:
-            return caches.nbytes_of(self.files)
-        return self.num_tokens * caches.NBYTES_PER_TOKEN
+            return nbytes_of(self.files)
+        return self.num_tokens * NBYTES_PER_TOKEN
 
     def request(self) -> dict[str, Any]:
         """Return what the worker is asked for."""
@@ -103,8 +111,8 @@ class Case:
 
 def prepare(folder: Path, num_tokens: int) -> list[Case]:
     """Save random keys and values in every form, and return the ways to get them."""
-    cache = caches.random_cache(num_tokens, seed=num_tokens)
-    checksum = caches.checksum(cache, num_tokens)
+    cache = random_cache(num_tokens, seed=num_tokens)
+    saved = checksum(cache, num_tokens)
     plain, own = folder / "plain.safetensors", folder / "mlx-lm.safetensors"
     folder.mkdir()
     arrays = {}
@@ -116,8 +124,8 @@ def prepare(folder: Path, num_tokens: int) -> list[Case]:
     stored = in_store(folder / "store", cache, num_tokens, ())
     return [
         *raw_cases(stored),
-        Case(labels(num_tokens, "mx.load"), "mx.load", num_tokens, [plain], checksum),
-        Case(labels(num_tokens, "mlx-lm"), "mlx-lm", num_tokens, [own], checksum),
+        Case(labels(num_tokens, "mx.load"), "mx.load", num_tokens, [plain], saved),
+        Case(labels(num_tokens, "mlx-lm"), "mlx-lm", num_tokens, [own], saved),
         stored,
     ]
 
@@ -133,14 +141,14 @@ def in_store(
     """Save a cache in a store, in segments that end at `cut_at`."""
     token_ids = random_ids(num_tokens)
     with PrefixStore(folder) as store:
-        caches.save_cache(store, FINGERPRINT, token_ids, cache, cut_at=cut_at)
-    files = caches.blobs_of(folder)
+        save_cache(store, FINGERPRINT, token_ids, cache, cut_at=cut_at)
+    files = blobs_of(folder)
     return Case(
         labels(num_tokens, "promptcache", len(files)),
         "promptcache",
         num_tokens,
         files,
-        caches.checksum(cache, num_tokens),
+        checksum(cache, num_tokens),
         [*token_ids, *SUFFIX],
         folder,
     )
@@ -169,7 +177,7 @@ def raw_cases(stored: Case) -> Iterator[Case]:
 def prepare_chain(folder: Path) -> list[Case]:
     """Save one prefix in one segment and in many, and return the ways to get it."""
     folder.mkdir()
-    cache = caches.random_cache(CHAIN_TOKENS, seed=0)
+    cache = random_cache(CHAIN_TOKENS, seed=0)
     step = CHAIN_TOKENS // CHAIN_SEGMENTS
     one = in_store(folder / "one", cache, CHAIN_TOKENS, [CHAIN_TOKENS])
     many = range(step, CHAIN_TOKENS, step)
@@ -178,7 +186,7 @@ def prepare_chain(folder: Path) -> list[Case]:
         one,
         labels=labels(PART_TOKENS, f"promptcache, of {CHAIN_TOKENS}", 1),
         num_tokens=PART_TOKENS,
-        checksum=caches.checksum(cache, PART_TOKENS),
+        checksum=checksum(cache, PART_TOKENS),
         token_ids=[*one.token_ids[:PART_TOKENS], *SUFFIX],
     )
     return [one, chain, part]
@@ -261,7 +269,7 @@ class Restored(NamedTuple):
 
 def read_raw(files: Sequence[Path], *, touched: bool) -> Restored:
     """Read files into memory whose pages are there already, or are not."""
-    nbytes = caches.nbytes_of(files)
+    nbytes = nbytes_of(files)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = memoryview(mmap.mmap(-1, nbytes, flags=flags))
     if touched:
@@ -282,20 +290,20 @@ def load_arrays(file: Path, num_tokens: int) -> Restored:
     arrays = mx.load(str(file))
     mx.eval(arrays)
     seconds = time.perf_counter() - started
-    cache = caches.fresh_cache()
+    cache = fresh_cache()
     for i, part in enumerate(cache):
         part.keys, part.values = arrays[f"{i}.keys"], arrays[f"{i}.values"]
-    return Restored(seconds, num_tokens, caches.checksum(cache, num_tokens))
+    return Restored(seconds, num_tokens, checksum(cache, num_tokens))
 
 
 def load_mlx_lm(file: Path) -> Restored:
     """Load mlx-lm's own file."""
     started = time.perf_counter()
     cache = load_prompt_cache(str(file))
-    caches.evaluate(cache)
+    evaluate(cache)
     seconds = time.perf_counter() - started
     num_tokens = cache[0].offset
-    return Restored(seconds, num_tokens, caches.checksum(cache, num_tokens))
+    return Restored(seconds, num_tokens, checksum(cache, num_tokens))
 
 
 def resume_promptcache(
@@ -303,7 +311,7 @@ def resume_promptcache(
 ) -> Restored:
     """Resume from a store, beginning with the search for what it has."""
     with PrefixStore(folder) as store:
-        cache = caches.fresh_cache()
+        cache = fresh_cache()
         started = time.perf_counter()
         resumed = restore_prefix(
             store,
@@ -313,10 +321,10 @@ def resume_promptcache(
             plan=PrefillPlan(),
             kv=KVSettings(),
         )
-        caches.evaluate(cache)
+        evaluate(cache)
         seconds = time.perf_counter() - started
     num_tokens = resumed.match.cached_tokens
-    return Restored(seconds, num_tokens, caches.checksum(cache, num_tokens))
+    return Restored(seconds, num_tokens, checksum(cache, num_tokens))
 
 
 def work() -> None:

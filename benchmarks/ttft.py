@@ -30,20 +30,25 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
 )
 
-from benchmarks import caches, page_cache
+from benchmarks import page_cache
 from benchmarks.harness import (
     NARRATOR,
     WORKER,
     Measurement,
+    blobs_of,
     check_close,
     check_equal,
+    evaluate,
     median_ratio,
     narrate,
+    nbytes_of,
     options_parser,
     report,
     run_worker,
+    save_cache,
+    shrink,
 )
-from benchmarks.random_llama import LLAMA_1B, make_random_llama
+from benchmarks.random_llama import LLAMA_1B, LLAMA_8B, make_random_llama
 from promptcache import CachedGenerator
 from promptcache.engine.decode import Step
 from promptcache.models.default.download import ensure_default_model
@@ -51,6 +56,8 @@ from promptcache.models.load import load as load_model
 from promptcache.models.load import load_tokenizer
 
 MAX_TOKENS = 16
+# The models with random weights. The largest is for a GPU.
+RANDOM = {"llama-1b": (LLAMA_1B, mx.float32), "llama-8b": (LLAMA_8B, mx.bfloat16)}
 WARM_UP = [11, 12, 13, 14]
 # Calls in a process that has answered before, each way in turn.
 NUM_HOT = 3
@@ -222,11 +229,11 @@ def measure(prompt: Prompt, trials: int, cold_trials: int) -> None:
 
 
 def model_folder(name: str, folder: Path) -> Path:
-    """Return the folder of a model, which is made if it is the random one."""
+    """Return the folder of a model, which is made if it is a random one."""
     if name == "smollm2":
         return ensure_default_model()
     made = folder / name
-    return made if made.exists() else make_random_llama(made, LLAMA_1B)
+    return made if made.exists() else make_random_llama(made, *RANDOM[name])
 
 
 def run(options: argparse.Namespace) -> list[Measurement]:
@@ -257,7 +264,7 @@ def main() -> None:
     parser = options_parser(__doc__, trials=3)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1_000, 4_000])
     parser.add_argument(
-        "--models", nargs="+", choices=["smollm2", "llama-1b"], default=["smollm2"]
+        "--models", nargs="+", choices=["smollm2", *RANDOM], default=["smollm2"]
     )
     parser.add_argument("--cold-trials", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="for files, and to keep the model")
@@ -327,7 +334,7 @@ class Trial:
         page_cache.warm(files)
         if self.is_cold:
             page_cache.drop(files)
-        nbytes = caches.nbytes_of(files)
+        nbytes = nbytes_of(files)
         return {"resident": page_cache.resident_share(files), "nbytes": nbytes}
 
     # Ways to answer
@@ -342,7 +349,7 @@ class Trial:
 
     def promptcache(self) -> dict[str, Any]:
         """Answer with what a store has of the prompt."""
-        pages = self.set_pages(caches.blobs_of(self.files["store"]))
+        pages = self.set_pages(blobs_of(self.files["store"]))
         return self._cached(self.token_ids).to_json() | pages
 
     def mlx_lm(self) -> dict[str, Any]:
@@ -382,7 +389,7 @@ class Trial:
     def _suffix_only(self) -> Answer:
         """Read the suffix into a cache that is in memory before time starts."""
         cache = self._load()
-        caches.evaluate(cache)
+        evaluate(cache)
         return self._bare(lambda: cache)
 
     def _bare(self, load: Callable[[], list[Any]]) -> Answer:
@@ -423,12 +430,12 @@ class Trial:
 
     def _keep(self, cache: list[Any]) -> None:
         """Save the prefix's part of a cache in mlx-lm's way and in the store's."""
-        caches.shrink(cache, self.num_prefix)
+        shrink(cache, self.num_prefix)
         save_prompt_cache(str(self.files["mlx-lm"]), cache)
         store, fingerprint = self.generator.store, self.generator.fingerprint()
         assert store is not None
         prefix = self.token_ids[: self.num_prefix]
-        caches.save_cache(store, fingerprint, prefix, cache)
+        save_cache(store, fingerprint, prefix, cache)
         self.generator.close()
         self._keep_whole()
 
