@@ -1,8 +1,8 @@
 """Kill a process at each of its steps, and look at what it leaves.
 
-`python -m tests.reliability.crash JOB` kills at every step of a job, with
-`random NUMBER SEED` at random times. A process forks for each kill, so that it need
-not import anything again, and does the job in a copy of the same store.
+`python -m tests.reliability.crash JOB [N]` kills at every step of a job, or at each
+Nth, with `random NUMBER SEED` at random times. A process forks for each kill, so that
+it need not import anything again, and does the job in a copy of the same store.
 """
 
 import contextlib
@@ -319,8 +319,8 @@ def check_names(store: PrefixStore, told: Sequence[str], *, has_pinned: bool) ->
         assert "built" in names
 
 
-def kill_everywhere(name: str) -> int:
-    """Kill at every step of a job; return how many there are."""
+def kill_everywhere(name: str, every: int = 1) -> int:
+    """Kill at every step of a job, or each Nth; return how often it was killed."""
     job = JOBS[name]
     if name == "build":
         # Nothing is computed before the forks, so that there are no threads.
@@ -328,7 +328,7 @@ def kill_everywhere(name: str) -> int:
     with workplace() as place:
         fill(place / "filled")
         job.prepare(place / "filled")
-        for number in range(1, 10_000):
+        for num_kills, number in enumerate(range(1, 10_000, every)):
             folder = place / str(number)
             if (place / "filled").exists():
                 shutil.copytree(place / "filled", folder)
@@ -337,7 +337,7 @@ def kill_everywhere(name: str) -> int:
                 assert code in (0, -signal.SIGKILL), code
                 check(folder, job, told)
                 if code == 0:
-                    return number - 1
+                    return num_kills
                 if name in ("save", "create", "build", "rebuild"):
                     # What was interrupted can be done again.
                     assert forked(lambda done, at=folder: job.act(at, done))[0] == 0
@@ -395,10 +395,10 @@ def check_model(folder: Path) -> None:
     }
 
 
-def kill_downloads() -> int:
-    """Kill at every step of the default model's download; return their number."""
+def kill_downloads(every: int = 1) -> int:
+    """Kill at every step of the default model's download, or each Nth."""
     with workplace() as place:
-        for number in range(1, 10_000):
+        for num_kills, number in enumerate(range(1, 10_000, every)):
             folder = place / str(number)
             folder.mkdir()
             code, _ = killed_at(number, lambda done, at=folder: download(at))
@@ -408,7 +408,7 @@ def kill_downloads() -> int:
             except AssertionError as error:
                 raise AssertionError(f"killed at step {number}") from error
             if code == 0:
-                return number - 1
+                return num_kills
     raise AssertionError("the download never ends")
 
 
@@ -435,7 +435,7 @@ def anything(folder: Path, seed: int, done: Done) -> None:
 
 
 def kill_at_random(number: int, seed: int) -> int:
-    """Kill so many times, in one store all along; return what was saved in all."""
+    """Kill this many times, in one store all along; return what was saved in all."""
     random_ = random.Random(seed)
     saved: set[int] = set()
     with workplace() as place:
@@ -486,9 +486,9 @@ def main(name: str, *arguments: str) -> None:
     if name == "random":
         print(kill_at_random(*map(int, arguments)))
     elif name == "download":
-        print(kill_downloads())
+        print(kill_downloads(*map(int, arguments)))
     else:
-        print(kill_everywhere(name))
+        print(kill_everywhere(name, *map(int, arguments)))
 
 
 if __name__ == "__main__":
