@@ -30,7 +30,7 @@ WAL_NBYTES = 4_200_000
 
 
 def work(job: str, folder: Path, seconds: float, seed: int, model_dir: str) -> int:
-    """Do a job for some time; return how often it was done."""
+    """Do a job for some time, at least once; return how often it was done."""
     deadline = time.monotonic() + seconds
     random_ = random.Random(seed)
     warnings.simplefilter("error")
@@ -38,7 +38,7 @@ def work(job: str, folder: Path, seconds: float, seed: int, model_dir: str) -> i
         return generate(job, folder, deadline, random_, model_dir)
     num_done = 0
     with PrefixStore(folder, max_nbytes=LIMIT_NBYTES + WAL_NBYTES) as store:
-        while time.monotonic() < deadline:
+        while not num_done or time.monotonic() < deadline:
             if job == "save":
                 save_and_read(store, random_)
             elif job == "prune":
@@ -106,7 +106,7 @@ def generate(
     with CachedGenerator.load(
         model_dir, store=folder, max_nbytes=limit, memory_limit=0, save=True
     ) as generator:
-        while time.monotonic() < deadline:
+        while not num_done or time.monotonic() < deadline:
             which = random_.randrange(4)
             prompt = [which, *range(100, 150 + 10 * which)]
             if job == "build":
