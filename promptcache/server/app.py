@@ -89,11 +89,7 @@ class Server:
             ModelError: The model cannot be loaded.
             StoreError: The store's secret cannot be used.
         """
-        keys = _keys(
-            api_keys or config.api_keys(),
-            metrics_key or config.metrics_key(),
-            store,
-        )
+        keys = _keys(api_keys, metrics_key, store)
         _check(options, keys, insecure=insecure)
         limit = memory_limits.cache_limit(memory_limit)
         # Has mlx-lm tell what running requests take.
@@ -116,14 +112,9 @@ class Server:
         if provider.error is not None or provider.model is None:
             self.close()
             raise provider.error or ModelError(f"{provider.name} cannot be loaded")
-        metrics = self._cache.metrics
+        cache_api = CacheApi(store, provider, _quota(pin_quota, keys, store))
         site = ServerContext(
-            self._generator,
-            provider,
-            keys,
-            CacheApi(store, provider, _quota(pin_quota, keys, store)),
-            metrics,
-            most_nbytes,
+            self._generator, provider, keys, cache_api, self._cache.metrics, most_nbytes
         )
         self._http.RequestHandlerClass = partial(ApiHandler, site)
 
@@ -177,6 +168,8 @@ def _keys(
     api_keys: tuple[str, ...], metrics_key: str | None, store: PrefixStore | None
 ) -> ApiKeys:
     """Return the keys, with namespaces that only this store can make of them."""
+    api_keys = api_keys or config.api_keys()
+    metrics_key = metrics_key or config.metrics_key()
     if not api_keys:
         return ApiKeys(metrics_key=metrics_key)
     secret = os.urandom(32) if store is None else store.secret()

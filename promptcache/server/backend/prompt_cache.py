@@ -64,7 +64,6 @@ class ServerPromptCache:
         memory_limit: int,
         save_answers: bool = True,
     ) -> None:
-        """Take the store, how many bytes of memory to use, and the policy."""
         self._store = store
         self._memory_limit = memory_limit
         self._save_answers = save_answers
@@ -263,7 +262,8 @@ class ServerPromptCache:
             saved_to=start,
         )
         job.done.add_done_callback(self._on_saved)
-        if self._store is None or self._store.is_read_only or self._is_paused():
+        is_paused = time.monotonic() < self._paused_until
+        if self._store is None or self._store.is_read_only or is_paused:
             job.done.cancel()
             return job.done
         self._saver.submit(job)
@@ -271,9 +271,6 @@ class ServerPromptCache:
         # What it held is on its way to the disk.
         del reading.snapshots[:-1]
         return job.done
-
-    def _is_paused(self) -> bool:
-        return time.monotonic() < self._paused_until
 
     def _on_saved(self, done: "Future[str]") -> None:
         """Count a save, and pause after one that failed."""
