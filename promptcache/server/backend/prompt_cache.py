@@ -121,14 +121,14 @@ class ServerPromptCache:
         """Keep a cache that has read tokens; the caller keeps nothing of it."""
         if not isinstance(tokens, RequestTokens):
             return
-        reading, saved = tokens.reading, None
+        reading = tokens.reading
         try:
-            saved = self._insert(reading, tokens, prompt_cache)
+            self._insert(reading, tokens, prompt_cache)
         except Exception as error:
             warn(f"a prompt is not kept: {error}")
         self.on_kept()
         if len(tokens) >= reading.num_tokens:
-            reading.settle_with(saved)
+            reading.settle()
 
     def trim_to(
         self, *, n_sequences: int | None = None, n_bytes: int | None = None
@@ -198,28 +198,26 @@ class ServerPromptCache:
 
     def _insert(
         self, reading: RequestState, tokens: RequestTokens, cache: list[Any]
-    ) -> "Future[str] | None":
-        """Keep a cache, and return what is done when it is stored, too."""
+    ) -> None:
+        """Keep a cache in memory, and have it stored."""
         start, reading.num_read = reading.num_read, len(tokens)
         was_read = start >= reading.num_tokens - 1
         if reading.is_read and not was_read:
             self._record(reading)
         cache, end = _usable(reading, cache, len(tokens))
         if end <= reading.cached_tokens or not cache:
-            return None
+            return
         is_answer = end >= reading.num_tokens
         if not self._is_due(reading, cache, end):
-            return None
+            return
         reading.check_model()
         mx.eval([part.state for _, part in parts_of(cache) if not part.empty()])
         reading.kept_at = time.perf_counter()
         self._token_nbytes = sum(layer.nbytes for layer in cache) / end
-        saved = None
         if self._saver is not None and (self._save_answers or not is_answer):
-            saved = self._save(reading, [*tokens[:end]], cache, start=start)
+            self._save(reading, [*tokens[:end]], cache, start=start)
         self._memory.insert_shared(reading.fingerprint.digest, tokens[:end], cache)
         self._hold_limit()
-        return saved
 
     def _is_due(self, reading: RequestState, cache: list[Any], end: int) -> bool:
         """Return whether to keep a place, which costs a copy of the whole cache."""
@@ -236,13 +234,13 @@ class ServerPromptCache:
         cache: list[Any],
         *,
         start: int,
-    ) -> "Future[str] | None":
+    ) -> None:
         assert self._saver is not None
         end = len(token_ids)
         if not _has_rows_since(cache, start):
             # An answer that was longer than a window.
             reading.snapshots.clear()
-            return None
+            return
         taken = snapshot.capture(cache, start, end)
         mx.eval(taken.rows, taken.states)
         reading.snapshots.append(taken)
@@ -265,12 +263,12 @@ class ServerPromptCache:
         is_paused = time.monotonic() < self._paused_until
         if self._store is None or self._store.is_read_only or is_paused:
             job.done.cancel()
-            return job.done
+            return
+        reading.saved = job.done
         self._saver.submit(job)
         self._advance()
         # What it held is on its way to the disk.
         del reading.snapshots[:-1]
-        return job.done
 
     def _on_saved(self, done: "Future[str]") -> None:
         """Count a save, and pause after one that failed."""

@@ -39,6 +39,7 @@ class RequestState:
         started_at: When it was looked up.
         load_seconds: How long it took to find and to load what was cached.
         kept_at: When it was kept last.
+        saved: Done when what was last to be saved of it is stored.
         settled: Done when its answer is kept and, if it is to be, stored.
     """
 
@@ -56,6 +57,7 @@ class RequestState:
     started_at: float = 0.0
     load_seconds: float = 0.0
     kept_at: float = 0.0
+    saved: "Future[str] | None" = None
     settled: "Future[None]" = field(default_factory=Future)
     _data: bytes = b""
 
@@ -100,17 +102,17 @@ class RequestState:
         if fetched is not None and fetched.restored is not None:
             self.snapshots = [fetched.restored]
 
-    def settle_with(self, saved: "Future[str] | None") -> None:
-        """Be settled when something is saved, or at once."""
+    def settle(self) -> None:
+        """Be settled when what was last to be saved is stored, or at once."""
 
         def settle(_: object) -> None:
             if not self.settled.done():
                 self.settled.set_result(None)
 
-        if saved is None:
-            settle(saved)
+        if self.saved is None:
+            settle(None)
         else:
-            saved.add_done_callback(settle)
+            self.saved.add_done_callback(settle)
 
     def ends(self) -> Iterable[int]:
         """Return where what it is going to read can be taken over."""
