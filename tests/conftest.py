@@ -40,14 +40,13 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def make_model(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], Path]:
-    """Return a function that saves a tiny random model of an architecture."""
-    configs = {"llama": tiny.LLAMA, "gemma3_text": tiny.GEMMA3}
+    """Return a function that saves one of the tiny random models once."""
     folders: dict[str, Path] = {}
 
-    def make(name: str = "llama") -> Path:
+    def make(name: str) -> Path:
         if name not in folders:
             folder = tmp_path_factory.mktemp("models") / name
-            folders[name] = tiny.save_model(folder, configs[name])
+            folders[name] = tiny.save_model(folder, tiny.CONFIGS[name])
         return folders[name]
 
     return make

@@ -178,25 +178,6 @@ def test_chat_after_its_built_system_reads_the_rest_only(
     assert largest_difference(warm.logprobs, expected.logprobs) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("fork", "cached_tokens"),
-    [(1, 0), (127, 0), (128, 128), (129, 128), (300, 256), (398, 384)],
-)
-def test_fork_is_resumed_at_the_last_piece_before_it(
-    hybrid: CachedGenerator, fork: int, cached_tokens: int
-) -> None:
-    prompt = ids(400)
-    hybrid.build(prompt, prefill_step_size=128)
-    forked = [*prompt[:fork], *OTHER[:9]]
-
-    warm = run(hybrid, forked, prefill_step_size=128, max_tokens=8)
-
-    expected = cold(hybrid, forked, prefill_step_size=128, max_tokens=8)
-    assert warm.last.cached_tokens == cached_tokens
-    assert warm.tokens == expected.tokens
-    assert largest_difference(warm.logprobs, expected.logprobs) < 1e-4
-
-
 def checkpoint_paths(store: PrefixStore) -> list[Path]:
     """Return the blobs of checkpoints, the deepest first."""
     blobs = BlobFolder(store.path)

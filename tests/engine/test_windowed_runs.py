@@ -8,41 +8,11 @@ import pytest
 from promptcache import CachedGenerator, PrefixStore
 from tests.helpers.runs import OTHER, PROMPT, cold, largest_difference, plain, run
 
-FORKS = {
-    "after one token": 1,
-    "before the window is full": 31,
-    "where the window is full": 32,
-    "after the window was full": 33,
-    "in the middle of a piece": 57,
-    "before the last token": 99,
-    "at the end": 100,
-}
-
 
 @pytest.fixture
 def windowed(make_model: Callable[[str], Path], store: PrefixStore) -> CachedGenerator:
     """A generator whose model looks back 32 tokens in every other layer."""
     return CachedGenerator.load(make_model("gemma3_text"), store=store)
-
-
-@pytest.mark.parametrize(("how", "step"), [("built", 40), ("answered", 2048)])
-@pytest.mark.parametrize("name", FORKS)
-def test_window_is_resumed_at_any_fork(
-    windowed: CachedGenerator, name: str, how: str, step: int
-) -> None:
-    fork = FORKS[name]
-    stored = [*PROMPT[:fork], *OTHER]
-    if how == "built":
-        windowed.build(stored, prefill_step_size=step)
-    else:
-        run(windowed, stored, save=True, max_tokens=1, prefill_step_size=step)
-
-    warm = run(windowed, PROMPT, prefill_step_size=step, max_tokens=8)
-
-    expected = cold(windowed, PROMPT, prefill_step_size=step, max_tokens=8)
-    assert warm.last.cached_tokens == min(fork, len(PROMPT) - 1)
-    assert warm.tokens == expected.tokens
-    assert largest_difference(warm.logprobs, expected.logprobs) < 1e-4
 
 
 @pytest.mark.parametrize("num_tokens", [20, 33, 100])

@@ -30,6 +30,7 @@ from tests.helpers.adventures import (
     tool,
 )
 from tests.helpers.commands import tree_hash
+from tests.helpers.marks import all_but
 
 SYSTEM = """You are the narrator of a story.
 Today is 2026-11-21.
@@ -267,9 +268,10 @@ CAUSES = {
         with_settings(max_kv_size=4000), "max_kv_size", "none became 4000"
     ),
 }
+FEW = ["edited message", "raw text", "weights", "adapter", "KV bits", "namespace"]
 
 
-@pytest.mark.parametrize("name", CAUSES)
+@pytest.mark.parametrize("name", all_but(FEW, CAUSES))
 def test_planted_cause_is_named_among_distractors(
     name: str, ask: Ask, folder: Path
 ) -> None:

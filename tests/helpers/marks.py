@@ -10,10 +10,13 @@ alone = pytest.mark.alone
 
 
 def all_but(representatives: Collection[Any], values: Iterable[Any]) -> list[Any]:
-    """Return values to parametrize with; all but the representatives are long."""
-    return [
-        value
-        if value in representatives
-        else pytest.param(value, marks=pytest.mark.long)
-        for value in values
-    ]
+    """Return values to parametrize with; all but the representatives are long.
+
+    A tuple is one value for each of several parameters.
+    """
+    return [value if value in representatives else _long(value) for value in values]
+
+
+def _long(value: Any) -> Any:
+    values = value if isinstance(value, tuple) else (value,)
+    return pytest.param(*values, marks=pytest.mark.long)

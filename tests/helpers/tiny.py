@@ -72,6 +72,38 @@ QWEN3_NEXT = {
     "max_position_embeddings": 32768,
     "tie_word_embeddings": True,
 }
+# Unlike Llama it leaves it to mlx-lm to make a cache, which `max_kv_size` limits.
+QWEN3 = {**LLAMA, "model_type": "qwen3"}
+# mlx-lm has no way to quantize any part of its cache.
+MAMBA = {
+    "model_type": "mamba",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "state_size": 16,
+    "num_hidden_layers": 2,
+    "conv_kernel": 4,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "time_step_rank": 4,
+}
+# Its rope depends on the length beyond 64 tokens.
+DYNAMIC = {
+    **LLAMA,
+    "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+    "max_position_embeddings": 64,
+}
+# Fewer layers than those it drafts for, and other heads.
+DRAFT = {**LLAMA, "num_hidden_layers": 1, "num_key_value_heads": 4}
+CONFIGS: dict[str, dict[str, object]] = {
+    "llama": LLAMA,
+    "gemma3_text": GEMMA3,
+    "qwen3_next": QWEN3_NEXT,
+    "qwen3": QWEN3,
+    "mamba": MAMBA,
+    "dynamic": DYNAMIC,
+    "draft": DRAFT,
+}
 
 
 def save_model(folder: Path, config: dict[str, object], *, seed: int = 0) -> Path:

@@ -174,40 +174,7 @@ def test_part_that_depends_first_counts(dynamic: CachedGenerator) -> None:
 # A model with a dynamic rope
 
 
-@pytest.mark.parametrize(
-    ("fork", "cached_tokens"),
-    [
-        (1, 1),
-        (31, 31),
-        (63, 63),
-        (64, 64),
-        (65, 64),
-        (95, 64),
-        (96, 96),
-        (97, 96),
-        (150, 128),
-    ],
-)
-@pytest.mark.parametrize("how", ["built", "answered"])
-def test_longer_prompt_resumes_at_any_token_at_first_and_then_at_whole_pieces(
-    dynamic: CachedGenerator, how: str, fork: int, cached_tokens: int
-) -> None:
-    stored = [*LONG[:fork], *OTHER]
-    if how == "built":
-        build(dynamic, stored, prefill_step_size=32)
-    else:
-        run(dynamic, stored, save=True, max_tokens=1, prefill_step_size=32)
-    prompt = LONG[:200]
-
-    warm = run(dynamic, prompt, prefill_step_size=32)
-
-    expected = cold(dynamic, prompt, prefill_step_size=32)
-    assert warm.last.cached_tokens == cached_tokens
-    assert warm.tokens == expected.tokens
-    assert largest_difference(warm.logprobs, expected.logprobs) < 1e-4
-
-
-@pytest.mark.parametrize("num_tokens", [65, 95, 96, 97, 128, 200])
+@pytest.mark.parametrize("num_tokens", all_but([65, 96], [65, 95, 96, 97, 128, 200]))
 @pytest.mark.parametrize("step", all_but([32], [32, 2048]))
 def test_same_prompt_again_is_known_to_the_bit(
     dynamic: CachedGenerator, num_tokens: int, step: int
@@ -233,9 +200,10 @@ CONVERSATIONS = {
     "shorter, then longer": [100, 90, 120],
     "far shorter than the first": [200, 40, 64, 65],
 }
+FEW = ["at the end of a piece again", "shorter each time"]
 
 
-@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("name", all_but(FEW, CONVERSATIONS))
 @pytest.mark.parametrize("how", all_but(["answered"], ["built", "answered"]))
 def test_prompts_that_share_a_start_do_not_disturb_each_other(
     dynamic: CachedGenerator, store: PrefixStore, name: str, how: str
@@ -260,7 +228,7 @@ def test_prompts_that_share_a_start_do_not_disturb_each_other(
 
 
 @pytest.mark.parametrize("step", [32, 2048])
-@pytest.mark.parametrize("num_tokens", [40, 64, 65, 96, 100, 128])
+@pytest.mark.parametrize("num_tokens", all_but([65, 96], [40, 64, 65, 96, 100, 128]))
 def test_build_tells_how_much_other_prompts_can_reuse(
     dynamic: CachedGenerator, num_tokens: int, step: int
 ) -> None:
@@ -305,28 +273,7 @@ def test_exactness_can_be_given_up(dynamic: CachedGenerator) -> None:
 # Exact runs of any model
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-@pytest.mark.parametrize(
-    ("fork", "cached_tokens"), [(1, 0), (31, 0), (32, 32), (33, 32), (95, 64), (99, 96)]
-)
-def test_exact_run_resumes_at_whole_pieces_and_equals_plain_mlx_lm_to_the_bit(
-    make_generator: Callable[[str], CachedGenerator],
-    name: str,
-    fork: int,
-    cached_tokens: int,
-) -> None:
-    generator = make_generator(name)
-    options: dict[str, Any] = {"prefill_step_size": 32}
-    stored = [*PROMPT[:fork], *OTHER]
-    run(generator, stored, save=True, exact=True, max_tokens=1, **options)
-
-    warm = run(generator, PROMPT, exact=True, **options)
-
-    assert warm.last.cached_tokens == cached_tokens
-    assert_equal(warm, plain(generator, PROMPT, **options))
-
-
-@pytest.mark.parametrize("num_tokens", [1, 2, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize("num_tokens", all_but([33, 64], [1, 2, 31, 32, 33, 64, 100]))
 def test_exact_run_knows_the_same_prompt_to_the_bit(
     make_generator: Callable[[str], CachedGenerator], num_tokens: int
 ) -> None:
@@ -341,7 +288,7 @@ def test_exact_run_knows_the_same_prompt_to_the_bit(
     assert_equal(again, plain(generator, prompt, **options))
 
 
-@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("name", all_but(FEW, CONVERSATIONS))
 @pytest.mark.parametrize("how", all_but(["answered"], ["built", "answered"]))
 def test_exact_prompts_that_share_a_start_equal_plain_mlx_lm(
     make_generator: Callable[[str], CachedGenerator],
@@ -424,7 +371,7 @@ def test_exact_build_of_less_than_a_piece_is_refused_with_the_reason(
 # A limited cache
 
 
-@pytest.mark.parametrize("num_tokens", [1, 20, 31, 32, 33, 100])
+@pytest.mark.parametrize("num_tokens", all_but([31, 33], [1, 20, 31, 32, 33, 100]))
 @pytest.mark.parametrize("step", [2048, 40])
 @pytest.mark.parametrize("how", ["built", "answered"])
 def test_limited_cache_knows_the_same_prompt_to_the_bit(
@@ -445,8 +392,8 @@ def test_limited_cache_knows_the_same_prompt_to_the_bit(
     assert_equal(again, plain(limited, prompt, **options))
 
 
-@pytest.mark.parametrize("stored", [10, 30, 31, 32, 33, 40])
-@pytest.mark.parametrize("num_tokens", [34, 40, 50, 100])
+@pytest.mark.parametrize("stored", all_but([31, 32], [10, 30, 31, 32, 33, 40]))
+@pytest.mark.parametrize("num_tokens", all_but([34, 100], [34, 40, 50, 100]))
 def test_limited_cache_resumes_only_where_it_makes_no_difference(
     limited: CachedGenerator, stored: int, num_tokens: int
 ) -> None:
@@ -460,7 +407,7 @@ def test_limited_cache_resumes_only_where_it_makes_no_difference(
     assert largest_difference(warm.logprobs, expected.logprobs) < 1e-4
 
 
-@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("name", all_but(FEW, CONVERSATIONS))
 def test_limited_cache_resumes_at_whole_pieces(
     limited: CachedGenerator, store: PrefixStore, name: str
 ) -> None:
@@ -483,7 +430,7 @@ def test_limited_cache_resumes_at_whole_pieces(
     assert store.verify().is_sound
 
 
-@pytest.mark.parametrize("num_tokens", [20, 32, 33, 64, 100, 128])
+@pytest.mark.parametrize("num_tokens", all_but([20, 33], [20, 32, 33, 64, 100, 128]))
 @pytest.mark.parametrize("step", [64, 2048])
 def test_build_tells_how_much_a_limited_cache_leaves_to_reuse(
     limited: CachedGenerator, num_tokens: int, step: int
@@ -539,7 +486,7 @@ def test_answer_beyond_the_limit_is_not_saved(
     ],
 )
 @pytest.mark.parametrize("how", ["built", "answered"])
-@pytest.mark.parametrize("step", [32, 2048])
+@pytest.mark.parametrize("step", all_but([32], [32, 2048]))
 def test_cache_that_cannot_be_quantized_is_told_before_any_prefill(
     make_generator: Callable[[str], CachedGenerator],
     monkeypatch: pytest.MonkeyPatch,
