@@ -126,18 +126,15 @@ def test_turn_after_dropped_thinking_resumes_at_the_end_of_the_users_message(
     assert second.answer == chat.cold()
 
 
-def test_every_turn_of_a_long_chat_reads_only_that_turn(chat: Chat) -> None:
+def test_long_chat_reads_each_turn_once_and_keeps_at_most_12_checkpoints(
+    chat: Chat,
+) -> None:
     turns = [chat.turn(number) for number in range(NUM_TURNS)]
 
     for before, turn in pairwise(turns):
         assert turn.cached_tokens == len(before.prompt) - 1
         assert turn.num_read == len(turn.prompt) - len(before.prompt) + 1
     assert turns[-1].answer == chat.cold()
-
-
-def test_long_chat_takes_its_rows_and_at_most_12_checkpoints(chat: Chat) -> None:
-    turns = [chat.turn(number) for number in range(NUM_TURNS)]
-
     found = list(headers(chat.store))
     rows = [header for header in found if not header.info.is_checkpoint]
     checkpoints = [header for header in found if header.info.is_checkpoint]
