@@ -17,6 +17,8 @@ RUN := PATH="$(BIN):$$PATH" $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 OLDEST_MLX_LM := $(shell sed -n 's/.*"mlx-lm>=\(.*\)",/\1/p' pyproject.toml)
 # Two processes, each with a group of tests at a time.
 PARALLEL := -n 2 --dist loadfile
+# Of these `make test-long` tries three times as many examples.
+FUZZED := tests/reliability/test_bad_bytes.py tests/reliability/test_mending.py
 SOAK_SECONDS ?= 1800
 
 # Where the benchmarks write what they measured, and the plots of it.
@@ -54,6 +56,7 @@ test: $(VENV)/.installed
 
 test-long: $(VENV)/.installed
 	$(RUN) python -m pytest $(PARALLEL) -m 'long and not alone'
+	FUZZ=3 $(RUN) python -m pytest $(PARALLEL) $(FUZZED)
 	$(RUN) python -m pytest -m 'long and alone'
 
 # Apart from the tests, because counting lines slows them down.

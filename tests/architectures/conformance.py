@@ -1,6 +1,6 @@
 """Conformance: every architecture of mlx-lm, built in one process, resumed in another.
 
-For each tiny random model of `benchmarks.architectures` one process stores prefixes
+For each tiny random model of `architectures` one process stores prefixes
 and ends; a second one opens the store, continues and compares with a cold run that is
 cut at the same places: token ids, logits, and how many tokens went through the model.
 `python -m tests.architectures.conformance --write docs/models.md`
@@ -131,7 +131,7 @@ class Result:
     """What came of one configuration.
 
     Attributes:
-        name: Its name in `benchmarks.architectures`.
+        name: Its name in `architectures`.
         classes: How many parts of each cache class it has, and how they are treated.
         row_nbytes: Bytes that a token takes.
         checkpoint_nbytes: Bytes that a checkpoint takes.
@@ -182,10 +182,13 @@ def token_ids(num_tokens: int, seed: int) -> list[int]:
 class Subject:
     """One configuration: its model, a generator on the store, and its prompts."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(
+        self, name: str, folder: Path, lengths: Sequence[int] = LENGTHS
+    ) -> None:
         """Build the model; the same name gives the same weights."""
         model = architectures.build(name)
         self.name = name
+        self.lengths = lengths
         self.model = CountingModel(model)
         self.generator = CachedGenerator(
             self.model,
@@ -212,14 +215,14 @@ class Subject:
 
     def build(self) -> None:
         """Store every prefix, and a prompt with its end."""
-        for length in LENGTHS:
+        for length in self.lengths:
             self.generator.build(self.stored(length), prefill_step_size=STEP_SIZE)
             self.run(self.continued(length, length, seed=ASKED), save=True)
         self.run(self.answered(), SAVED_ANSWER_TOKENS, save=True, save_answer=True)
 
     def answered(self) -> RenderedPrompt:
         """Return the prompt that is stored with its answer."""
-        return self.continued(LENGTHS[0], LENGTHS[0], seed=ANSWERED)
+        return self.continued(self.lengths[0], self.lengths[0], seed=ANSWERED)
 
     def run(
         self, prompt: RenderedPrompt, max_tokens: int = ANSWER_TOKENS, **options: Any
@@ -259,7 +262,7 @@ class Subject:
 
     def _ends(self) -> Iterator[Trial]:
         """Go on after every stored prefix."""
-        for length in LENGTHS:
+        for length in self.lengths:
             prompt = self.continued(length, length, seed=NEW)
             trial = self._trial("end", prompt, length, self._last_cut(length))
             trial.mlx_lm_difference = self._mlx_lm_difference(prompt.token_ids, length)
@@ -267,7 +270,7 @@ class Subject:
 
     def _again(self) -> Iterator[Trial]:
         """Ask what was asked and stored: the last token is left to read."""
-        for length in LENGTHS:
+        for length in self.lengths:
             prompt = self.continued(length, length, seed=ASKED)
             num_tokens = len(prompt.token_ids)
             stored = self.plan.last_kept(num_tokens, KVSettings())
@@ -278,7 +281,7 @@ class Subject:
         if kept.checkpoint_nbytes:
             return
         for position in FORKS:
-            prompt = self.continued(LENGTHS[0], position, seed=NEW)
+            prompt = self.continued(self.lengths[0], position, seed=NEW)
             yield self._trial("fork", prompt, position, self._last_cut(position))
 
     def _answers(self, kept: "Kept") -> Iterator[Trial]:
@@ -323,7 +326,7 @@ class Subject:
 
     def kept(self) -> "Kept":
         """Return what is kept of a prefix of this model."""
-        ids = token_ids(LENGTHS[0], 1)
+        ids = token_ids(self.lengths[0], 1)
         cache = make_prompt_cache(self.model)
         captures: list[snapshot.Snapshot] = []
         prefill(
@@ -404,30 +407,32 @@ def largest_difference(
     )
 
 
-def build_all(names: Sequence[str], folder: Path) -> None:
+def build_all(names: Sequence[str], folder: Path, lengths: Sequence[int]) -> None:
     """Store the prefixes of some configurations."""
     for name in names:
-        subject = Subject(name, folder)
+        subject = Subject(name, folder, lengths)
         subject.build()
         subject.close()
 
 
-def check_all(names: Sequence[str], folder: Path) -> Iterator[Result]:
+def check_all(
+    names: Sequence[str], folder: Path, lengths: Sequence[int]
+) -> Iterator[Result]:
     """Resume the prefixes of some configurations."""
     for name in names:
-        subject = Subject(name, folder)
+        subject = Subject(name, folder, lengths)
         yield subject.check()
         subject.close()
 
 
-def run(names: Sequence[str]) -> list[Result]:
+def run(names: Sequence[str], lengths: Sequence[int] = LENGTHS) -> list[Result]:
     """Store prefixes in some processes, and resume them in others."""
     num_workers = min(os.cpu_count() or 1, len(names))
     chunks = [names[i::num_workers] for i in range(num_workers)]
     with tempfile.TemporaryDirectory() as folder:
         folders = [Path(folder, str(i)) for i in range(num_workers)]
-        _run_workers("--build", chunks, folders)
-        printed = _run_workers("--check", chunks, folders)
+        _run_workers("--build", chunks, folders, lengths)
+        printed = _run_workers("--check", chunks, folders, lengths)
     results = [
         Result.of(json.loads(line)) for out in printed for line in out.split("\n")
     ]
@@ -435,7 +440,10 @@ def run(names: Sequence[str]) -> list[Result]:
 
 
 def _run_workers(
-    step: str, chunks: Sequence[Sequence[str]], folders: Sequence[Path]
+    step: str,
+    chunks: Sequence[Sequence[str]],
+    folders: Sequence[Path],
+    lengths: Sequence[int],
 ) -> list[str]:
     """Run a step in a process for each chunk of names; return what they print."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.architectures.conformance"]
@@ -444,7 +452,7 @@ def _run_workers(
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     workers = [
         subprocess.Popen(
-            [*command, *names, step, folder],
+            [*command, *names, step, folder, "--lengths", *map(str, lengths)],
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
@@ -462,16 +470,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=list(architectures.CONFIGS))
     parser.add_argument("--write", type=Path, help="The page to write")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--check", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.build:
-        build_all(options.names, options.build)
+        build_all(options.names, options.build, options.lengths)
     elif options.check:
-        for result in check_all(options.names, options.check):
+        for result in check_all(options.names, options.check, options.lengths):
             print(json.dumps(asdict(result)), flush=True)
     else:
-        results = run(options.names)
+        results = run(options.names, options.lengths)
         if options.write:
             text = options.write.read_text()
             options.write.write_text(models_page.page(text, results))

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from promptcache import PrefixStore
 from promptcache.segments.types import PromptOrigin
 from promptcache.store.types import RequestUsage
+from tests.helpers.places import IN_MEMORY
 from tests.helpers.segments import TINY, save, save_with_checkpoints, tokens
 
 TIMES = int(os.environ.get("FUZZ", "1"))
@@ -33,7 +34,8 @@ def fuzz(examples: int) -> Any:
     return settings(
         max_examples=examples * TIMES,
         deadline=None,
-        derandomize=TIMES == 1,
+        # The same in each run of `make test` and of `make test-long`.
+        derandomize=TIMES <= 3,
         print_blob=True,
         phases=(Phase.explicit, Phase.generate),
         database=None,
@@ -87,7 +89,7 @@ def fill_history(store: PrefixStore) -> None:
 @contextmanager
 def copied(filled: Path) -> Iterator[tuple[Path, Path]]:
     """Yield a copy of a store, and a folder beside it that must not change."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as place:
         folder, outside = Path(place, "store"), Path(place, "outside")
         shutil.copytree(filled, folder)
         outside.mkdir()

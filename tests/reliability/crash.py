@@ -26,6 +26,7 @@ from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.reports import PrunePolicy
 from tests.helpers import workers
 from tests.helpers.invariants import check_invariants
+from tests.helpers.places import IN_MEMORY
 from tests.helpers.segments import (
     TINY,
     blob_paths,
@@ -214,9 +215,8 @@ JOBS = {
 
 @contextlib.contextmanager
 def workplace() -> Iterator[Path]:
-    # In memory where that can be had: what is not synced is not lost by a kill.
-    place = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    with tempfile.TemporaryDirectory(dir=place) as folder:
+    # What is not synced is not lost by a kill.
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
         yield Path(folder)
 
 

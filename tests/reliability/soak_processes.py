@@ -179,7 +179,7 @@ def soak(seconds: float) -> None:
         str(Path(__file__).with_name("test_bad_bytes.py")),
     ]
     command = [*fuzz, f"--hypothesis-seed={seed}"]
-    subprocess.run(command, check=True, env={**os.environ, "FUZZ": "20"})
+    subprocess.run(command, check=True, env={**os.environ, "FUZZ": "60"})
 
 
 def main(*arguments: str) -> None:

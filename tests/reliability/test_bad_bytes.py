@@ -91,7 +91,7 @@ def read(store: PrefixStore, prompt: list[int]) -> None:
         return
 
 
-@fuzz(150)
+@fuzz(50)
 @given(data=st.data())
 def test_any_bytes_of_a_blob_may_change(filled: Path, data: st.DataObject) -> None:
     with copied(filled) as (folder, outside):
@@ -142,7 +142,7 @@ def seal(path: Path, changes: dict[str, str], specs: dict[int, TensorSpec]) -> N
     path.write_bytes(_safetensors_header(metadata, tensors) + content[8 + length :])
 
 
-@fuzz(150)
+@fuzz(50)
 @given(data=st.data())
 def test_any_field_of_a_header_may_be_forged(filled: Path, data: st.DataObject) -> None:
     with copied(filled) as (folder, outside):
@@ -162,7 +162,7 @@ SPECS = st.builds(
 )
 
 
-@fuzz(80)
+@fuzz(25)
 @given(data=st.data())
 def test_any_shape_and_dtype_may_be_forged(filled: Path, data: st.DataObject) -> None:
     with copied(filled) as (folder, outside):
@@ -171,7 +171,7 @@ def test_any_shape_and_dtype_may_be_forged(filled: Path, data: st.DataObject) ->
         use(folder, outside)
 
 
-@fuzz(150)
+@fuzz(50)
 @given(data=st.data())
 def test_any_bytes_of_the_index_may_change(filled: Path, data: st.DataObject) -> None:
     with copied(filled) as (folder, outside):
@@ -179,7 +179,7 @@ def test_any_bytes_of_the_index_may_change(filled: Path, data: st.DataObject) ->
         use(folder, outside)
 
 
-@fuzz(150)
+@fuzz(50)
 @given(data=st.data())
 def test_any_value_in_the_index_may_change(filled: Path, data: st.DataObject) -> None:
     with copied(filled) as (folder, outside):
@@ -219,7 +219,7 @@ STATEMENTS = (
 )
 
 
-@fuzz(10)
+@fuzz(5)
 @given(data=st.data())
 def test_any_schema_may_be_forged(filled: Path, data: st.DataObject) -> None:
     with copied(filled) as (folder, outside):
@@ -325,7 +325,7 @@ def check_answer(folder: Path, plain: CachedGenerator, wanted: list[int]) -> Non
             assert answer(generator) == wanted
 
 
-@fuzz(60)
+@fuzz(20)
 @given(data=st.data())
 def test_no_damage_to_a_blob_makes_a_wrong_token(
     built: tuple[Path, CachedGenerator, list[int]], data: st.DataObject
@@ -336,7 +336,7 @@ def test_no_damage_to_a_blob_makes_a_wrong_token(
         check_answer(copy, plain, wanted)
 
 
-@fuzz(60)
+@fuzz(20)
 @given(data=st.data())
 def test_no_damage_to_the_index_makes_a_wrong_token(
     built: tuple[Path, CachedGenerator, list[int]], data: st.DataObject
@@ -371,7 +371,7 @@ def test_rows_that_are_left_out_are_not_taken_for_zeros(
         check_answer(copy, plain, wanted)
 
 
-@fuzz(60)
+@fuzz(20)
 @given(layout=ODD)
 def test_no_forged_layout_breaks_a_generation(
     built: tuple[Path, CachedGenerator, list[int]], layout: str

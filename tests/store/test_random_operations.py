@@ -1,8 +1,7 @@
 """Any operations in any order keep a store sound."""
 
-import os
-import random
 import shutil
+import tempfile
 from pathlib import Path
 
 from hypothesis import Phase, settings
@@ -21,6 +20,7 @@ from promptcache.segments.fingerprint import Fingerprint
 from promptcache.store import PrefixStore
 from promptcache.store.reports import PrunePolicy
 from tests.helpers.invariants import check_invariants
+from tests.helpers.places import IN_MEMORY
 from tests.helpers.segments import (
     TINY,
     blob_nbytes,
@@ -43,7 +43,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize(extra=st.integers(20_000, 150_000))
     def open(self, extra: int) -> None:
-        self.folder = Path(os.environ["PROMPTCACHE_DIR"]).parent / str(random.random())
+        self.folder = Path(tempfile.mkdtemp(dir=IN_MEMORY))
         with PrefixStore(self.folder) as store:
             self.limit = store.total_nbytes() + extra
         self.store = PrefixStore(self.folder, max_nbytes=self.limit)
