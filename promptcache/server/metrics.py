@@ -53,8 +53,8 @@ class ServingMetrics(Collector):
         )
         self._registry.register(self)
 
-    def _counter(self, name: str, told: str, *labels: str) -> Counter:
-        return Counter(f"promptcache_{name}", told, labels, registry=self._registry)
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"promptcache_{name}", text, labels, registry=self._registry)
 
     def hit(self, tier: str, cached_tokens: int, prefilled_tokens: int) -> None:
         """Count a prompt that had a cached prefix in a tier."""
@@ -82,7 +82,7 @@ class ServingMetrics(Collector):
         yield _gauge("limit_bytes", "Bytes that a tier may hold", levels.limits)
         yield _total("evictions", "Entries that had to go", "tier", levels.evictions)
         yield _total("saves", "Prefixes that were to be stored", "result", levels.saves)
-        for name, told, value in (
+        for name, text, value in (
             (
                 "writer_queue_bytes",
                 "Bytes that wait for the disk",
@@ -92,22 +92,22 @@ class ServingMetrics(Collector):
             ("active_requests", "Requests being read or answered", levels.active),
             ("waiting_requests", "Requests that wait for others", levels.waiting),
         ):
-            yield GaugeMetricFamily(f"promptcache_{name}", told, value)
+            yield GaugeMetricFamily(f"promptcache_{name}", text, value)
 
     def text(self) -> bytes:
         """Return all of it as Prometheus reads it."""
         return generate_latest(self._registry)
 
 
-def _gauge(name: str, told: str, values: Mapping[str, int]) -> Metric:
-    family = GaugeMetricFamily(f"promptcache_{name}", told, labels=["tier"])
+def _gauge(name: str, text: str, values: Mapping[str, int]) -> Metric:
+    family = GaugeMetricFamily(f"promptcache_{name}", text, labels=["tier"])
     for tier, value in values.items():
         family.add_metric([tier], value)
     return family
 
 
-def _total(name: str, told: str, label: str, values: Mapping[str, int]) -> Metric:
-    family = CounterMetricFamily(f"promptcache_{name}", told, labels=[label])
+def _total(name: str, text: str, label: str, values: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(f"promptcache_{name}", text, labels=[label])
     for key, value in values.items():
         family.add_metric([key], value)
     return family

@@ -53,8 +53,8 @@ def available_nbytes() -> int | None:
     import mlx.core as mx
 
     if mx.default_device().type == mx.DeviceType.cpu:
-        found = [n for n in (_of_system(), _of_container()) if n is not None]
-        return min(found, default=None)
+        limits = [n for n in (_of_system(), _of_container()) if n is not None]
+        return min(limits, default=None)
     return _of_gpu(mx.device_info(), mx.get_active_memory(), mx.get_cache_memory())
 
 
@@ -70,10 +70,10 @@ def _of_gpu(info: Mapping[str, Any], active: int, cached: int) -> int | None:
 def _of_system() -> int | None:
     """Return what Linux thinks that it can give without swapping."""
     try:
-        found = re.search(r"MemAvailable: +(\d+) kB", MEMINFO.read_text())
+        line = re.search(r"MemAvailable: +(\d+) kB", MEMINFO.read_text())
     except OSError:
         return None
-    return None if found is None else int(found[1]) * 1024
+    return None if line is None else int(line[1]) * 1024
 
 
 def _of_container() -> int | None:

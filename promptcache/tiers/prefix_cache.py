@@ -108,12 +108,11 @@ class PrefixCache:
         match = Match()
         if self.store is not None:
             match = self.store.lookup(read.token_ids[:-1], fingerprint)
-        found = self._in_memory(read, fingerprint, match)
-        if (
-            found is not None
-            and (cache := self._from_memory(found, is_shared)) is not None
-        ):
-            return FetchedPrefix(cache, found.num_tokens, fingerprint, match, "memory")
+        prefix = self._in_memory(read, fingerprint, match)
+        cached = self._from_memory(prefix, is_shared) if prefix is not None else None
+        if prefix is not None and cached is not None:
+            num_tokens = prefix.num_tokens
+            return FetchedPrefix(cached, num_tokens, fingerprint, match, "memory")
         cache = model.make_cache(read.settings)
         if self.store is None:
             return FetchedPrefix(cache, fingerprint=fingerprint)

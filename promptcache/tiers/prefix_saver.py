@@ -101,10 +101,10 @@ class SaveJob:
         """Return the snapshots whose states are to be stored."""
         return [s for s in self.snapshots if s.end > self.saved_to and self._keeps(s)]
 
-    def _keeps(self, taken: Snapshot) -> bool:
+    def _keeps(self, snapshot: Snapshot) -> bool:
         # Of an answer, only the last snapshot has states.
-        is_cut = taken.end <= self.num_prompt and self.plan.is_cut(taken.end)
-        return taken.needs_checkpoint and (is_cut or taken.end == self.end)
+        is_cut = snapshot.end <= self.num_prompt and self.plan.is_cut(snapshot.end)
+        return snapshot.needs_checkpoint and (is_cut or snapshot.end == self.end)
 
     def priority(self, position: int) -> Priority:
         """Return how much the state at a position is worth against others."""
@@ -162,14 +162,14 @@ class PrefixSaver:
     def hold(self, max_nbytes: int) -> None:
         """Give up the oldest jobs that wait beyond so many bytes."""
         while self._waiting and self.nbytes > max_nbytes:
-            self._give_up(self._waiting.popleft())
+            self._drop(self._waiting.popleft())
 
     def cancel(self) -> None:
         """Give up all that waits to be encoded."""
         while self._waiting:
-            self._give_up(self._waiting.popleft())
+            self._drop(self._waiting.popleft())
 
-    def _give_up(self, job: SaveJob) -> None:
+    def _drop(self, job: SaveJob) -> None:
         self._unfinished.remove(job)
         job.done.cancel()
 

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from promptcache.kvcache import snapshot
 from promptcache.kvcache.classes import least_window
-from promptcache.kvcache.snapshot import Snapshot
+from promptcache.kvcache.snapshot import Snapshot, capture, copied
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.tiers.prefix_saver import PrefixSaver, SaveJob
 from promptcache.tiers.prompt_read import PromptRead
@@ -76,8 +75,8 @@ class PromptSaver:
             return
         every_row = self._read.kv.bits is not None
         try:
-            taken = snapshot.capture(self._cache, start, end, every_row=every_row)
-            self._snapshots.append(taken)
+            snapshot = capture(self._cache, start, end, every_row=every_row)
+            self._snapshots.append(snapshot)
         # Of a cache class that is not mlx-lm's own, anything can be expected.
         except Exception as error:
             self._error = error
@@ -93,8 +92,8 @@ class PromptSaver:
         if self._saver is None or self._error is not None:
             return
         try:
-            taken = snapshot.capture(self._cache, begin, end)
-            self._answer_snapshots.append(snapshot.copied(taken))
+            snapshot = capture(self._cache, begin, end)
+            self._answer_snapshots.append(copied(snapshot))
         except Exception as error:
             self._error = error
 
@@ -155,7 +154,7 @@ class PromptSaver:
             token_ids,
             self._fingerprint,
             self._cache,
-            [taken for taken in self._snapshots if taken.end <= end],
+            [snapshot for snapshot in self._snapshots if snapshot.end <= end],
             self._read.plan,
             self._read.settings,
             num_prompt,
@@ -174,7 +173,7 @@ class PromptSaver:
         if self._answer_start == len(token_ids):
             # The last snapshot is to have states, too.
             self._answer_snapshots.pop()
-        last = snapshot.capture(self._cache, self._answer_start, len(token_ids))
+        last = capture(self._cache, self._answer_start, len(token_ids))
         self._snapshots += [*self._answer_snapshots, last]
         self._submit(token_ids, is_listed=True)
 
@@ -194,7 +193,9 @@ class PromptSaver:
     def _joins_answer(self, end: int) -> bool:
         """Return whether what is new up to `end` is to share an answer's segment."""
         start = max(self._submitted_to, *(s.start for s in self._snapshots[:1]), 0)
-        needs_checkpoint = any(taken.needs_checkpoint for taken in self._snapshots)
+        needs_checkpoint = any(
+            snapshot.needs_checkpoint for snapshot in self._snapshots
+        )
         return end - start < JOINED_TOKENS and not needs_checkpoint
 
     def _forget_saved(self) -> None:

@@ -73,12 +73,12 @@ PARAMETERS = {
 
 def incompatibilities(source: Any = server) -> Iterator[str]:
     """Yield what of mlx-lm's server has other parameters than promptcache needs."""
-    for name, wanted in PARAMETERS.items():
-        found = find(source, name)
-        if found is None:
+    for name, expected in PARAMETERS.items():
+        attribute = find(source, name)
+        if attribute is None:
             yield f"{name} is gone"
-        elif (parameters := tuple(inspect.signature(found).parameters)) != wanted:
-            yield f"{name} takes {_listed(parameters)}, not {_listed(wanted)}"
+        elif (parameters := tuple(inspect.signature(attribute).parameters)) != expected:
+            yield f"{name} takes {_listed(parameters)}, not {_listed(expected)}"
 
 
 def find(source: Any, name: str) -> Any:

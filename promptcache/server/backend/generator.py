@@ -179,12 +179,12 @@ class CachedResponseGenerator(ResponseGenerator):
         model = current.loaded
         settings = replace(current.settings, namespace=request.namespace)
         rendered = self._rendered(current, request, args)
-        found = super()._tokenize(tokenizer, request, args)
-        token_ids, segments, _, state, vision = found
+        tokenized = super()._tokenize(tokenizer, request, args)
+        token_ids, segments, _, state, vision = tokenized
         _check_length(len(token_ids), current.most_tokens)
         model.check_token_ids(token_ids, draft_model=settings.draft_model)
         if vision is not None:
-            return found
+            return tokenized
         if rendered is None or rendered.token_ids != token_ids:
             rendered = _plainly_rendered(token_ids, segments)
         is_sliceable = model.is_sliceable(settings)

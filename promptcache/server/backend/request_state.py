@@ -148,8 +148,8 @@ class RequestTokens(list[int]):
 
     def __getitem__(self, index: Any) -> Any:
         """Return one id, or a slice that knows its request."""
-        found = super().__getitem__(index)
-        return type(self)(found, self.reading) if isinstance(index, slice) else found
+        item = super().__getitem__(index)
+        return type(self)(item, self.reading) if isinstance(index, slice) else item
 
 
 class ClientDisconnectedError(ConnectionError):

@@ -35,12 +35,12 @@ class ApiKeys:
         if not self._namespace_by_key:
             return ""
         presented = _presented(authorization)
-        found = None
+        match = None
         for key, namespace in self._namespace_by_key.items():
             # An empty key would be one for those without any.
             if hmac.compare_digest(key, presented) and presented:
-                found = namespace
-        return found
+                match = namespace
+        return match
 
     def opens_metrics(self, authorization: str | None) -> bool:
         """Return whether an `Authorization` header opens the metrics.
@@ -55,10 +55,10 @@ class ApiKeys:
 
 def _presented(authorization: str | None) -> bytes:
     """Return the key in an `Authorization` header, empty without one."""
-    scheme, _, given = (authorization or "").partition(" ")
+    scheme, _, key = (authorization or "").partition(" ")
     if scheme.lower() != "bearer":
         return b""
-    return given.strip().encode("utf-8", "replace")
+    return key.strip().encode("utf-8", "replace")
 
 
 def _namespace(key: str, secret: bytes) -> str:

@@ -33,10 +33,10 @@ class CacheApi:
 
     def prefixes(self, namespace: str) -> dict[str, Any]:
         """Return the prefixes of a namespace. Raises StoreError."""
-        found = self._usable().prefixes(namespace=namespace)
+        prefixes = self._usable().prefixes(namespace=namespace)
         return {
             "object": "list",
-            "data": [_told(prefix) for prefix in found],
+            "data": [_as_json(prefix) for prefix in prefixes],
         }
 
     def explain(self, namespace: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,14 +91,14 @@ class CacheApi:
         if not isinstance(key, str) or not isinstance(name, str):
             raise BadRequestError("give a key and a name to pin it under")
         prefix = self._usable().pin(key, name, namespace=namespace, quota=self._quota)
-        return _told(prefix)
+        return _as_json(prefix)
 
     def unpin(self, namespace: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Give up a name. Raises as `pin` does."""
         name = body.get("name")
         if not isinstance(name, str):
             raise BadRequestError("give the name to give up")
-        return _told(self._usable().unpin(name, namespace=namespace))
+        return _as_json(self._usable().unpin(name, namespace=namespace))
 
     def _usable(self) -> PrefixStore:
         if self._store is None:
@@ -106,8 +106,8 @@ class CacheApi:
         return self._store
 
 
-def _told(prefix: Prefix) -> dict[str, Any]:
+def _as_json(prefix: Prefix) -> dict[str, Any]:
     """Return a prefix as JSON shows it to a client, who knows of no namespaces."""
-    told = prefix.to_json()
-    del told["namespace"]
-    return told
+    fields = prefix.to_json()
+    del fields["namespace"]
+    return fields

@@ -102,8 +102,8 @@ def _refused(error: RefusedError) -> ApiError:
         return ApiError(503, "server_error", "unavailable", "memory is short")
     # It says 404 for all that a chat template or a tokenizer raises.
     status = error.status if reason is None else 400
-    told = _line(reason) if reason is not None else "there is nothing here"
-    return ApiError(status, "invalid_request_error", None, told)
+    message = _line(reason) if reason is not None else "there is nothing here"
+    return ApiError(status, "invalid_request_error", None, message)
 
 
 def _line(error: BaseException) -> str:

@@ -79,24 +79,24 @@ class ApiHandler(APIHandler):
 
     def do_POST(self) -> None:
         """Answer a completion, or a question about the cache."""
-        self._guard(self._post)
+        self._handle(self._post)
 
     def do_GET(self) -> None:
         """Answer what needs no body."""
-        self._guard(self._get)
+        self._handle(self._get)
 
-    def _guard(self, answer: Callable[[], None]) -> None:
+    def _handle(self, answer: Callable[[], None]) -> None:
         """Answer, or tell what went wrong."""
         try:
             answer()
         except (ConnectionError, TimeoutError):
-            # Nobody is there any more to be told.
+            # The client is gone.
             self.close_connection = True
         except Exception as error:
-            told = api_error(error)
-            if told.status >= 500:
+            failure = api_error(error)
+            if failure.status >= 500:
                 logging.error("%s: %r", printable(self.requestline), error)
-            self._tell(told)
+            self._send_error(failure)
 
     def _post(self) -> None:
         self._authorize()
@@ -221,7 +221,7 @@ class ApiHandler(APIHandler):
         self._is_streaming = True
         super()._set_stream_headers(status_code)
 
-    def _tell(self, error: ApiError) -> None:
+    def _send_error(self, error: ApiError) -> None:
         """Tell of an error, however far the answer has come."""
         try:
             if self._is_streaming:
@@ -260,10 +260,10 @@ class ApiHandler(APIHandler):
     ) -> None:
         """Tell of a request that is none, which `http.server` has refused."""
         self.path = getattr(self, "path", "")
-        told = message or "this is no request"
+        text = message or "malformed request"
         self._headers_buffer = []
         self._send_json(
-            ApiError(int(code), "invalid_request_error", None, told).as_json(),
+            ApiError(int(code), "invalid_request_error", None, text).as_json(),
             status=int(code),
         )
 
