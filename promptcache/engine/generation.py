@@ -20,10 +20,6 @@ from promptcache.models.draft import DraftPair
 from promptcache.models.loaded import LoadedModel
 from promptcache.tiers.prefix_cache import PrefixCache
 
-# What an interrupted generation may lose of the time it read. Where reading is fast,
-# encoding what was read would delay the first token.
-SAVE_SECONDS = 5.0
-
 
 class Generation:
     """Runs one request; trouble with the store is a warning and a prefill."""
@@ -189,17 +185,14 @@ class Generation:
         """Read the prompt up to `end`, and save full pieces on the way."""
         read, cache = self._read, state.fetched.cache
         on_progress = self._request.on_progress
-        saved_at = time.perf_counter()
 
         def on_piece(first: int, stop: int) -> None:
-            nonlocal saved_at
             state.saver.capture(first, stop)
             if stop % read.plan.step_size or stop > read.num_saved:
                 return
             state.num_pieced = stop
-            if time.perf_counter() - saved_at >= SAVE_SECONDS:
+            if state.saver.is_overdue:
                 self._begin_to_save(state, stop)
-                saved_at = time.perf_counter()
 
         num_cached = state.fetched.cached_tokens
         seconds = read_pieces(

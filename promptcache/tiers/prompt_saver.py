@@ -1,5 +1,6 @@
 """Saving a prompt: what to keep of it, and when, while a run reads it."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from promptcache.tiers.prompt_read import PromptRead
 # A turn with fewer new tokens is saved in one segment with its answer: many short
 # segments take longer to read than a few.
 JOINED_TOKENS = 512
+# What an interrupted run may lose of the time it read. Where reading is fast, encoding
+# what was read would delay the first token.
+SAVE_SECONDS = 5.0
 
 
 class PromptSaver:
@@ -54,12 +58,18 @@ class PromptSaver:
         # What `save` waits for, and up to where everything has been submitted.
         self._jobs: list[SaveJob] = []
         self._submitted_to = 0
+        self._begun_at = time.perf_counter()
         self._error: Exception | None = None
 
     @property
     def is_active(self) -> bool:
         """Return whether something is still to be saved."""
         return self._saver is not None
+
+    @property
+    def is_overdue(self) -> bool:
+        """Return whether what has been read is to be saved while more is read."""
+        return time.perf_counter() - self._begun_at >= SAVE_SECONDS
 
     def stop(self) -> None:
         """Save nothing more."""
@@ -115,6 +125,7 @@ class PromptSaver:
         if not (answer_follows and self._joins_answer(end)):
             self._submit(self._token_ids[:end], is_listed=not answer_follows)
             self.advance()
+            self._begun_at = time.perf_counter()
 
     def advance(self) -> None:
         """Save one more part, if that needs no wait."""

@@ -16,7 +16,7 @@ import mlx_lm
 import pytest
 
 from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning, StoreError
-from promptcache.engine import generation
+from promptcache.tiers import prompt_saver
 from tests.helpers.marks import all_but
 
 PROMPT: list[int] = mx.random.randint(0, 256, (100,), key=mx.random.key(3)).tolist()
@@ -350,7 +350,7 @@ def test_full_disk_is_one_warning_and_a_warm_run(
 def test_disk_that_fills_while_a_long_prompt_is_saved_is_one_warning(
     model_dir: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(prompt_saver, "SAVE_SECONDS", 0.0)
     long = PROMPT * 30
     with CachedGenerator.load(model_dir, store=small_disk / "store") as generator:
         with pytest.warns(PromptCacheWarning) as record:

@@ -31,9 +31,8 @@ from promptcache.tiers.background_writer import MAX_QUEUED_NBYTES, BackgroundWri
 from promptcache.tiers.memory_tier import MemoryTier
 from promptcache.tiers.prefix_cache import PrefixCache
 from promptcache.tiers.prefix_saver import OvertakenError, PrefixSaver, SaveJob
+from promptcache.tiers.prompt_saver import SAVE_SECONDS
 
-# What an interrupted prefill may lose of the time it read; see `generation`.
-KEEP_SECONDS = 5.0
 # Of the memory that caches may take, what may be on its way to the disk, and the least
 # with which the ends of one prompt need not wait for each other.
 QUEUE_SHARE = 4
@@ -223,7 +222,7 @@ class ServerPromptCache:
         """Return whether to keep a place, which costs a copy of the whole cache."""
         if not has_only_rows(cache):
             return True
-        is_late = time.perf_counter() - reading.kept_at >= KEEP_SECONDS
+        is_late = time.perf_counter() - reading.kept_at >= SAVE_SECONDS
         is_end = end == reading.head or end >= reading.num_tokens - 1
         return is_end or is_late
 
