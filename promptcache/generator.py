@@ -30,7 +30,7 @@ from promptcache.prompts.chat import Message
 from promptcache.prompts.render import Prompt, RenderedPrompt
 from promptcache.segments.types import Match
 from promptcache.store import PrefixStore
-from promptcache.store.names import check_name
+from promptcache.store.reports import check_name
 from promptcache.tiers import memory_limits
 from promptcache.tiers.background_writer import BackgroundWriter
 from promptcache.tiers.memory_tier import MemoryTier

@@ -114,7 +114,7 @@ def _packed(
 
 
 def _evicted_meanwhile() -> StoreError:
-    return StoreError("what it hangs on has been evicted meanwhile")
+    return StoreError("its parent segment was evicted meanwhile")
 
 
 def _captured(

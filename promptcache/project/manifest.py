@@ -18,7 +18,7 @@ from promptcache.errors import UsageError
 from promptcache.kvcache.kv_quantization import KV_BITS, KV_GROUP_SIZES
 from promptcache.kvcache.row_quantization import STORE_BITS
 from promptcache.prompts.parts import PromptParts
-from promptcache.store.names import check_name
+from promptcache.store.reports import check_name
 
 MANIFEST_KEYS = ("model", "prompts")
 TEMPLATE_KEYS = ("system", "messages", "tools", "chat_template_config")

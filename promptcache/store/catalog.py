@@ -10,7 +10,6 @@ from promptcache.store.blobs.folder import BlobFolder
 from promptcache.store.index import Index
 from promptcache.store.index.rows import PrefixRow, SegmentRow
 from promptcache.store.maintenance import eviction, prefix_backup, prune, split
-from promptcache.store.names import check_name, full_name
 from promptcache.store.reports import (
     PinQuota,
     Prefix,
@@ -18,6 +17,8 @@ from promptcache.store.reports import (
     PruneReport,
     Removal,
     SegmentReport,
+    check_name,
+    full_name,
 )
 from promptcache.units import format_size
 

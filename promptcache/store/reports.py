@@ -1,12 +1,34 @@
-"""Reports: what a store shows people, and what it plans, as plain values."""
+"""Reports: what a store shows people, under which names, and what it plans."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from promptcache.errors import UsageError
 from promptcache.segments.fingerprint import Fingerprint
-from promptcache.store.names import full_name
 from promptcache.units import format_size, iso_time
+
+# Longer ones fill what lists them.
+MAX_NAME_LENGTH = 128
+
+
+def check_name(name: str) -> None:
+    """Raise UsageError if this cannot name a prefix."""
+    if len(name) > MAX_NAME_LENGTH:
+        raise UsageError(
+            f"{name[:20]!r}… is too long for a name, use up to {MAX_NAME_LENGTH} "
+            "characters"
+        )
+    if not name.strip() or not name.isprintable():
+        raise UsageError(f"{name!r} cannot be a name, use printable characters")
+
+
+def full_name(namespace: str, name: str | None) -> str | None:
+    """Return what a name in a namespace is in the whole store: `namespace/name`.
+
+    In the default namespace that is the name itself.
+    """
+    return f"{namespace}/{name}" if namespace and name is not None else name
 
 
 class PinQuota(NamedTuple):

@@ -8,7 +8,6 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 from promptcache.errors import StoreError, StoreFullError
 from promptcache.segments.chain import Chain
@@ -80,8 +79,6 @@ class SegmentWriter:
         """Save what is not stored yet of a prefix; return its key.
 
         Args:
-            token_ids: The whole prefix.
-            fingerprint: What its KV values depend on.
             encode: Returns the state of a token range `[start, end)`; it is called
                 for the ranges that are missing only.
             is_prefix: Whether to list its end, or keep it as a step on the way.
@@ -105,15 +102,8 @@ class SegmentWriter:
             place = self._place(token_ids, chain, next_turn) if state_nbytes else {}
             for start, end in _cuts(rows.cached_tokens, len(chain), cut_at):
                 segment = encode(start, end)
-                info = _info(
-                    chain,
-                    created_at=self._index.clock.time(),
-                    fingerprint=fingerprint,
-                    start=start,
-                    end=end,
-                    is_prefix=is_prefix and end == len(chain),
-                    resumption=segment.resumption,
-                )
+                is_end = is_prefix and end == len(chain)
+                info = self._info(chain, fingerprint, segment, start, end, is_end)
                 rest = segment.nbytes * (len(chain) - end) // (end - start)
                 more = rest + state_nbytes if state_nbytes else 0
                 protect = {**place, **({parent_key: start} if parent_key else {})}
@@ -139,13 +129,10 @@ class SegmentWriter:
     ) -> str:
         """Save the state at the end of a prefix whose rows are stored; return its key.
 
-        Older checkpoints on the way there are thinned out.
+        Older checkpoints on the way there are thinned out. For arguments see `save`.
 
         Args:
-            token_ids: The whole prefix.
-            fingerprint: What its KV values depend on.
             segment: The state.
-            is_prefix: Whether to list its end, or keep it as a step on the way.
             priority: How much it is worth against others.
             next_turn: Where the next turn is likely to part from this one, so that the
                 last checkpoint up to there stays.
@@ -160,16 +147,9 @@ class SegmentWriter:
         def attempt() -> bool:
             rows = longest_stored(self._index, chain, limit=position)
             if rows.key is None or rows.cached_tokens < position:
-                raise StoreError("what it hangs on has been evicted meanwhile")
-            info = _info(
-                chain,
-                created_at=self._index.clock.time(),
-                fingerprint=fingerprint,
-                start=position,
-                end=position,
-                is_prefix=is_prefix,
-                resumption=segment.resumption,
-                priority=priority,
+                raise StoreError("its parent segment was evicted meanwhile")
+            info = self._info(
+                chain, fingerprint, segment, position, position, is_prefix, priority
             )
             if self._checkpoint_key(chain) is not None:
                 return not is_prefix or self._list_prefix(chain, info.key)
@@ -186,6 +166,29 @@ class SegmentWriter:
 
         self._try(attempt)
         return chain.key_at(position)
+
+    def _info(
+        self,
+        chain: Chain,
+        fingerprint: Fingerprint,
+        segment: EncodedSegment,
+        start: int,
+        end: int,
+        is_prefix: bool,
+        priority: Priority = Priority.STEP,
+    ) -> SegmentInfo:
+        info = SegmentInfo(
+            key="",
+            start_hash=chain.key_at(start),
+            created_at=self._index.clock.time(),
+            fingerprint=fingerprint,
+            start=start,
+            end=end,
+            is_prefix=is_prefix,
+            resumption=segment.resumption,
+            priority=priority,
+        )
+        return replace(info, key=chain.tagged_key_at(end, info.tag))
 
     def _place(
         self, token_ids: Sequence[int], chain: Chain, next_turn: int | None
@@ -306,16 +309,6 @@ class SegmentWriter:
             prune.remove_blobs(self._index, self._blobs, [key])
             self._index.database.shrink()
             raise
-
-
-def _info(chain: Chain, **fields: Any) -> SegmentInfo:
-    """Return what a new segment is, with the key that its chain and kind give it."""
-    info = SegmentInfo(key="", start_hash="", **fields)
-    return replace(
-        info,
-        key=chain.tagged_key_at(info.end, info.tag),
-        start_hash=chain.key_at(info.start),
-    )
 
 
 def _cuts(start: int, end: int, cut_at: Collection[int]) -> Iterator[tuple[int, int]]:

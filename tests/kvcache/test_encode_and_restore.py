@@ -400,7 +400,7 @@ def test_rows_of_a_window_that_were_not_captured_are_a_store_error(
     captures = read_pieces(cache, [10, 10, 10])
     kept = [capture for i, capture in enumerate(captures) if i not in lost]
 
-    with pytest.raises(StoreError, match="has been evicted meanwhile"):
+    with pytest.raises(StoreError, match="was evicted meanwhile"):
         encode_rows(cache, kept, TOKEN_IDS, 5, 30)
 
 

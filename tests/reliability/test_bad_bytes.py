@@ -266,7 +266,7 @@ def test_schema_that_is_no_text_is_damage(filled: Path) -> None:
 def test_statement_without_an_end_is_ended(
     filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("promptcache.store.index.database.STATEMENT_SECONDS", 0.2)
+    monkeypatch.setattr("promptcache.store.index.connection.STATEMENT_SECONDS", 0.2)
     with copied(filled) as (folder, _), PrefixStore(folder) as store:
         change_schema(folder, STATEMENTS[2].format(table="segments"))
 

@@ -194,10 +194,10 @@ def test_checkpoint_that_does_not_fit_takes_nothing_with_it(
 
 
 def test_checkpoint_hangs_on_rows_that_are_stored(store: PrefixStore) -> None:
-    with pytest.raises(StoreError, match="has been evicted meanwhile"):
+    with pytest.raises(StoreError, match="was evicted meanwhile"):
         save_checkpoint(store, tokens(100))
     save(store, tokens(99), resumption=NEEDS_CHECKPOINT)
-    with pytest.raises(StoreError, match="has been evicted meanwhile"):
+    with pytest.raises(StoreError, match="was evicted meanwhile"):
         save_checkpoint(store, tokens(100))
 
     assert len(blob_paths(store)) == 1

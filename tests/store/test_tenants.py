@@ -30,8 +30,7 @@ from promptcache.segments.types import PromptOrigin
 from promptcache.server.http.auth import ApiKeys
 from promptcache.store import PrefixStore
 from promptcache.store.index import events
-from promptcache.store.names import MAX_NAME_LENGTH
-from promptcache.store.reports import Prefix, PrunePolicy
+from promptcache.store.reports import MAX_NAME_LENGTH, Prefix, PrunePolicy
 from promptcache.store.types import NearbyPrefixes, RequestUsage
 from tests.helpers import workers
 from tests.helpers.commands import assert_fails, invoke

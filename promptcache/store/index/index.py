@@ -11,14 +11,14 @@ from promptcache.locks import Patience
 from promptcache.segments.chain import Chain
 from promptcache.segments.types import Priority, SegmentInfo
 from promptcache.store.index.clock import Clock, Uses
-from promptcache.store.index.database import Database, Opener
+from promptcache.store.index.connection import Opener
+from promptcache.store.index.database import Database
 from promptcache.store.index.events import History
 from promptcache.store.index.fingerprints import Fingerprints
 from promptcache.store.index.prefixes import Prefixes
 from promptcache.store.index.rows import HeldEnd, SegmentNode
 from promptcache.store.index.schema import NO_TOKEN
-from promptcache.store.index.segments import ROOT_ID, SegmentTree
-from promptcache.store.index.stretches import leaves_of
+from promptcache.store.index.segments import ROOT_ID, SegmentTree, leaves_of
 
 
 class Index(SegmentTree):
@@ -187,31 +187,24 @@ class Index(SegmentTree):
             created_at = now if created_at is None else min(created_at, now)
             parent_id = self.segment_id(parent_key) if parent_key else ROOT_ID
             assert parent_id is not None
-            cursor = self.database.execute(
-                """
-                INSERT INTO segments (key, parent_id, fingerprint_id, start, end,
-                    first_token, nbytes, token_nbytes, created_at, used_at, sliceable,
-                    needs_checkpoint, priority, token_ids)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-                """,
-                [
-                    info.key,
-                    parent_id,
-                    self.fingerprints.add(info.fingerprint),
-                    info.start,
-                    info.end,
-                    NO_TOKEN if info.is_checkpoint else chain.token_id(info.start),
-                    nbytes,
-                    token_nbytes,
-                    created_at,
-                    created_at,
-                    *info.resumption,
-                    info.priority,
-                    chain.span(info.start, info.end),
-                ],
-            )
-            segment_id = cursor.lastrowid
-            assert segment_id is not None
+            row = {
+                "key": info.key,
+                "parent_id": parent_id,
+                "fingerprint_id": self.fingerprints.add(info.fingerprint),
+                "start": info.start,
+                "end": info.end,
+                "first_token": (
+                    NO_TOKEN if info.is_checkpoint else chain.token_id(info.start)
+                ),
+                "nbytes": nbytes,
+                "token_nbytes": token_nbytes,
+                "created_at": created_at,
+                "used_at": created_at,
+                **info.resumption._asdict(),
+                "priority": info.priority,
+                "token_ids": chain.span(info.start, info.end),
+            }
+            segment_id = self.database.insert("segments", row)
             self._add_blocks(segment_id, chain, info.start, info.end)
             if info.is_prefix:
                 key = chain.key_at(info.end)

@@ -4,6 +4,8 @@ They form a radix tree: `parent_id` 0 is the root, and a child starts anywhere i
 its parent.
 """
 
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -13,10 +15,18 @@ from promptcache.segments.chain import TOKEN_NBYTES, Chain
 from promptcache.segments.types import SegmentInfo
 from promptcache.store.index.connection import DAMAGED
 from promptcache.store.index.database import Database
-from promptcache.store.index.rows import CheckpointRow, HeldSegment, SegmentRow
+from promptcache.store.index.rows import (
+    CheckpointRow,
+    HeldEnd,
+    HeldSegment,
+    SegmentNode,
+    SegmentRow,
+    Use,
+)
 from promptcache.store.index.schema import NO_TOKEN, within
 
 ROOT_ID = 0
+Places = Mapping[int, Sequence[int]]
 SEGMENT_COLUMNS = (
     "id, key, parent_id, start, end, nbytes, sliceable, needs_checkpoint, token_ids"
 )
@@ -174,3 +184,103 @@ class SegmentTree:
         return self.database.execute(sql, [segment_id]).fetchall() == [
             wanted
         ] and hashes == set(chain.block_hashes(info.start, info.end))
+
+
+def leaves_of(
+    segments: Sequence[HeldSegment], ends: Sequence[HeldEnd], uses: Iterable[Use]
+) -> list[SegmentNode]:
+    """Return the stretches of segments: divided where others continue them.
+
+    A stretch ends where children or listed prefixes do, or the segment itself. It goes
+    when nothing continues it any more: the segment is split there, and its head stays.
+
+    Args:
+        segments: All segments of the store.
+        ends: Where the listed prefixes end.
+        uses: Up to where segments were used when.
+    """
+    places = _places(segments, ends)
+    order = ((segment_id, end) for segment_id in places for end in places[segment_id])
+    ids = {place: i for i, place in enumerate(order, start=1)}
+
+    def stretch_at(segment_id: int, position: int) -> int:
+        """Return the id of the stretch that ends at a position, or holds it."""
+        if segment_id not in places:
+            # A damaged index names what is not there.
+            return -segment_id
+        stops = places[segment_id]
+        return ids[segment_id, stops[min(bisect_left(stops, position), len(stops) - 1)]]
+
+    used_by_id: dict[int, list[Use]] = defaultdict(list)
+    for use in uses:
+        used_by_id[use.segment_id].append(use)
+    pinned = {stretch_at(e.segment_id, e.position) for e in ends if e.pinned}
+    nodes = []
+    for segment in segments:
+        parent_id = stretch_at(segment.parent_id, segment.start)
+        for start, end in pairwise([segment.start, *places[segment.id]]):
+            id_ = ids[segment.id, end]
+            used_at = _used_at(segment, start, used_by_id[segment.id])
+            node = _node(segment, start, end, id_, parent_id, used_at, id_ in pinned)
+            nodes.append(node)
+            parent_id = id_
+    return nodes
+
+
+def _node(
+    segment: HeldSegment,
+    start: int,
+    end: int,
+    id_: int,
+    parent_id: int,
+    used_at: float,
+    pinned: bool,
+) -> SegmentNode:
+    # By position: it is made for every segment of a store.
+    return SegmentNode(
+        id_,
+        segment.key,
+        parent_id,
+        _nbytes(segment, start, end),
+        used_at,
+        pinned,
+        segment.model,
+        segment.is_checkpoint,
+        start,
+        end,
+        segment.id,
+        start if start > segment.start else None,
+        segment.needs_checkpoint,
+    )
+
+
+def _places(segments: Sequence[HeldSegment], ends: Iterable[HeldEnd]) -> Places:
+    """Return where the stretches of each segment end, in order."""
+    places = {segment.id: {segment.end} for segment in segments}
+    sliceable = {s.id: range(s.start + 1, s.end) for s in segments if _is_divisible(s)}
+    forks = ((segment.parent_id, segment.start) for segment in segments)
+    stops = ((end.segment_id, end.position) for end in ends)
+    for segment_id, position in (*forks, *stops):
+        if position in sliceable.get(segment_id, ()):
+            places[segment_id].add(position)
+    return {id_: sorted(positions) for id_, positions in places.items()}
+
+
+def _is_divisible(segment: HeldSegment) -> bool:
+    rows_nbytes = segment.token_nbytes * (segment.end - segment.start)
+    return 0 < rows_nbytes <= segment.nbytes
+
+
+def _nbytes(segment: HeldSegment, start: int, end: int) -> int:
+    """Return what is freed once all that is after a stretch has gone."""
+    if start > segment.start:
+        return (end - start) * segment.token_nbytes
+    return segment.nbytes - (segment.end - end) * segment.token_nbytes
+
+
+def _used_at(segment: HeldSegment, start: int, uses: Iterable[Use]) -> float:
+    """Return when more of a segment than what is before a position was used."""
+    if segment.is_checkpoint or not _is_divisible(segment):
+        return segment.used_at
+    used_at = (use.used_at for use in uses if use.position > start)
+    return max([segment.created_at, *used_at])

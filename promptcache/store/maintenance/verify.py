@@ -10,8 +10,7 @@ from promptcache.store.index import Index
 from promptcache.store.index.rows import PrefixRow
 from promptcache.store.maintenance.prefix_backup import write_prefixes
 from promptcache.store.maintenance.rebuild import has_key, rebuild
-from promptcache.store.names import full_name
-from promptcache.store.reports import Damage, VerifyReport
+from promptcache.store.reports import Damage, VerifyReport, full_name
 
 Progress = Callable[[int, int], None]
 
