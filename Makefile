@@ -15,10 +15,13 @@ RUN := PATH="$(BIN):$$PATH" $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 
 # The oldest mlx-lm that pyproject.toml allows.
 OLDEST_MLX_LM := $(shell sed -n 's/.*"mlx-lm>=\(.*\)",/\1/p' pyproject.toml)
-# Two processes, each with a group of tests at a time.
-PARALLEL := -n 2 --dist loadfile
+# Two processes, each with a group of tests at a time. They share the cores, so that
+# BLAS has one thread in each.
+PARALLEL := OPENBLAS_NUM_THREADS=1 $(RUN) python -m pytest -n 2 --dist loadfile \
+	--no-loadscope-reorder
 # Of these `make test-long` tries three times as many examples.
-FUZZED := tests/reliability/test_bad_bytes.py tests/reliability/test_mending.py
+FUZZED := $(addprefix tests/,reliability/test_bad_bytes.py \
+	reliability/test_mending.py store/test_eviction.py store/test_lookup.py)
 SOAK_SECONDS ?= 1800
 
 # Where the benchmarks write what they measured, and the plots of it.
@@ -51,12 +54,12 @@ demo: $(VENV)/.installed
 	$(RUN) docs/examples/demo.sh
 
 test: $(VENV)/.installed
-	$(RUN) python -m pytest $(PARALLEL) -m 'not long and not alone'
+	$(PARALLEL) -m 'not long and not alone'
 	$(RUN) python -m pytest -m 'not long and alone'
 
 test-long: $(VENV)/.installed
-	$(RUN) python -m pytest $(PARALLEL) -m 'long and not alone'
-	FUZZ=3 $(RUN) python -m pytest $(PARALLEL) $(FUZZED)
+	$(PARALLEL) -m 'long and not alone'
+	FUZZ=3 $(PARALLEL) $(FUZZED)
 	$(RUN) python -m pytest -m 'long and alone'
 
 # Apart from the tests, because counting lines slows them down.

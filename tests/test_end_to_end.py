@@ -11,7 +11,6 @@ import pytest
 from promptcache import CachedGenerator
 from promptcache.models.default.download import ensure_default_model
 from promptcache.prompts.parts import compose
-from tests.helpers.marks import all_but
 
 NARRATOR = Path(__file__).parents[1] / "docs" / "examples" / "narrator.txt"
 # Enough for a warm start to be worth it, and read in a few seconds.
@@ -44,16 +43,17 @@ def test_default_model_starts_warm_in_a_third_of_the_time(
     assert warm[-1].ttft_seconds < cold[-1].ttft_seconds / 3
 
 
-QUANTIZED = {"kv_bits": 8, "quantized_kv_start": 0}
-OPTIONS = [
-    {"temp": 0.8, "seed": 7},
-    {"repetition_penalty": 1.3},
-    {"kv_bits": 8},
-    QUANTIZED,
-]
-
-
-@pytest.mark.parametrize("options", all_but([QUANTIZED], OPTIONS), ids=str)
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temp": 0.8, "seed": 7},
+        {"repetition_penalty": 1.3},
+        {"kv_bits": 8},
+        {"kv_bits": 8, "quantized_kv_start": 0},
+    ],
+    ids=str,
+)
 def test_default_model_answers_warm_as_cold(
     smollm2: CachedGenerator, options: dict[str, Any]
 ) -> None:

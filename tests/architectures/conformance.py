@@ -36,6 +36,8 @@ from tests.architectures import architectures, models_page
 LENGTHS = (100, 300, 700)
 FORKS = (1, 31, 32, 33, 48, 63, 64, 65, 99)
 STEP_SIZE = 64
+# Of a process.
+MIN_CONFIGURATIONS = 16
 SUFFIX_TOKENS = 24
 ANSWER_TOKENS = 16
 # Of an answer that is saved: longer than a window, so that it is captured on the way.
@@ -427,7 +429,8 @@ def check_all(
 
 def run(names: Sequence[str], lengths: Sequence[int] = LENGTHS) -> list[Result]:
     """Store prefixes in some processes, and resume them in others."""
-    num_workers = min(os.cpu_count() or 1, len(names))
+    # To start one takes as long as some configurations.
+    num_workers = min(os.cpu_count() or 1, -(-len(names) // MIN_CONFIGURATIONS))
     chunks = [names[i::num_workers] for i in range(num_workers)]
     with tempfile.TemporaryDirectory() as folder:
         folders = [Path(folder, str(i)) for i in range(num_workers)]

@@ -476,22 +476,3 @@ def test_build_that_was_killed_resumes(model_dir: Path, tmp_path: Path) -> None:
         assert (tokens, last.cached_tokens) == (plain(generator, PROMPT), 99)
         assert generator.store is not None
         assert generator.store.verify().is_sound
-
-
-def test_of_two_processes_that_build_the_same_prefix_one_does_the_work(
-    model_dir: Path, tmp_path: Path
-) -> None:
-    store = tmp_path / "shared"
-    processes = [
-        start_build(model_dir, store, PROMPT, step=25, pause=0.2) for _ in range(2)
-    ]
-    assert [next_line(process) for process in processes] == ["ready", "ready"]
-
-    for process in processes:
-        go(process)
-
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
-    built = [json.loads(output.splitlines()[-1]) for output in outputs]
-    assert sorted(b[0] for b in built) == [0, len(PROMPT)]
-    assert {b[1] for b in built} == {len(PROMPT)}
-    assert built[0][2] == built[1][2]

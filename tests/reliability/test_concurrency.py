@@ -41,7 +41,7 @@ with CachedGenerator.load(sys.argv[1], store=sys.argv[2]) as generator:
         prefill_step_size=64,
         on_wait=lambda: print("waits", flush=True),
     )
-    print("cached", prefix.cached_tokens)
+    print("cached", prefix.cached_tokens, prefix.key)
 """
 
 
@@ -62,8 +62,10 @@ def test_same_prefix_is_built_once_while_the_others_wait(
         process.stdin = None
     told = [process.communicate(timeout=120) for process in processes]
 
-    outputs = sorted(output for output, _ in told)
-    assert outputs == ["cached 0\n", *["waits\ncached 2000\n"] * 2], told
+    outputs = sorted(output.split() for output, _ in told)
+    *said, key = outputs[0]
+    assert said == ["cached", "0"], told
+    assert outputs[1:] == [["waits", "cached", "2000", key]] * 2, told
     check_invariants(tmp_path / "store")
 
 

@@ -165,18 +165,17 @@ def test_options_work_with_and_without_a_cache(
 
 
 def test_draft_model_shares_both_caches(
-    model_dir: Path, tmp_path: Path, store_dir: Path
+    server: Server, model_dir: Path, tmp_path: Path
 ) -> None:
     draft = tiny.save_model(tmp_path / "draft", tiny.LLAMA, seed=1)
     prompts = chats(3)
-    with running(model_dir, *MEMORY, store=store_dir) as server:
-        plain = [ask(server.client(), prompt) for prompt in prompts]
+    plain = [ask(server.client(), prompt) for prompt in prompts]
 
     options = (*MEMORY, "--draft-model", draft)
-    with running(model_dir, *options, store=tmp_path / "drafted") as server:
-        drafted = [ask(server.client(), prompt) for prompt in prompts]
-    with running(model_dir, *options, store=tmp_path / "drafted") as server:
-        warm = ask(server.client(), prompts[-1])
+    with running(model_dir, *options, store=tmp_path / "drafted") as speculating:
+        drafted = [ask(speculating.client(), prompt) for prompt in prompts]
+    with running(model_dir, *options, store=tmp_path / "drafted") as speculating:
+        warm = ask(speculating.client(), prompts[-1])
 
     assert [a.text for a in drafted] == [a.text for a in plain]
     assert drafted[0].cached_tokens == 0

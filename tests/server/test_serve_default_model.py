@@ -35,7 +35,6 @@ TURNS = (
     "How does the night end?",
 )
 MEMORY = ("--memory-limit", "1GB")
-MAX_TOKENS = 20
 # What a chat template puts around a user's text, and before the answer.
 AROUND = 12
 
@@ -65,9 +64,11 @@ def num_tokens(plain: Any, text: str) -> int:
     return len(plain[1].encode(text, add_special_tokens=False))
 
 
-@pytest.mark.parametrize("num_turns", all_but([3], [3, len(TURNS)]))
+@pytest.mark.parametrize(
+    ("num_turns", "max_tokens"), all_but([(3, 8)], [(3, 8), (len(TURNS), 20)])
+)
 def test_chat_survives_a_kill_and_reads_only_what_is_new(
-    plain: Any, store_dir: Path, num_turns: int
+    plain: Any, store_dir: Path, num_turns: int, max_tokens: int
 ) -> None:
     turns = TURNS[:num_turns]
     servers: list[Server] = [Server(None, *MEMORY, store=store_dir)]
@@ -76,8 +77,8 @@ def test_chat_survives_a_kill_and_reads_only_what_is_new(
     try:
         for number, said in enumerate(turns):
             messages.append({"role": "user", "content": said})
-            answers.append(ask(servers[-1].client(), messages, max_tokens=MAX_TOKENS))
-            cold.append(cold_text(plain, messages, MAX_TOKENS))
+            answers.append(ask(servers[-1].client(), messages, max_tokens=max_tokens))
+            cold.append(cold_text(plain, messages, max_tokens))
             messages.append({"role": "assistant", "content": answers[-1].text})
             if number == num_turns // 2 - 1:
                 servers[-1].kill()

@@ -15,9 +15,10 @@ from promptcache.store.maintenance.eviction import (
     surplus_checkpoints,
 )
 from promptcache.store.maintenance.prune import removals_of
+from tests.helpers.forging import TIMES
 from tests.helpers.strategies import trees
 
-anything = settings(deadline=None, max_examples=300)
+anything = settings(deadline=None, max_examples=100 * TIMES)
 sets_of_ids = st.sets(st.integers(1, 25), max_size=3)
 
 

@@ -18,6 +18,7 @@ from promptcache.store import PrefixStore
 from promptcache.store.index import Index
 from promptcache.store.lookup import longest_stored
 from promptcache.store.writer import SegmentWriter
+from tests.helpers.forging import TIMES
 from tests.helpers.invariants import check_invariants
 from tests.helpers.places import IN_MEMORY
 from tests.helpers.segments import (
@@ -49,7 +50,7 @@ def new_store() -> Iterator[PrefixStore]:
         yield store
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30 * TIMES)
 @given(
     st.lists(prompts(), min_size=1, max_size=8),
     st.lists(prompts(), max_size=8),
@@ -274,7 +275,7 @@ def test_encode_is_asked_for_missing_ranges_only(store: PrefixStore) -> None:
 
 
 def test_match_costs_the_same_however_much_is_stored(store: PrefixStore) -> None:
-    for i in range(200):
+    for i in range(60):
         save(store, [i, *tokens(40)])
     save(store, tokens(500, first=300))
     index = Index(Path(store.path) / "index.db")
