@@ -341,12 +341,18 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._screen, keys.encode())
 
-    def read_until(self, words: str) -> str:
-        """Read what is shown until some words are."""
-        text = b""
+    def read_until(self, words: str, *, typing: str = "") -> str:
+        """Read what is shown until some words are, typing some keys now and then.
+
+        What is typed while the terminal gets ready for editing is lost.
+        """
+        text, end = b"", time.monotonic() + SECONDS
         while words.encode() not in text:
-            assert select.select([self._screen], [], [], SECONDS)[0], text
-            text += os.read(self._screen, 1)
+            if select.select([self._screen], [], [], 2)[0]:
+                text += os.read(self._screen, 1)
+                continue
+            assert time.monotonic() < end, text
+            self.type(typing)
         return text.decode()
 
     def __enter__(self) -> "Terminal":
@@ -362,10 +368,9 @@ def test_control_c_at_the_prompt_does_not_leave_and_control_d_does() -> None:
     with Terminal("--max-tokens", "8") as terminal:
         terminal.read_until("> ")
         terminal.type("half a li")
-        # What is typed before the prompt can be edited is lost.
-        terminal.read_until("half a li")
+        terminal.read_until("half a li", typing="half a li")
         terminal.type("\x03")
-        terminal.read_until("Ctrl-D or /exit leaves")
+        terminal.read_until("Ctrl-D or /exit leaves", typing="\x03")
         terminal.read_until("> ")
         terminal.type("Hello\n")
         text = terminal.read_until("> ")
