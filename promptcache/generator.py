@@ -57,6 +57,7 @@ class CachedGenerator(TextModel):
         *,
         store: PrefixStore | str | Path | None = None,
         max_nbytes: int | None = None,
+        max_daily_nbytes: int | None = None,
         memory_limit: int | None = None,
         save: SavePolicy = "auto",
         reuse: bool = True,
@@ -72,7 +73,9 @@ class CachedGenerator(TextModel):
             tokenizer: Its tokenizer.
             store: A store to share, or the folder of one to open; the default
                 folder if None.
-            max_nbytes: Size limit of a store opened here; see `PrefixStore`.
+            max_nbytes: Size limit of a store opened here; this and the next one as in
+                `PrefixStore`.
+            max_daily_nbytes: Most bytes to write to it in a day.
             memory_limit: How many bytes of recent prompts' caches to keep in memory,
                 else `PROMPTCACHE_MEMORY_LIMIT`, else an eighth of the memory; 0 for
                 none.
@@ -104,11 +107,18 @@ class CachedGenerator(TextModel):
         if isinstance(store, PrefixStore):
             self.store = store
         elif reuse or save:
-            self._open_store(store, max_nbytes)
+            self._open_store(store, max_nbytes, max_daily_nbytes)
 
-    def _open_store(self, path: str | Path | None, max_nbytes: int | None) -> None:
+    def _open_store(
+        self,
+        path: str | Path | None,
+        max_nbytes: int | None,
+        max_daily_nbytes: int | None,
+    ) -> None:
         try:
-            self.store = PrefixStore(path, max_nbytes=max_nbytes)
+            self.store = PrefixStore(
+                path, max_nbytes=max_nbytes, max_daily_nbytes=max_daily_nbytes
+            )
         except StoreError as error:
             self._store_error = error
             warn(f"going on without the store: {error}")
@@ -133,10 +143,8 @@ class CachedGenerator(TextModel):
             path_or_hf_repo: A folder or a hub repository, else `PROMPTCACHE_MODEL`,
                 else the embedded default, SmolLM2-135M-Instruct.
             adapter_path: The folder of a LoRA adapter.
-            options: `store`, `max_nbytes`, `memory_limit`, `save`, `reuse`,
-                `namespace`, `chat_template_config` and `announce` of
-                `CachedGenerator`, and further arguments of `mlx_lm.load`. `announce`
-                is called before a download as well.
+            options: Those of `CachedGenerator` but for `identity`, and further
+                arguments of `mlx_lm.load`. `announce` is called before a download, too.
 
         Raises:
             ModelError: The model cannot be found or loaded.

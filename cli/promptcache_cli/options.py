@@ -132,6 +132,12 @@ max_size_option = option(
     help="Most bytes for the whole store, such as 20GB  [env: PROMPTCACHE_MAX_SIZE; "
     "default: 10GB]",
 )
+daily_writes_option = option(
+    "--daily-writes",
+    type=SIZE,
+    help="Most bytes to write in a day, to spare the drive  "
+    "[env: PROMPTCACHE_DAILY_WRITES; default: no limit]",
+)
 json_option = option("--json", "json_", is_flag=True, help="Print JSON")
 quiet_option = option(
     "-q", "--quiet", is_flag=True, help="Print data, warnings and errors only"
@@ -155,7 +161,8 @@ def option_group(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 store_options = option_group(store_option, json_option, quiet_option)
-save_options = option_group(store_option, max_size_option, json_option, quiet_option)
+limit_options = option_group(max_size_option, daily_writes_option)
+save_options = option_group(store_option, limit_options, json_option, quiet_option)
 model_options = option_group(
     option(
         "-m",
@@ -243,6 +250,7 @@ prompt_options = option_group(
 def open_store(
     store_path: str | None,
     max_nbytes: int | None = None,
+    max_daily_nbytes: int | None = None,
     *,
     say: Callable[[str], None] | None = None,
     patience: Patience | None = None,
@@ -252,6 +260,7 @@ def open_store(
     Args:
         store_path: Its folder.
         max_nbytes: Its size limit.
+        max_daily_nbytes: Most bytes to write in a day.
         say: Called with a line while it waits for a different process; stderr if None.
         patience: How long to wait for one, else a minute.
     """
@@ -260,7 +269,12 @@ def open_store(
 
     say = say or (lambda line: output.say(f"promptcache: {line}"))
     patience = patience or Patience(COMMAND_SECONDS, say)
-    store = PrefixStore(store_path, max_nbytes=max_nbytes, patience=patience)
+    store = PrefixStore(
+        store_path,
+        max_nbytes=max_nbytes,
+        max_daily_nbytes=max_daily_nbytes,
+        patience=patience,
+    )
     if store.rebuilt:
         output.warn(
             "the index was missing or damaged and has been "

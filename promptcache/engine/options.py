@@ -17,6 +17,7 @@ class GeneratorOptions(TypedDict, total=False):
 
     store: PrefixStore | str | Path | None
     max_nbytes: int | None
+    max_daily_nbytes: int | None
     memory_limit: int | None
     save: SavePolicy
     reuse: bool

@@ -434,3 +434,33 @@ def test_exact_mode_finds_what_was_built_exactly() -> None:
     assert json.loads(warm.stdout)["cached_tokens"] % 32 == 0
     assert json.loads(warm.stdout)["cached_tokens"] > 0
     assert json.loads(tight.stdout)["cached_tokens"] == 0
+
+
+# The daily write budget
+
+
+LONG = "I open the door, and look at what is behind it. " * 30
+
+
+def test_build_beyond_what_may_be_written_in_a_day_is_one_line() -> None:
+    result = invoke("build", LONG, "--daily-writes", "1kB")
+
+    assert_fails(result, 1, "in a day", "--daily-writes")
+    assert not json.loads(ok("ls", "--json").stdout)
+
+
+def test_generation_beyond_what_may_be_written_in_a_day_is_not_saved() -> None:
+    options = ("--max-tokens", "4", "--save", "--daily-writes")
+
+    refused = ok("generate", LONG, *options, "1kB")
+    saved = ok("generate", LONG, *options, "1GB")
+
+    assert "in a day" in refused.stderr
+    assert refused.stdout == saved.stdout
+    assert saved.stderr == ""
+    assert len(json.loads(ok("ls", "--json").stdout)) == 1
+
+
+@pytest.mark.parametrize("command", ["chat", "sync", "serve"])
+def test_other_commands_that_write_have_a_daily_budget_too(command: str) -> None:
+    assert "--daily-writes SIZE" in ok(command, "--help").stdout

@@ -35,6 +35,7 @@ def build(
     name: str | None,
     store_path: str | None,
     max_size: int | None,
+    daily_writes: int | None,
     json_: bool,
     quiet: bool,
     **settings: Any,
@@ -57,7 +58,7 @@ def build(
     console = output.Console(quiet=quiet)
     parts = PromptOptions.take(settings)
     parts.check_prefix()
-    with open_store(store_path, max_size, say=console.info) as store:
+    with open_store(store_path, max_size, daily_writes, say=console.info) as store:
         generator = CachedGenerator.load(
             model, adapter_path=adapter_path, store=store, announce=console.info
         )

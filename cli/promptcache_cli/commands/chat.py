@@ -62,6 +62,7 @@ def chat(
     usage: bool,
     store_path: str | None,
     max_size: int | None,
+    daily_writes: int | None,
     json_: bool,
     quiet: bool,
     **options: Any,
@@ -91,6 +92,7 @@ def chat(
         adapter_path=adapter_path,
         store=store_path,
         max_nbytes=max_size,
+        max_daily_nbytes=daily_writes,
         announce=console.info,
     ) as generator:
         conversation = Conversation(

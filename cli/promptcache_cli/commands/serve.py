@@ -14,7 +14,7 @@ from promptcache_cli.options import (
     JSON_OBJECT,
     SIZE,
     draft_option,
-    max_size_option,
+    limit_options,
     model_options,
     open_store,
     option,
@@ -139,7 +139,7 @@ server_options = option_group(
 @model_options
 @server_options
 @store_option
-@max_size_option
+@limit_options
 @option(
     "--memory-limit",
     type=SIZE,
@@ -181,6 +181,7 @@ server_options = option_group(
 def serve(
     store_path: str | None,
     max_size: int | None,
+    daily_writes: int | None,
     memory_limit: int | None,
     save_answers: bool,
     store_bits: int | None,
@@ -220,7 +221,7 @@ def serve(
     # As Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Requests wait no longer than those of a generator.
-    with open_store(store_path, max_size, patience=Patience()) as store:
+    with open_store(store_path, max_size, daily_writes, patience=Patience()) as store:
         server = Server(
             Namespace(**options),
             store=store,

@@ -40,6 +40,7 @@ def sync(
     dry_run: bool,
     store_path: str | None,
     max_size: int | None,
+    daily_writes: int | None,
     json_: bool,
     quiet: bool,
 ) -> int:
@@ -70,7 +71,7 @@ def sync(
     with (
         empty_store()
         if is_plan and is_new
-        else open_store(store_path, max_size, say=console.info)
+        else open_store(store_path, max_size, daily_writes, say=console.info)
     ) as store:
         load = partial(
             CachedGenerator.load, store=store, announce=console.info, lazy=True

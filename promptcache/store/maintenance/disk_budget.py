@@ -59,7 +59,7 @@ class DiskBudget:
         if limit is not None and written + nbytes > limit:
             raise StoreFullError(
                 f"{format_size(written)} of the {format_size(limit)} that may be "
-                "written in a day are, raise PROMPTCACHE_DAILY_WRITES or wait"
+                "written in a day are, raise --daily-writes or wait"
             )
 
     def try_reserve(
