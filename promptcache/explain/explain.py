@@ -271,8 +271,8 @@ class _Diagnosis:
     def _part_of_text(self, prompt: StoredPrompt) -> Divergence:
         at = self._shared(prompt)
         if self._is_same_text(prompt, at):
-            told = "the same text was generated as other tokens than it is read as"
-            return self._part(prompt, "tokenization", f"{told}{self._where(at)}")
+            clause = "the same text was generated as other tokens than it is read as"
+            return self._part(prompt, "tokenization", f"{clause}{self._where(at)}")
         expected, found = self._decode(prompt.token_ids), self._decode(self._token_ids)
         difference = compare(
             expected,
@@ -318,12 +318,12 @@ class _Diagnosis:
         others = {fingerprint.model for fingerprint, _ in self._around.elsewhere} - {
             self._fingerprint.model
         }
-        told = f"nothing cached begins like this for {self._fingerprint.model}"
+        clause = f"nothing cached begins like this for {self._fingerprint.model}"
         if not self._around.num_prompts:
-            told = f"nothing cached for {self._fingerprint.model} yet"
+            clause = f"nothing cached for {self._fingerprint.model} yet"
         if others:
-            told += f", only for {', '.join(sorted(others))}"
-        return self._divergence("nothing cached", told, expected="")
+            clause += f", only for {', '.join(sorted(others))}"
+        return self._divergence("nothing cached", clause, expected="")
 
     # Telling
 

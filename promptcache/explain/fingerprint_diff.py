@@ -89,9 +89,9 @@ def change_of_tools(
         ("removed", [name for name in old if name not in new]),
         ("changed", changed),
     )
-    told = [f"{', '.join(names)} {verb}" for verb, names in lists if names]
-    if told:
-        return f"other tools: {'; '.join(told)}"
+    clauses = [f"{', '.join(names)} {verb}" for verb, names in lists if names]
+    if clauses:
+        return f"other tools: {'; '.join(clauses)}"
     moved = next(
         (b for (a, _), (b, _) in zip(before, after, strict=False) if a != b), ""
     )

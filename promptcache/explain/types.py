@@ -63,17 +63,17 @@ class Explanation:
 
     @property
     def _found(self) -> str:
-        told = f"{self.cached_tokens} of {self.prompt_tokens} tokens are cached"
+        summary = f"{self.cached_tokens} of {self.prompt_tokens} tokens are cached"
         if self.is_full:
-            return f"a full hit: {told}"
+            return f"a full hit: {summary}"
         if self.divergence is None:
-            return f"a partial hit: {told}, the rest is new"
+            return f"a partial hit: {summary}, the rest is new"
         begin = "a partial hit" if self.cached_tokens else "a miss"
         at, culprit = self.divergence.position, self.divergence.culprit
         if at < self.cached_tokens:
             # What it was expected to go on from shares less than something else does.
-            return f"{begin}: {told}; {culprit}"
-        return f"{begin}: {told}; from token {at} on, {culprit}"
+            return f"{begin}: {summary}; {culprit}"
+        return f"{begin}: {summary}; from token {at} on, {culprit}"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as commands print it, and servers answer it."""

@@ -238,14 +238,14 @@ def find_volatile(
         directories: Absolute paths to find, alone or at the start of a longer path.
     """
     patterns = [*_PATTERNS, *_given_patterns(hostnames, directories)]
-    found = [
+    matches = [
         volatile
         for kind, pattern in patterns
         for volatile in _search(kind, pattern, text)
     ]
     # The sort is stable, so the order of the patterns decides the rest.
-    found.sort(key=lambda volatile: (volatile.start, -volatile.end))
-    return list(_without_overlaps(found))
+    matches.sort(key=lambda volatile: (volatile.start, -volatile.end))
+    return list(_without_overlaps(matches))
 
 
 def _given_patterns(

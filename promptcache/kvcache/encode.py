@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 def encode_rows(
     cache: Sequence[Any],
-    captures: Sequence[Snapshot],
+    snapshots: Sequence[Snapshot],
     token_ids: Sequence[int],
     start: int,
     end: int,
@@ -53,7 +53,7 @@ def encode_rows(
     Args:
         cache: One mlx-lm cache object a layer; keys and values have shape
             `(1, kv_heads, capacity, head_dim)`. It may have read on since.
-        captures: What was captured of it, up to `end` at least. Pieces of one segment
+        snapshots: What was captured of it, up to `end` at least. Pieces of one segment
             are quantized all or none.
         token_ids: The tokens the cache has read, from the first.
         start: First row to take.
@@ -65,7 +65,7 @@ def encode_rows(
     """
     import mlx.core as mx
 
-    last = next((c for c in captures if c.end >= end), None)
+    last = next((c for c in snapshots if c.end >= end), None)
     if last is None:
         raise _evicted_meanwhile()
     layout: dict[str, PartLayout] = {}
@@ -74,7 +74,7 @@ def encode_rows(
         layout[name] = kept = without_state(last.layout[name])
         names = [name_in_blob(name, tensor) for tensor in kept.tensor_names]
         if all(tensor in last.rows for tensor in names):
-            rows = _captured(captures, names, start, end) if names else []
+            rows = _captured(snapshots, names, start, end) if names else []
         else:
             rows = rows_of(part, start, end)
         arrays |= dict(zip(names, rows, strict=True))
@@ -97,16 +97,16 @@ def _packed(
         if not part.bits
     }
     formats = {place: quantized_format(arrays[place], bits) for place in places}
-    known = {place: kept for place, kept in formats.items() if kept is not None}
+    packable = {place: kept for place, kept in formats.items() if kept is not None}
     pieces = {
-        place: quantize_rows(arrays[place], kept) for place, kept in known.items()
+        place: quantize_rows(arrays[place], kept) for place, kept in packable.items()
     }
     usable = {p: is_finite(arrays[p], packed) for p, packed in pieces.items()}
     mx.eval(pieces, usable)
     parts, kept_arrays = dict(layout), dict(arrays)
-    for place in (place for place in known if usable[place].item()):
+    for place in (place for place in packable if usable[place].item()):
         name, tensor = places[place]
-        at_rest = {**parts[name].at_rest, tensor: known[place]}
+        at_rest = {**parts[name].at_rest, tensor: packable[place]}
         parts[name] = replace(parts[name], at_rest=at_rest)
         del kept_arrays[place]
         kept_arrays |= {f"{place}.{p}": array for p, array in pieces[place].items()}
@@ -118,12 +118,12 @@ def _evicted_meanwhile() -> StoreError:
 
 
 def _captured(
-    captures: Sequence[Snapshot], tensors: Sequence[str], start: int, end: int
+    snapshots: Sequence[Snapshot], tensors: Sequence[str], start: int, end: int
 ) -> list["mx.array"]:
     """Return the rows `[start, end)` of a part from the pieces they were read in."""
     import mlx.core as mx
 
-    pieces = [c for c in captures if c.start < end and c.end > start]
+    pieces = [c for c in snapshots if c.start < end and c.end > start]
     joined = all(a.end == b.start for a, b in itertools.pairwise(pieces))
     if not joined or pieces[0].start > start or pieces[-1].end < end:
         raise _evicted_meanwhile()

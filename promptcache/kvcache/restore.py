@@ -119,10 +119,10 @@ def _restore_window(
 
     position = segments[-1].stop
     first = max(position - window_size(part), 0)
-    found = [s for s in with_rows(segments) if s.stop > first]
-    for segment in found:
+    reached = [s for s in with_rows(segments) if s.stop > first]
+    for segment in reached:
         _check_class(part, segment.layout[name], type(part).__name__)
-    columns = zip(*(s.rows(name, first, position) for s in found), strict=True)
+    columns = zip(*(s.rows(name, first, position) for s in reached), strict=True)
     joined = [mx.contiguous(mx.concatenate(column, axis=-2)) for column in columns]
     if not joined or joined[0].shape[-2] != position - first:
         raise DamagedBlobError("blob lacks rows of a window")

@@ -7,14 +7,14 @@ is stored where is the codec's business.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from promptcache.segments.dtypes import FLOAT_DTYPES
+
 if TYPE_CHECKING:
     import mlx.core as mx
 
 STORE_BITS = (8, 4)
 # The larger takes fewer bytes; mlx has kernels for these, and models such widths.
 GROUP_SIZES = (64, 32)
-# What float keys and values can be.
-DTYPES = ("float16", "bfloat16", "float32")
 # What a tensor is taken apart into; the names are mlx's.
 PIECES = ("weight", "scales", "biases")
 
@@ -35,15 +35,15 @@ class QuantizedFormat(NamedTuple):
     @classmethod
     def of(cls, value: Any) -> "QuantizedFormat":
         """Return what a blob says. Raises ValueError for what is never written."""
-        found = cls(*value)
+        kept = cls(*value)
         is_known = (
-            found.bits in STORE_BITS
-            and found.group_size in GROUP_SIZES
-            and found.dtype in DTYPES
+            kept.bits in STORE_BITS
+            and kept.group_size in GROUP_SIZES
+            and kept.dtype in FLOAT_DTYPES.values()
         )
         if not is_known:
-            raise ValueError(f"no rows are kept as {list(found)}")
-        return found
+            raise ValueError(f"rows are never kept as {list(kept)}")
+        return kept
 
 
 def quantized_format(rows: "mx.array", bits: int) -> QuantizedFormat | None:
@@ -55,7 +55,7 @@ def quantized_format(rows: "mx.array", bits: int) -> QuantizedFormat | None:
     dtype = str(rows.dtype).removeprefix("mlx.core.")
     width = rows.shape[-1]
     group_size = next((g for g in GROUP_SIZES if width and width % g == 0), None)
-    if group_size is None or dtype not in DTYPES or not rows.size:
+    if group_size is None or dtype not in FLOAT_DTYPES.values() or not rows.size:
         return None
     return QuantizedFormat(bits, group_size, dtype)
 

@@ -96,15 +96,15 @@ def snapshot_restored(
     """
     import mlx.core as mx
 
-    taken = capture(cache, end, end)
+    snapshot = capture(cache, end, end)
     rows: dict[str, mx.array] = {}
-    for name, part in taken.layout.items():
+    for name, part in snapshot.layout.items():
         if part.kind is LayerKind.WINDOW:
-            found = [s.rows(name, 0, end) for s in with_rows(segments)]
+            pieces = [s.rows(name, 0, end) for s in with_rows(segments)]
             names = [name_in_blob(name, tensor) for tensor in part.tensor_names]
-            columns = [mx.concatenate(c, axis=-2) for c in zip(*found, strict=True)]
+            columns = [mx.concatenate(c, axis=-2) for c in zip(*pieces, strict=True)]
             rows |= dict(zip(names, columns, strict=True))
-    return replace(taken, start=0, rows=rows)
+    return replace(snapshot, start=0, rows=rows)
 
 
 def copied(taken: Snapshot) -> Snapshot:

@@ -95,9 +95,9 @@ def _put(fresh: Any, state: Any, arrays: Mapping[str, "mx.array"]) -> Any:
         return _put_object(fresh, state, arrays)
     if kinds not in ({"list"}, {"tuple"}):
         raise DamagedBlobError("blob holds a state of an unknown kind")
-    known = fresh if isinstance(fresh, (list, tuple)) else ()
+    defaults = fresh if isinstance(fresh, (list, tuple)) else ()
     items = [
-        _put(known[i] if i < len(known) else None, item, arrays)
+        _put(defaults[i] if i < len(defaults) else None, item, arrays)
         for i, item in enumerate(*state.values())
     ]
     return tuple(items) if kinds == {"tuple"} else items

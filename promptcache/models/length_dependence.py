@@ -23,8 +23,8 @@ class LengthDependence(NamedTuple):
 
 def length_dependence(model: Any) -> LengthDependence | None:
     """Return how a model's KV values depend on the length of what is read, if so."""
-    found = [_of_module(module) for module in model.modules()]
-    return min((f for f in found if f is not None), default=None)
+    dependences = [_of_module(module) for module in model.modules()]
+    return min((f for f in dependences if f is not None), default=None)
 
 
 def _of_module(module: Any) -> LengthDependence | None:

@@ -55,10 +55,10 @@ def load_with_config(
     """Do what `load` does, and return the model's config, too. Raises ModelError."""
     import mlx_lm
 
-    wanted = _wanted(path_or_hf_repo)
+    name = _wanted(path_or_hf_repo)
     revision = kwargs.pop("revision", None)
     adapter = None if adapter_path is None else _adapter(adapter_path)
-    source, folder = _find(wanted, revision=revision, announce=announce)
+    source, folder = _find(name, revision=revision, announce=announce)
     files = [folder] if adapter is None else [folder, adapter]
     before = state_of(files)
     try:
@@ -70,15 +70,15 @@ def load_with_config(
         )
     except Exception as error:
         # The loader and the model's own code raise whatever they like.
-        told = f"model {wanted!r} cannot be loaded: {_reason(error)}"
-        raise ModelError(told) from error
+        message = f"model {name!r} cannot be loaded: {_reason(error)}"
+        raise ModelError(message) from error
     if config.get("model_file") and state_of(files) != before:
         # Which code it runs cannot be told.
-        raise ModelError(f"model {wanted!r} has changed while it was loaded, try again")
+        raise ModelError(f"model {name!r} has changed while it was loaded, try again")
     identity = identify_loaded(model, files, before, kwargs, announce)
     # Another revision than the hub's newest is found by its folder only.
     source = str(folder) if revision else source
-    identity = replace(identity, name=display_name(wanted), source=source)
+    identity = replace(identity, name=display_name(name), source=source)
     return model, tokenizer, identity, config
 
 
@@ -102,15 +102,15 @@ def identify_loaded(
     """
     tree = describe(model)
     parts = parts_of_tree(model, tree)
-    known = KnownModels(known_models_path())
+    known_models = KnownModels(known_models_path())
     loader = _loader(parts, options)
     # What is not read yet may be something else when it is.
     is_read = not options.get("lazy")
-    weights = known.weights_of(before, loader) if before and is_read else None
+    weights = known_models.weights_of(before, loader) if before and is_read else None
     if weights is None or state_of(folders) != before:
         weights = hash_weights(tree, announce)
         if before is not None and state_of(folders) == before:
-            known.remember(before, loader, weights)
+            known_models.remember(before, loader, weights)
     return make_identity(model, tree, {"weights": weights, **parts})
 
 

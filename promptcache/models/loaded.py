@@ -156,11 +156,11 @@ class LoadedModel:
             self._last = identities[0]
             self.length_dependence = length_dependence(self.model)
         key = hash_json(self._setting_parts(settings)) + str(id(draft))
-        known = self._fingerprints.get(key)
-        if known is None or known[0] != identities:
-            known = identities, self._make_fingerprint(settings, *identities)
-            self._fingerprints[key] = known
-        return known[1]
+        cached = self._fingerprints.get(key)
+        if cached is None or cached[0] != identities:
+            cached = identities, self._make_fingerprint(settings, *identities)
+            self._fingerprints[key] = cached
+        return cached[1]
 
     def _make_fingerprint(
         self,

@@ -125,8 +125,8 @@ def _parse(path: Path, file: str) -> dict[str, Any]:
 def _syntax_error(error: tomllib.TOMLDecodeError, text: str) -> str:
     """Return tomllib's message with the line in front."""
     message, _, place = str(error).rpartition(" (at ")
-    found = re.match(r"line (\d+)", place)
-    line = found[1] if found else text.rstrip().count("\n") + 1
+    position = re.match(r"line (\d+)", place)
+    line = position[1] if position else text.rstrip().count("\n") + 1
     return f"line {line}: {message}"
 
 

@@ -149,11 +149,11 @@ def _rendered(
     text = render_text(tokenizer, chat)
     token_ids = encode_rendered(tokenizer, text)
     places = set(_places(tokenizer, chat, text, every_message=every_message))
-    found = _token_positions(tokenizer, text, token_ids, places)
+    positions = _token_positions(tokenizer, text, token_ids, places)
     head = _end_of_system(tokenizer, chat, token_ids)
-    found.add(head)
+    positions.add(head)
     answer = _start_of_answer(tokenizer, chat, token_ids) if every_message else 0
-    boundaries = tuple(sorted((found | {answer}) - {0, len(token_ids)}))
+    boundaries = tuple(sorted((positions | {answer}) - {0, len(token_ids)}))
     origin = replace(origin_of(tokenizer, chat), head=head)
     return RenderedPrompt(
         token_ids, boundaries, head, chat=chat, origin=origin, answer=answer or None

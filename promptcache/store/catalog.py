@@ -63,26 +63,26 @@ def _name_of(entry: Prefix | PrefixRow, namespace: str | None) -> str | None:
 def _resolve(
     index: Index, key_or_name: str, namespace: str | None
 ) -> tuple[Prefix, int]:
-    found = [
+    matches = [
         (prefix, segment_id)
         for prefix, segment_id in index.prefixes.all(namespace)
         if (key_or_name and prefix.key.startswith(key_or_name))
         or key_or_name == _name_of(prefix, namespace)
     ]
-    exact = [f for f in found if key_or_name in (_name_of(f[0], namespace), f[0].key)]
+    exact = [f for f in matches if key_or_name in (_name_of(f[0], namespace), f[0].key)]
     # A name with a `/` may be one in two ways: the default namespace comes first.
     exact.sort(key=lambda f: f[0].namespace)
-    if len(found) > 1 and not exact:
+    if len(matches) > 1 and not exact:
         raise KeyNotFoundError(
-            f"key {key_or_name!r} is ambiguous, {len(found)} keys begin with it: "
-            f"{', '.join(prefix.key[:12] for prefix, _ in found[:4])}"
+            f"key {key_or_name!r} is ambiguous, {len(matches)} keys begin with it: "
+            f"{', '.join(prefix.key[:12] for prefix, _ in matches[:4])}"
         )
-    if not found:
+    if not matches:
         raise KeyNotFoundError(
             f"no prefix has the key or name {key_or_name!r}, "
             "`promptcache ls` lists them"
         )
-    return (exact or found)[0]
+    return (exact or matches)[0]
 
 
 def report(

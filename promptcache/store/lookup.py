@@ -134,8 +134,8 @@ def _deepest_checkpoint(
             and checkpoint.key not in skip
         )
 
-    found = [c for c in index.checkpoints(stops) if fits(c)]
-    return max(found, key=lambda c: c.position, default=None)
+    checkpoints = [c for c in index.checkpoints(stops) if fits(c)]
+    return max(checkpoints, key=lambda c: c.position, default=None)
 
 
 def checkpoints_on(index: Index, key: str) -> dict[CheckpointRow, bool]:
@@ -153,8 +153,8 @@ def checkpoints_on(index: Index, key: str) -> dict[CheckpointRow, bool]:
             (row.id for row in rows), _Path(rows, checkpoint.start).stops(), strict=True
         )
     )
-    found = sorted(index.checkpoints(stops), key=lambda c: c.position)
-    return {c: c.position <= stops[c.parent_id] for c in found}
+    checkpoints = sorted(index.checkpoints(stops), key=lambda c: c.position)
+    return {c: c.position <= stops[c.parent_id] for c in checkpoints}
 
 
 def _paths(

@@ -83,13 +83,13 @@ class _Finder:
             yield StoredPrompt(row.key, fingerprint, unpack(token_ids), row.origin)
 
     def _elsewhere(self) -> list[tuple[Fingerprint, int]]:
-        found = []
+        prompts = []
         for fingerprint in self._fingerprints.values():
             if fingerprint.digest != self._chain.fingerprint:
                 other = Chain(fingerprint.digest, self._chain.data)
                 rows = longest_stored(self._index, other, limit=len(other))
-                found.append((fingerprint, rows.cached_tokens))
-        return sorted((f for f in found if f[1]), key=lambda f: -f[1])
+                prompts.append((fingerprint, rows.cached_tokens))
+        return sorted((f for f in prompts if f[1]), key=lambda f: -f[1])
 
     def _eviction(self) -> Eviction | None:
         """Return the longest prefix of the prompt that was taken away."""

@@ -234,12 +234,16 @@ class SegmentWriter:
 
     def _thin(self, key: str, next_turn: int | None) -> None:
         """Remove the checkpoints that a new one makes less worth their bytes."""
-        found = checkpoints_on(self._index, key)
-        if not found:
+        checkpoints = checkpoints_on(self._index, key)
+        if not checkpoints:
             return
         surplus = surplus_checkpoints(
-            [checkpoint for checkpoint, is_on_way in found.items() if is_on_way],
-            [checkpoint for checkpoint, is_on_way in found.items() if not is_on_way],
+            [checkpoint for checkpoint, is_on_way in checkpoints.items() if is_on_way],
+            [
+                checkpoint
+                for checkpoint, is_on_way in checkpoints.items()
+                if not is_on_way
+            ],
             next_turn=next_turn,
         )
         removed = [c.key for c in surplus if self._index.remove_leaf(c.key)]

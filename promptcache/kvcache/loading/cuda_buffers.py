@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from promptcache.kvcache.loading.row_buffers import RowBuffers, Settled, TensorRead
+from promptcache.segments.dtypes import MLX_DTYPES
 from promptcache.segments.types import TensorSpec
 
 if TYPE_CHECKING:
@@ -32,21 +33,6 @@ ALIGNMENT = 256
 # Of CUDA's driver: see `cuMemAdvise`.
 PREFERRED_LOCATION, ACCESSED_BY = 3, 5
 HOST, FIRST_GPU = -1, 0
-DTYPES = {
-    "BOOL": "bool_",
-    "U8": "uint8",
-    "U16": "uint16",
-    "U32": "uint32",
-    "U64": "uint64",
-    "I8": "int8",
-    "I16": "int16",
-    "I32": "int32",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-}
 # The ring is the process's, and so is the turn to use it.
 _loading = threading.Lock()
 
@@ -113,7 +99,7 @@ def _tensor(slot: "StagingSlot", offset: int, spec: TensorSpec) -> "mx.array":
     import mlx.core as mx
     import numpy as np
 
-    dtype = getattr(mx, DTYPES[spec.dtype])
+    dtype = getattr(mx, MLX_DTYPES[spec.dtype])
     if not spec.nbytes:
         return mx.zeros(spec.shape, dtype)
     if slot.end:
@@ -197,7 +183,7 @@ class CudaRowBuffers(RowBuffers):
         def zeros(spec: TensorSpec) -> mx.array:
             room = max(self._room, spec.shape[2] + 1)
             shape = (*spec.shape[:2], room, spec.shape[3])
-            return mx.zeros(shape, getattr(mx, DTYPES[spec.dtype]))
+            return mx.zeros(shape, getattr(mx, MLX_DTYPES[spec.dtype]))
 
         return [zeros(spec) for spec in specs]
 
@@ -241,14 +227,14 @@ class CudaRowBuffers(RowBuffers):
         others = {}
         offset = 0
         for spec in job.specs:
-            found = _tensor(slot, offset, spec)
+            tensor = _tensor(slot, offset, spec)
             if self._fits(spec):
-                rows = found[..., : job.stop - job.start, :]
+                rows = tensor[..., : job.stop - job.start, :]
                 self._arrays[spec.name][..., job.start : job.stop, :] = rows
                 self._assigned.append(self._arrays[spec.name])
             else:
                 # All bits stay, and it gets memory of its own.
-                others[spec.name] = _copied(found)
+                others[spec.name] = _copied(tensor)
                 self._assigned.append(others[spec.name])
             offset += spec.nbytes
         self._num_assigned += offset

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from promptcache.kvcache.classes import PLAIN_TENSORS, is_plain
 from promptcache.segments.blob_format import digest
+from promptcache.segments.dtypes import FLOAT_DTYPES
 from promptcache.segments.types import TensorSpec
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ MAX_BUFFERS = 512
 # How many arrays to zero ahead of the reads: enough to keep two threads busy, and few
 # enough to be in the processor's cache still when they are read to.
 ZEROED_AHEAD = 4
-# Dtypes of keys and values, in safetensors' spelling and in mlx's.
-DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 Buffers = Sequence[memoryview]
 
 
@@ -138,7 +137,7 @@ class RowBuffers:
         mx.async_eval(*self._ahead)
 
     def _is_plain(self, spec: TensorSpec) -> bool:
-        is_known = spec.name in self._tensors and spec.dtype in DTYPES
+        is_known = spec.name in self._tensors and spec.dtype in FLOAT_DTYPES
         # Some models have keys or values of no width.
         return is_known and len(spec.shape) == 4 and spec.nbytes > 0
 
@@ -151,7 +150,7 @@ class RowBuffers:
         arrays = []
         for i, spec in enumerate(specs):
             shape = [*spec.shape[:2], max(self._room, spec.shape[2]), spec.shape[3]]
-            dtype = getattr(mx, DTYPES[spec.dtype])
+            dtype = getattr(mx, FLOAT_DTYPES[spec.dtype])
             arrays.append(mx.zeros(shape, dtype, stream=streams[i % 2]))
         return arrays
 

@@ -63,12 +63,12 @@ class LoadedSegment(NamedTuple):
             DamagedBlobError: It has none of this part.
         """
         first, last = max(start, self.start), min(stop, self.stop)
-        wanted = slice(first - self.start, last - self.start)
+        rows_read = slice(first - self.start, last - self.start)
         part = self.layout[name]
         try:
             return [
                 self._rows_of(
-                    name_in_blob(name, tensor), part.at_rest.get(tensor), wanted
+                    name_in_blob(name, tensor), part.at_rest.get(tensor), rows_read
                 )
                 for tensor in part.tensor_names
             ]
@@ -243,11 +243,11 @@ def _load_arrays(
     """Return the tensors of a blob but for its ids and what a destination takes."""
     import mlx.core as mx
 
-    wanted = {spec.name for spec in header.tensors} - {*taken, TOKEN_IDS}
-    if not wanted:
+    names = {spec.name for spec in header.tensors} - {*taken, TOKEN_IDS}
+    if not names:
         return {}
     loaded: dict[str, mx.array] = mx.load(str(path))
-    arrays = {name: loaded[name] for name in wanted}
+    arrays = {name: loaded[name] for name in names}
     mx.eval(arrays)
     return arrays
 

@@ -34,11 +34,11 @@ class ArrayDigests:
         arrays = list(arrays)
         unique = {id(array): array for array in arrays}
         living = {i: self._by_id[i] for i in unique.keys() & self._by_id.keys()}
-        known = {i: d for i, d in living.items() if d[0]() is unique[i]}
-        new = {i: array for i, array in unique.items() if i not in known}
+        current = {i: d for i, d in living.items() if d[0]() is unique[i]}
+        new = {i: array for i, array in unique.items() if i not in current}
         digests = self._hashed([*new.values()])
         found = zip(new.items(), digests, strict=True)
-        self._by_id = known | {i: (ref(array), d) for (i, array), d in found}
+        self._by_id = current | {i: (ref(array), d) for (i, array), d in found}
         return [self._by_id[id(array)][1] for array in arrays]
 
     def forget(self) -> None:

@@ -104,10 +104,10 @@ class IdentifiedModel:
         # mlx raises RuntimeError where memory is short, or the thread is another one.
         except (RuntimeError, MemoryError, ValueError) as error:
             raise ModelError(f"the model cannot be identified: {error}") from error
-        found = make_identity(self.model, tree, {"weights": weights, **parts})
+        identity = make_identity(self.model, tree, {"weights": weights, **parts})
         if before is None:
-            return found
-        return replace(found, name=before.name, source=before.source)
+            return identity
+        return replace(identity, name=before.name, source=before.source)
 
 
 def _weights_of_same(identity: ModelIdentity | None, tree: ModuleTree) -> str | None:

@@ -45,7 +45,7 @@ def state_of(folders: Sequence[Path], now: float | None = None) -> FileState | N
     """
     now = time.time() if now is None else now
     try:
-        found = [
+        statuses = [
             (entry.name, entry.stat())
             for folder in folders
             for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -55,9 +55,9 @@ def state_of(folders: Sequence[Path], now: float | None = None) -> FileState | N
         return None
     stats = tuple(
         (name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev)
-        for name, s in found
+        for name, s in statuses
     )
-    is_settled = all(_is_settled(s, now) for _, s in found)
+    is_settled = all(_is_settled(s, now) for _, s in statuses)
     return FileState(str(folders[0].resolve()), stats, is_settled)
 
 
@@ -84,8 +84,8 @@ class KnownModels:
         """
         if not state.is_settled:
             return None
-        found = self._read().get(state.folder, {}).get(_key(state, loader))
-        return found if isinstance(found, str) and HASH.fullmatch(found) else None
+        weights = self._read().get(state.folder, {}).get(_key(state, loader))
+        return weights if isinstance(weights, str) and HASH.fullmatch(weights) else None
 
     def remember(self, state: FileState, loader: str, weights: str) -> None:
         """Note what was loaded from files, unless they changed a moment before.
@@ -94,27 +94,27 @@ class KnownModels:
         """
         if not state.is_settled:
             return
-        known = self._read()
-        known = {f: s for f, s in known.items() if Path(f).is_dir()}
-        states = known.pop(state.folder, {})
+        models = self._read()
+        models = {f: s for f, s in models.items() if Path(f).is_dir()}
+        states = models.pop(state.folder, {})
         states[_key(state, loader)] = weights
-        known[state.folder] = dict([*states.items()][-MAX_STATES:])
+        models[state.folder] = dict([*states.items()][-MAX_STATES:])
         tmp = self._path.with_name(f"{self._path.name}.{os.getpid()}")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            tmp.write_text(json.dumps(known))
+            tmp.write_text(json.dumps(models))
             tmp.replace(self._path)
         except OSError:
             return
 
     def _read(self) -> dict[str, dict[str, object]]:
         try:
-            known = json.loads(self._path.read_text())
+            models = json.loads(self._path.read_text())
         except (OSError, ValueError, RecursionError):
             return {}
-        if not isinstance(known, dict):
+        if not isinstance(models, dict):
             return {}
-        return {f: s for f, s in known.items() if isinstance(s, dict)}
+        return {f: s for f, s in models.items() if isinstance(s, dict)}
 
 
 def _key(state: FileState, loader: str) -> str:

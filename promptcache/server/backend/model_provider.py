@@ -197,5 +197,5 @@ class IdentifiedModelProvider(ModelProvider):
 def _context(config: Mapping[str, Any]) -> int | None:
     """Return for how many tokens a model was made, None if its config does not say."""
     text_config = config.get("text_config") or {}
-    found = {**text_config, **config}.get("max_position_embeddings")
-    return int(found) if isinstance(found, int) else None
+    num_tokens = {**text_config, **config}.get("max_position_embeddings")
+    return int(num_tokens) if isinstance(num_tokens, int) else None

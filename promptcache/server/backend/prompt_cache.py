@@ -307,8 +307,8 @@ class ServerPromptCache:
         return waiting + self._writer.queued_nbytes
 
     def _hold_limit(self) -> None:
-        taken = self._active_nbytes + self._queued_nbytes
-        self._memory.set_limit(max(self._memory_limit - taken, 0))
+        used_nbytes = self._active_nbytes + self._queued_nbytes
+        self._memory.set_limit(max(self._memory_limit - used_nbytes, 0))
 
     # Recording
 

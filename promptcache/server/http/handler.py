@@ -136,8 +136,8 @@ class ApiHandler(APIHandler):
         """Have mlx-lm answer, which reads the request once more."""
         check_completion(body, is_chat=self.path in CHAT_PATHS)
         if (options := body.get("stream_options")) is not None:
-            wanted = bool(options.get("include_usage"))
-            body["stream_options"] = {"include_usage": wanted}
+            includes_usage = bool(options.get("include_usage"))
+            body["stream_options"] = {"include_usage": includes_usage}
         raw = json.dumps(body).encode()
         self.rfile = io.BytesIO(raw)
         self.headers.replace_header("Content-Length", str(len(raw)))
@@ -167,10 +167,10 @@ class ApiHandler(APIHandler):
         self.wfile = inner
         try:
             super().handle_models_request()
-            found: list[dict[str, Any]] = json.loads(
+            hub_models: list[dict[str, Any]] = json.loads(
                 inner.getvalue().split(b"\r\n\r\n")[1]
             )["data"]
-            return found
+            return hub_models
         except Exception:
             return []
         finally:

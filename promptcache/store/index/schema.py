@@ -133,11 +133,11 @@ def has_tables(connection: sqlite3.Connection) -> bool:
 
     A view or a trigger would run as part of our statements.
     """
-    wanted = _statements()
+    statements = _statements()
     # What comes with a primary key has no text.
     rows = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")
-    found = [sql for [sql] in rows.fetchmany(len(wanted) + 1)]
-    return len(found) == len(wanted) and set(found) == set(wanted)
+    tables = [sql for [sql] in rows.fetchmany(len(statements) + 1)]
+    return len(tables) == len(statements) and set(tables) == set(statements)
 
 
 def _statements() -> list[str]:

@@ -88,9 +88,9 @@ class SegmentTree:
         self, parent_id: int, fingerprint: str, token_id_by_start: Mapping[int, int]
     ) -> list[SegmentRow]:
         """Return the children at given starts that begin with given token ids."""
-        wanted = ", ".join("(?, ?)" for _ in token_id_by_start)
+        places = ", ".join("(?, ?)" for _ in token_id_by_start)
         sql = f"""
-            WITH wanted(start, first_token) AS (VALUES {wanted})
+            WITH wanted(start, first_token) AS (VALUES {places})
             SELECT {SEGMENT_COLUMNS} FROM wanted
             JOIN segments USING (start, first_token)
             WHERE parent_id = ? AND fingerprint_id =
@@ -174,7 +174,7 @@ class SegmentTree:
         """
         first_token = NO_TOKEN if info.is_checkpoint else chain.token_id(info.start)
         span = chain.span(info.start, info.end)
-        wanted = (
+        condition = (
             *(info.fingerprint.digest, info.fingerprint.namespace),
             *(info.start, info.end, first_token, nbytes),
             *(*info.resumption, info.priority, span),
@@ -182,7 +182,7 @@ class SegmentTree:
         blocks = "SELECT hash FROM blocks WHERE segment_id = ?"
         hashes = set(self.database.column(int, blocks, [segment_id]))
         return self.database.execute(sql, [segment_id]).fetchall() == [
-            wanted
+            condition
         ] and hashes == set(chain.block_hashes(info.start, info.end))
 
 
