@@ -16,7 +16,6 @@ class DraftPair:
     """
 
     def __init__(self, main: Any, draft: Any) -> None:
-        """Take two models with the same tokenizer."""
         self.main = main
         self.draft = draft
         # mlx-lm splits the cache after as many parts as the main model has layers,

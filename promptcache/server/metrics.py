@@ -38,7 +38,6 @@ class ServingMetrics(Collector):
     """Counts as things happen, and reads off the rest when asked."""
 
     def __init__(self, levels: Callable[[], Gauges]) -> None:
-        """Take what tells the levels."""
         self._levels = levels
         self._registry = CollectorRegistry()
         self._hits = self._counter("hits", "Prompts that had a cached prefix", "tier")

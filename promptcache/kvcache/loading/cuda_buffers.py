@@ -57,7 +57,6 @@ class StagingRing:
     """Host memory that the GPU reads over the bus."""
 
     def __init__(self) -> None:
-        """Allocate it."""
         import mlx.core as mx
 
         self._array = mx.zeros((STAGING_NBYTES,), mx.uint8, stream=mx.cpu)

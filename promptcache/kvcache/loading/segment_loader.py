@@ -123,7 +123,6 @@ class SegmentLoad:
         token_ids: bytes,
         destination: RowBuffers | None = None,
     ) -> None:
-        """Begin to read. Raises what `load` raises."""
         self._header = header
         self._part = part
         self._token_ids = token_ids

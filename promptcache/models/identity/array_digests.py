@@ -25,7 +25,6 @@ class ArrayDigests:
     """
 
     def __init__(self, announce: Callable[[str], None]) -> None:
-        """Take what is called with a line for people when hashing takes long."""
         self._announce = announce
         self._by_id: dict[int, tuple[Callable[[], Any], bytes]] = {}
 

@@ -72,7 +72,6 @@ class KnownModels:
     """A file that remembers which weights were loaded from which files."""
 
     def __init__(self, path: Path) -> None:
-        """Take the file, which may not exist yet."""
         self._path = path
 
     def weights_of(self, state: FileState, loader: str) -> str | None:

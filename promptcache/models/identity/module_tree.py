@@ -184,7 +184,6 @@ class Snapshot:
     """
 
     def __init__(self, model: Any, arrays: Mapping[str, Any]) -> None:
-        """Take a model, and its arrays by their paths."""
         modules, containers = _nodes(root_of(model))
         keys, values = _contents(modules, containers)
         self._modules = [ref(module) for module in modules]

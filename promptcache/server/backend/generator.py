@@ -55,7 +55,6 @@ class CachedResponseGenerator(ResponseGenerator):
     def __init__(
         self, provider: IdentifiedModelProvider, cache: ServerPromptCache
     ) -> None:
-        """Take what loads models and what keeps prefixes; starts to generate."""
         self._cache = cache
         self._flight = SingleFlight(self._must_wait)
         cache.on_kept = self._flight.look

@@ -136,7 +136,6 @@ class RequestTokens(list[int]):
     """Token ids of a request; a slice of them belongs to it, too."""
 
     def __init__(self, token_ids: Iterable[int], reading: RequestState) -> None:
-        """Take the ids, and whose they are."""
         super().__init__(token_ids)
         self.reading = reading
 

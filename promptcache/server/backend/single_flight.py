@@ -20,7 +20,6 @@ class SingleFlight:
     """The requests that wait, in the order in which they came."""
 
     def __init__(self, must_wait: Callable[[RequestState], bool]) -> None:
-        """Take what tells whether a request has to wait (still)."""
         self._must_wait = must_wait
         self._waiting: deque[tuple[Job, RequestState]] = deque()
         self._look_at = 0.0

@@ -19,7 +19,6 @@ class ApiKeys:
         secret: bytes = b"",
         metrics_key: str | None = None,
     ) -> None:
-        """Take the keys, what to hash them with, and the one that opens the metrics."""
         self._namespace_by_key = {key.encode(): _namespace(key, secret) for key in keys}
         self._metrics_key = metrics_key
 

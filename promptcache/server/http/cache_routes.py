@@ -26,7 +26,6 @@ class CacheApi:
         provider: IdentifiedModelProvider,
         quota: PinQuota | None,
     ) -> None:
-        """Take the store, what has the model, and how much a namespace may pin."""
         self._store = store
         self._provider = provider
         self._quota = quota

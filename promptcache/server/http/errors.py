@@ -34,7 +34,6 @@ class RefusedError(Exception):
     """mlx-lm's server answers with an error; its context tells why."""
 
     def __init__(self, status: int) -> None:
-        """Take the HTTP status."""
         super().__init__(status)
         self.status = status
 

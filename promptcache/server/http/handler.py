@@ -67,7 +67,6 @@ class ApiHandler(APIHandler):
     timeout = IDLE_SECONDS
 
     def __init__(self, site: ServerContext, *args: Any, **kwargs: Any) -> None:
-        """Take what requests share, and what `http.server` gives."""
         self._site = site
         self._namespace = ""
         self._is_streaming = False

@@ -137,7 +137,6 @@ class PrefixTree:
     def __init__(
         self, leaves: Iterable[SegmentNode], prefixes: Iterable[tuple[Prefix, int]]
     ) -> None:
-        """Take all stretches, and all prefixes with their segments' ids."""
         self._by_id = {leaf.id: leaf for leaf in leaves}
         self._by_place = {(s.segment_id, s.end): s.id for s in self._by_id.values()}
         # A segment that cannot be split has only one.
