@@ -89,7 +89,6 @@ def memory_limit() -> int | None:
 
 
 def _size_of(variable: str) -> int | None:
-    """Return the size in an environment variable, None if it is not set."""
     size = os.environ.get(variable)
     try:
         return parse_size(size) if size else None
@@ -114,7 +113,7 @@ def model_name() -> str | None:
 
 
 def hostnames() -> tuple[str, ...]:
-    """Return the names of this machine, which prompts should not begin with."""
+    """Return the names of this machine, which lint looks for."""
     # Imported here because it takes 3 ms, which most commands do not need.
     import socket
 
@@ -127,5 +126,5 @@ def directories() -> tuple[str, ...]:
     try:
         return str(Path.cwd()), str(Path.home())
     except (OSError, RuntimeError):
-        # The directory is gone, or nobody's home is known.
+        # The directory is gone, or the home folder is unknown.
         return ()

@@ -17,7 +17,7 @@ from promptcache.prompts.render import Prompt, RenderedPrompt
 
 @dataclass(frozen=True, slots=True)
 class CutReport:
-    """What came of resuming at one cut.
+    """The result of resuming at one cut.
 
     Attributes:
         kind: What ends there: a piece, a boundary, nothing, or the prompt.
@@ -49,7 +49,7 @@ class ParityReport:
         prompt_tokens: Length of the prompt.
         answer_tokens: How many tokens were compared after each cut.
         exact: Whether only ends of plain pieces were reused.
-        cuts: What came of each cut.
+        cuts: The result of each cut.
         store_bits: In how many bits keys and values were stored, None for their own.
     """
 

@@ -28,8 +28,8 @@ def main() -> None:
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
     """Raise KeyboardInterrupt, or end at once while a module is imported.
 
-    An exception in there may get lost: Python drops errors of its own callbacks.
-    No data is lost either way, as a store survives any end.
+    An exception may get lost there, as Python drops errors of its own callbacks.
+    No data is lost either way: a store survives any end of the process.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
@@ -45,7 +45,7 @@ def _leave() -> NoReturn:
 
 
 def _open_streams() -> None:
-    """Open closed ones of stdin, stdout and stderr as `/dev/null`.
+    """Open those of stdin, stdout and stderr that are closed as `/dev/null`.
 
     Otherwise the next file that is opened gets the number of one of them, and what is
     written there ends up in that file; MLX does not accept a file with number 0.

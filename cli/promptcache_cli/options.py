@@ -1,7 +1,6 @@
 """Options that several commands share."""
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,6 +12,7 @@ import click
 from promptcache import PromptCacheError, StoreError, UsageError, config
 from promptcache.locks import Patience
 from promptcache.printable import printable
+from promptcache.prompts.parts import parse_json, parse_objects
 from promptcache.units import parse_age, parse_size
 from promptcache_cli import output
 
@@ -54,13 +54,11 @@ def checked_text(text: str) -> str:
 
 def read_text(text: str) -> str:
     """Return text, or the content of `@FILE`, or stdin for `-`."""
-    if text == "-":
-        return read_file("-")
-    return read_file(text[1:]) if text.startswith("@") else checked_text(text)
+    return read_file(text[1:]) if text.startswith("@") else read_prompt(text)
 
 
 def read_prompt(text: str) -> str:
-    """Return text, or stdin for `-`; `@` may well begin a prompt."""
+    """Return text, or stdin for `-`; a prompt may begin with `@`."""
     return read_file("-") if text == "-" else checked_text(text)
 
 
@@ -90,7 +88,7 @@ def stdin() -> TextIO:
 
 def read_json_object(text: str) -> dict[str, Any]:
     """Return a JSON object from text or `@FILE`. Raises UsageError for other values."""
-    value = _decoded(read_text(text), "this")
+    value = parse_json(read_text(text), "this")
     if not isinstance(value, dict):
         raise UsageError("this must be a JSON object")
     return value
@@ -98,17 +96,7 @@ def read_json_object(text: str) -> dict[str, Any]:
 
 def read_json_list(path: str) -> list[dict[str, Any]]:
     """Return a JSON list of objects from a file. Raises UsageError for other values."""
-    value = _decoded(read_file(path), path)
-    if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
-        raise UsageError(f"{path} must hold a JSON list of objects")
-    return value
-
-
-def _decoded(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"{name} is not JSON: {error}") from error
+    return parse_objects(read_file(path), path)
 
 
 SIZE = Parsed("size", parse_size)
@@ -150,7 +138,7 @@ draft_option = option("--draft-model", help="A smaller model for speculative dec
 
 
 def option_group(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Return one decorator that adds several options, the first one first in help."""
+    """Return one decorator that adds several options, in the order of the help."""
 
     def decorate(function: F) -> F:
         for option in reversed(options):
@@ -292,16 +280,16 @@ def open_existing(store_path: str | None) -> "Iterator[PrefixStore]":
     from promptcache.store.store import PrefixStore
 
     path = config.store_dir(store_path)
-    is_default_to_come = is_to_come(path) and path == config.default_store_dir()
-    if is_to_come(path) and not is_default_to_come:
+    is_new_default = is_missing(path) and path == config.default_store_dir()
+    if is_missing(path) and not is_new_default:
         raise StoreError(f"there is no store {path}")
-    if not is_default_to_come and not path.is_symlink() and not PrefixStore.is_in(path):
+    if not is_new_default and not path.is_symlink() and not PrefixStore.is_in(path):
         raise StoreError(f"there is no store in {path}")
-    with empty_store() if is_default_to_come else open_store(store_path) as store:
+    with empty_store() if is_new_default else open_store(store_path) as store:
         yield store
 
 
-def is_to_come(path: Path) -> bool:
+def is_missing(path: Path) -> bool:
     """Return whether a store does not exist yet; a link leads to one."""
     return not path.exists() and not path.is_symlink()
 
@@ -322,7 +310,7 @@ def empty_store() -> "Iterator[PrefixStore]":
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask on a terminal; a script is not asked, a cache can be computed again."""
+    """Ask on a terminal; a script goes on, as a cache can be computed again."""
     asks = not yes and output.is_terminal(sys.stdin)
     if asks and not click.confirm(printable(question), err=True):
         raise click.exceptions.Exit(0)

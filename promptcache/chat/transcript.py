@@ -114,7 +114,7 @@ class Transcript:
     def _apply(self, event: Mapping[str, Any]) -> None:
         if "message" in event:
             message = event["message"]
-            # What is needed to continue.
+            # A message without a role cannot be continued.
             self.messages.append({**message, "role": str(message["role"])})
         elif "text" in event:
             if not self._is_answering:

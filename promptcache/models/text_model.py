@@ -122,7 +122,7 @@ class TextModel:
         Raises:
             UsageError: Nothing comes before it.
         """
-        rendered = render.render_open(
+        rendered = render.render_prefix(
             self.tokenizer,
             messages,
             **self._template_options(tools, chat_template_config),

@@ -3,7 +3,6 @@
 It reads the manifest and the files it names; building the prompts is left to others.
 """
 
-import json
 import os
 import re
 import tomllib
@@ -17,7 +16,7 @@ from typing import Any
 from promptcache.errors import UsageError
 from promptcache.kvcache.kv_quantization import KV_BITS, KV_GROUP_SIZES
 from promptcache.kvcache.row_quantization import STORE_BITS
-from promptcache.prompts.parts import PromptParts
+from promptcache.prompts.parts import PromptParts, parse_objects
 from promptcache.store.reports import check_name
 
 MANIFEST_KEYS = ("model", "prompts")
@@ -187,11 +186,11 @@ class _Table:
         place = self.place if key is None else self._place_of(key)
         return ManifestError(f"{self.file}: {place}: {reason}")
 
-    def check_keys(self, known: Collection[str]) -> None:
-        """Raise for a key that is not known, with the known one most like it."""
+    def check_keys(self, keys: Collection[str]) -> None:
+        """Raise for a key that is not one of these, with the most similar one."""
         for key in self.values:
-            if key not in known:
-                close = get_close_matches(key, known, n=1)
+            if key not in keys:
+                close = get_close_matches(key, keys, n=1)
                 hint = f", did you mean {close[0]!r}?" if close else ""
                 raise self.error(key, f"unknown key{hint}")
 
@@ -288,15 +287,11 @@ class _Table:
         return name
 
     def _objects_of(self, key: str, name: str) -> tuple[dict[str, Any], ...]:
+        text = self._read(key, name)
         try:
-            value = json.loads(self._read(key, name))
-        except (ValueError, RecursionError) as error:
-            reason = f"{_printable(name)} is not JSON ({_reason(error)})"
-            raise self.error(key, reason) from error
-        if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
-            reason = f"{_printable(name)} must hold a JSON list of objects"
-            raise self.error(key, reason)
-        return tuple(value)
+            return tuple(parse_objects(text, _printable(name)))
+        except UsageError as error:
+            raise self.error(key, str(error)) from error
 
     def _read(self, key: str, name: str) -> str:
         try:

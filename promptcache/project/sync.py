@@ -40,7 +40,7 @@ class SyncStep:
 
 
 class _Status(NamedTuple):
-    """A prompt's key, and why it has to be built, if it has."""
+    """A prompt's key, and the reason to build it, or None."""
 
     key: str
     build_reason: str | None
@@ -92,15 +92,17 @@ class SyncPlanner:
         ]
         unpins = list(self._unpins(key_by_name, steps))
         unpinned = {step.name for step in unpins}
-        kept = [s for s in steps if s.is_stale or s.name not in unpinned]
-        return [*kept, *unpins]
+        return [
+            *(s for s in steps if s.is_stale or s.name not in unpinned),
+            *unpins,
+        ]
 
     def _look_up(self, spec: PromptSpec) -> _Status:
         with _error_context(self._manifest, spec):
             generator, prompt = self._rendered(spec)
             key, is_stored = generator.is_built(prompt, **spec.settings)
             if spec.pin:
-                self._check_name_is_free(spec.name, key)
+                self._check_name(spec.name, key)
             if is_stored:
                 return _Status(key, None)
             divergence = generator.explain(prompt, **spec.settings).divergence
@@ -123,7 +125,6 @@ class SyncPlanner:
     def _pinning(
         self, name: str, key: str, key_by_name: Mapping[str, str]
     ) -> tuple[Action, str]:
-        """Return what to do with the pin of a prompt that is stored."""
         pin = next((pin for pin in self._pins() if pin.key == key), None)
         if pin is None:
             return "pin", "stored, but not pinned"
@@ -141,8 +142,8 @@ class SyncPlanner:
     def _is_own(self, pin: PrefixRow) -> bool:
         return pin.manifest == str(self._manifest.path)
 
-    def _check_name_is_free(self, name: str, key: str) -> None:
-        """Raise UsageError if another manifest has given the name to something else."""
+    def _check_name(self, name: str, key: str) -> None:
+        """Raise UsageError if a different manifest gave the name to something else."""
         for pin in self._pins():
             is_others = pin.manifest not in (None, str(self._manifest.path))
             if pin.name == name and pin.key != key and is_others:
@@ -153,15 +154,15 @@ class SyncPlanner:
     ) -> Iterator[SyncStep]:
         """Yield a step for each pin that only an earlier state of the manifest had.
 
-        A name that is now another prompt's moves there by itself.
+        A name that is now of a different prompt moves there by itself.
         """
-        named = {spec.name for spec in self._manifest.prompts}
+        names = {spec.name for spec in self._manifest.prompts}
         renamed = {step.key for step in steps if step.action == "pin"}
         for pin in self._pins():
             name = str(pin.name)
             if self._is_own(pin) and name not in key_by_name and pin.key not in renamed:
                 reason = "the manifest no longer names it"
-                if name in named:
+                if name in names:
                     reason = "the manifest says pin = false"
                 yield SyncStep(name, "unpin", pin.key, reason)
 
@@ -194,7 +195,7 @@ class SyncPlanner:
 
     def _build(self, step: SyncStep, spec: PromptSpec, build: Build) -> SyncStep:
         with _error_context(self._manifest, spec):
-            # Of what is stored already, this lists the end only.
+            # If everything is stored, this only lists the prefix.
             key = build(*self._rendered(spec), spec).key
         if spec.pin:
             self._store.pin(key, spec.name, manifest=str(self._manifest.path))

@@ -22,7 +22,7 @@ from promptcache.prompts.template import (
 )
 from promptcache.segments.chain import common_length, pack
 
-# Of how many messages the beginnings are found.
+# Boundaries are found in this number of the last messages.
 MAX_MESSAGES = 16
 # Two user messages that share no first token, to find where a template stops
 # depending on what the user says.
@@ -30,15 +30,12 @@ PROBES = ("Hello", "42 reasons why")
 BLANK_PROBE = "\n\nHello"
 
 
-# Boundaries
-
-
 def _user_places(chat: ChatPrompt) -> list[int]:
     return [i for i, m in enumerate(chat.messages) if m["role"] == "user"]
 
 
 def _probed(chat: ChatPrompt, place: int, part: int, text: str) -> ChatPrompt:
-    """Return a chat that ends with another text for a part of one of its messages."""
+    """Return a chat that ends in a part of one of its messages, with this text."""
     content = "".join([*text_parts(chat.messages[place])[:part], text])
     message = {**chat.messages[place], "content": content}
     return replace(chat, messages=(*chat.messages[:place], message))
@@ -71,7 +68,7 @@ def _end_of_system(tokenizer: Any, chat: ChatPrompt, token_ids: list[int]) -> in
 def _start_of_answer(tokenizer: Any, chat: ChatPrompt, token_ids: list[int]) -> int:
     """Return how much of a prompt is still the same once it has been answered.
 
-    A template may render an answer in another way as history, without its thinking.
+    A template may render an answer differently in history, without its thinking.
     """
     packed = pack(token_ids)
 
@@ -95,17 +92,17 @@ def _answered(tokenizer: Any, chat: ChatPrompt, probe: str) -> str:
 def _places(
     tokenizer: Any, chat: ChatPrompt, text: str, *, every_message: bool
 ) -> Iterator[int]:
-    """Yield where the texts of messages begin, if they are likely to be other ones."""
+    """Yield where the texts of messages begin that are likely to change."""
     places = _user_places(chat)
     if not places:
         return
     last = places[-1]
-    wanted = {(last, part) for part in range(len(text_parts(chat.messages[last])))}
+    parts = {(last, part) for part in range(len(text_parts(chat.messages[last])))}
     if every_message:
         end = len(chat.messages)
-        wanted |= {(place, 0) for place in range(max(end - MAX_MESSAGES, 0), end)}
-    # Found by its tokens, which is surer.
-    for place, part in wanted - {(places[0], 0)}:
+        parts |= {(place, 0) for place in range(max(end - MAX_MESSAGES, 0), end)}
+    # The first one is found by its tokens, which is surer.
+    for place, part in parts - {(places[0], 0)}:
         with contextlib.suppress(UsageError):
             yield min(
                 _common_text(text, render_text(tokenizer, probed))

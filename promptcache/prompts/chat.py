@@ -50,18 +50,18 @@ def parse_chat(
     is missing becomes empty.
 
     Raises:
-        UsageError: They are no messages, or an argument is not the template's.
+        UsageError: They are not messages, or an argument is not the template's.
     """
     for number, message in enumerate(messages, start=1):
         _check_message(message, number)
     if own := OWN_ARGUMENTS & (config or {}).keys():
-        raise UsageError(f"{min(own)} is no argument of chat templates")
+        raise UsageError(f"{min(own)} is not an argument of chat templates")
     plain = tuple(_with_parsed_calls(message) for message in messages)
     return ChatPrompt(plain, tuple(tools or ()), dict(config or {}))
 
 
 def _check_message(message: Any, number: int) -> None:
-    """Raise UsageError for what is no message, or holds something else than text."""
+    """Raise UsageError for what is not a message of text."""
     if not isinstance(message, Mapping) or "role" not in message:
         raise UsageError("each message needs a role and content")
     content = message.get("content")
@@ -82,7 +82,7 @@ def _check_text(text: str, number: int) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"message {number} is no valid Unicode") from error
+        raise UsageError(f"message {number} is not valid Unicode") from error
 
 
 def _with_parsed_calls(message: Message) -> Message:

@@ -1,9 +1,11 @@
 """The parts of a prompt, as a command line or a manifest gives them."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from promptcache.errors import UsageError
 from promptcache.prompts.chat import SEPARATOR, Message
 
 
@@ -32,9 +34,9 @@ class PromptParts:
     @property
     def is_open(self) -> bool:
         """Return whether they are the start of prompts, whose user's text may vary."""
-        given = self.system is not None or self.files or self.tools
-        closed = self.raw or self.prompt is not None or self.messages
-        return bool(given) and not closed
+        has_start = self.system is not None or self.files or self.tools
+        has_end = self.raw or self.prompt is not None or self.messages
+        return bool(has_start) and not has_end
 
     def text(self) -> str:
         """Return them without a chat template."""
@@ -75,3 +77,21 @@ def _content(texts: Sequence[str]) -> str | list[Message]:
     *before, last = texts
     parts = [*(text + SEPARATOR for text in before), last]
     return [{"type": "text", "text": part} for part in parts]
+
+
+def parse_json(text: str, name: str) -> Any:
+    """Return a JSON value. Raises UsageError with the name of what is not one."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise UsageError(f"{name} is not JSON (nested too deeply)") from error
+    except ValueError as error:
+        raise UsageError(f"{name} is not JSON ({error})") from error
+
+
+def parse_objects(text: str, name: str) -> list[dict[str, Any]]:
+    """Return a JSON list of objects, such as messages or tools; see `parse_json`."""
+    value = parse_json(text, name)
+    if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
+        raise UsageError(f"{name} must hold a JSON list of objects")
+    return value

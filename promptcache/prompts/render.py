@@ -39,7 +39,7 @@ class RenderedPrompt(NamedTuple):
     Attributes:
         token_ids: The whole prompt.
         boundaries: Positions at which other prompts are likely to part from it: where
-            the first and the last user's text begin, each part of that and, if asked
+            the first and the last user's text begin, each part of that and, if wanted
             for, the texts of other messages and the answer.
         head: How many tokens come before the first user's text: the system prompt and
             tools, as the template puts them. 0 for text and token ids.
@@ -85,7 +85,7 @@ def render_prompt(
             answer, too.
 
     Raises:
-        UsageError: The prompt is empty, or no prompt.
+        UsageError: The prompt is empty, or not a prompt.
     """
     if isinstance(prompt, RenderedPrompt):
         rendered = prompt
@@ -101,7 +101,7 @@ def render_prompt(
     return rendered
 
 
-def render_open(
+def render_prefix(
     tokenizer: Any,
     messages: Sequence[Message],
     *,
@@ -113,7 +113,7 @@ def render_open(
 
     The text of the last user's message, or its last part, is still to come. Two
     prompts that differ in it only are rendered, and what they have in common is
-    returned: the end of a system prompt is no place that a template tells.
+    returned: templates do not mark where the system prompt ends.
 
     Args:
         tokenizer: The model's tokenizer.

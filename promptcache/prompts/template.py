@@ -46,7 +46,7 @@ def encode_rendered(tokenizer: Any, text: str) -> list[int]:
 
 
 def token_ends(tokenizer: Any, text: str, token_ids: list[int]) -> list[int] | None:
-    """Return where each token ends in the text, or None if the tokenizer can't tell."""
+    """Return where each token ends in the text, or None if it does not say."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -63,10 +63,10 @@ def render(
     chat_template_config: Mapping[str, Any] | None = None,
     generation_prompt: bool = True,
 ) -> list[int]:
-    """Return the token ids of chat messages and, if wanted, the start of the answer.
+    """Return the token ids of chat messages and of the start of the answer.
 
     Raises:
-        UsageError: The messages are not such, or the template refuses them.
+        UsageError: They are not messages, or the template refuses them.
     """
     chat = parse_chat(messages, tools, chat_template_config)
     text = render_text(tokenizer, chat, generation_prompt=generation_prompt)

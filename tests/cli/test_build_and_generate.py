@@ -311,6 +311,7 @@ BAD_INPUTS = [
     pytest.param([], 2, ["no prompt"], id="nothing"),
     pytest.param(["--raw", "-s", "S", "Hello"], 2, ["--raw"], id="raw and system"),
     pytest.param(["--messages", "@TEXT"], 2, ["not JSON"], id="messages no JSON"),
+    pytest.param(["--tools", "@DEEP", "Hello"], 2, ["too deeply"], id="deep tools"),
     pytest.param(["--messages", "@OBJECT"], 2, ["list"], id="messages no list"),
     pytest.param(["--messages", "@ROLELESS"], 2, ["role"], id="message without role"),
     pytest.param(["--messages", "@EMPTY"], 2, ["no prompt"], id="no messages"),
@@ -345,6 +346,7 @@ GENERATE_BAD_INPUTS = [
 def bad_files(tmp_path: Path) -> dict[str, str]:
     contents = {
         "@TEXT": b"no JSON",
+        "@DEEP": b"[" * 200_000,
         "@OBJECT": b'{"role": "user"}',
         "@ROLELESS": b'[{"content": "Hello"}]',
         "@EMPTY": b"[]",

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from promptcache import UsageError
 from promptcache.prompts.chat import is_messages
 from promptcache.prompts.parts import compose
-from promptcache.prompts.render import render_open, render_prompt
+from promptcache.prompts.render import render_prefix, render_prompt
 from promptcache.prompts.template import encode_text, render
 from tests.helpers import tiny
 from tests.helpers.templates import REAL_TEMPLATES, SYSTEM, TOOLS
@@ -214,7 +214,7 @@ def test_stable_prefix_of_a_template_without_system_role_ends_after_the_system(
 ) -> None:
     tokenizer = make_tokenizer(WITHOUT_SYSTEM_ROLE)
 
-    prefix = render_open(tokenizer, compose(system="S", user=""))
+    prefix = render_prefix(tokenizer, compose(system="S", user=""))
 
     assert tokenizer.decode(prefix.token_ids) == "<|user|>S\n\n"
 
@@ -294,7 +294,7 @@ def test_nothing_composes_to_nothing() -> None:
 
 def test_stable_prefix_ends_where_the_user_speaks(tokenizer: Any) -> None:
     messages = compose(system=SYSTEM, user="")
-    prefix = render_open(tokenizer, messages, tools=TOOLS)
+    prefix = render_prefix(tokenizer, messages, tools=TOOLS)
 
     assert prefix.is_open
     text = tokenizer.decode(prefix.token_ids)
@@ -308,7 +308,7 @@ def test_prompt_that_shares_nothing_has_no_stable_prefix(
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
 
     with pytest.raises(UsageError, match="nothing to build"):
-        render_open(tokenizer, compose(user=""))
+        render_prefix(tokenizer, compose(user=""))
 
 
 USER_MESSAGES = (
@@ -340,7 +340,7 @@ def test_stable_prefix_of_a_real_template_holds_for_other_messages(
         return render(tokenizer, compose(system=SYSTEM, user=text), tools=tools)
 
     messages = compose(system=SYSTEM, user="")
-    prefix = render_open(tokenizer, messages, tools=tools).token_ids
+    prefix = render_prefix(tokenizer, messages, tools=tools).token_ids
 
     assert contains(prefix, encode_text(tokenizer, SYSTEM))
     for message in USER_MESSAGES:
@@ -433,7 +433,7 @@ def test_arguments_reach_the_template(make_tokenizer: Callable[..., Any]) -> Non
 def test_what_is_no_argument_of_templates_is_refused(tokenizer: Any, name: str) -> None:
     said = [{"role": "user", "content": "Hi"}]
 
-    with pytest.raises(UsageError, match=f"{name} is no argument"):
+    with pytest.raises(UsageError, match=f"{name} is not an argument"):
         render_prompt(tokenizer, said, chat_template_config={name: True})
 
 
@@ -441,7 +441,7 @@ def test_head_ends_where_the_first_user_speaks(tokenizer: Any) -> None:
     said = compose(system=SYSTEM, user="Hi")
 
     whole = render_prompt(tokenizer, said, tools=TOOLS)
-    opened = render_open(tokenizer, compose(system=SYSTEM, user=""), tools=TOOLS)
+    opened = render_prefix(tokenizer, compose(system=SYSTEM, user=""), tools=TOOLS)
     without = render_prompt(tokenizer, compose(system=SYSTEM), tools=TOOLS)
 
     assert whole.head == opened.head == len(opened.token_ids)

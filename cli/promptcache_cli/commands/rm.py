@@ -70,7 +70,7 @@ def rm(
 
 
 def _remove(store: "PrefixStore", prefixes: "list[Prefix]") -> dict[str, int]:
-    """Remove prefixes and return the bytes that each freed."""
+    """Return the bytes that each removed prefix freed."""
     freed = {}
     for prefix in prefixes:
         try:

@@ -241,7 +241,6 @@ def serve(
 
 
 def _serve(server: "Server", host: str, console: output.Console) -> None:
-    """Serve until an interrupt."""
     address = f"[{host}]" if ":" in host else host
     console.info(f"Serving {server.model} at http://{address}:{server.port}/v1")
     try:

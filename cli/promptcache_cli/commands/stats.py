@@ -63,8 +63,6 @@ def _by_model(usage: "Iterable[Usage]") -> "list[list[Usage]]":
 
 
 def _sums(usage: "Sequence[Usage]") -> dict[str, Any]:
-    """Return figures as JSON shows them."""
-
     def seconds(values: Iterable[float]) -> float:
         return sum(values, 0.0)
 
@@ -89,7 +87,6 @@ def _of_model(usage: "Sequence[Usage]") -> dict[str, Any]:
 
 
 def _table_rows(usage: "Sequence[Usage]") -> list[list[object]]:
-    """Return a row for each prefix, and for the misses."""
     return [
         [
             u.model,

@@ -12,7 +12,7 @@ from promptcache_cli import output
 from promptcache_cli.options import (
     dry_run_option,
     empty_store,
-    is_to_come,
+    is_missing,
     open_store,
     save_options,
 )
@@ -67,7 +67,7 @@ def sync(
     console = output.Console(quiet=quiet)
 
     is_plan = check or dry_run
-    is_new = is_to_come(config.store_dir(store_path))
+    is_new = is_missing(config.store_dir(store_path))
     with (
         empty_store()
         if is_plan and is_new

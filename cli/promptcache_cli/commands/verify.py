@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 def verify(
     ctx: click.Context, fix: bool, store_path: str | None, json_: bool, quiet: bool
 ) -> None:
-    """Check every blob, and rebuild what is lost of the index
+    """Check every blob, and rebuild what the index has lost
 
     Prints the damage found, and exits with 1 if there is any that --fix did not
     take out. Damaged blobs are moved to the store's quarantine/ folder, which
-    prune sweeps; what they held is computed again when it is needed. So is, with
-    --fix, whatever else has the name of a file or a folder of the store.
+    prune sweeps; what they held is computed again when it is needed. With --fix,
+    anything else with the name of a file or folder of the store is moved there, too.
 
     Example:
 

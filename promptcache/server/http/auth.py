@@ -61,7 +61,7 @@ def _presented(authorization: str | None) -> bytes:
 
 
 def _namespace(key: str, secret: bytes) -> str:
-    """Return the namespace of a key, which is stored and does not tell the key.
+    """Return the namespace of a key, which is stored and does not reveal the key.
 
     Without the secret, nobody can try keys that are likely.
     """

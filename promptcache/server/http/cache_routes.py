@@ -39,10 +39,10 @@ class CacheApi:
         }
 
     def explain(self, namespace: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Say what a request with this body would reuse, and why not more.
+        """Explain what a request with this body would reuse, and why not more.
 
         Raises:
-            UsageError: It is no request.
+            UsageError: The request is malformed.
             UnavailableError: Its model is not loaded.
             StoreError: The store cannot be read.
         """
@@ -67,7 +67,7 @@ class CacheApi:
     def _model(self, body: Mapping[str, Any]) -> ServedModel:
         """Return the model of a request, if it is the one that is loaded.
 
-        Another one may be there for others, and is nobody else's business.
+        A different one may be loaded for other clients, which stays their secret.
         """
         current = self._provider.current
         name, draft = (body.get(n, "default_model") for n in ("model", "draft_model"))
@@ -93,7 +93,7 @@ class CacheApi:
         return _as_json(prefix)
 
     def unpin(self, namespace: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Give up a name. Raises as `pin` does."""
+        """Unpin the prefix of a name. Raises as `pin` does."""
         name = body.get("name")
         if not isinstance(name, str):
             raise BadRequestError("give the name to give up")

@@ -31,7 +31,7 @@ class ForbiddenError(PromptCacheError):
 
 
 class RefusedError(Exception):
-    """mlx-lm's server answers with an error; its context tells why."""
+    """mlx-lm's server answers with an error; its context says why."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -39,7 +39,7 @@ class RefusedError(Exception):
 
 
 class ApiError(NamedTuple):
-    """An answer that tells of an error.
+    """An error as the answer to a request.
 
     Attributes:
         status: The HTTP status.
@@ -82,7 +82,7 @@ KINDS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
 
 
 def api_error(error: Exception) -> ApiError:
-    """Return what to tell a client of an error; nothing of the code it came from."""
+    """Return the answer for an error, without anything of the code it came from."""
     if isinstance(error, RefusedError):
         return _refused(error)
     for cls, status, kind, code in KINDS:

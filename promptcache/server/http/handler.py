@@ -34,7 +34,7 @@ from promptcache.server.metrics import CONTENT_TYPE, ServingMetrics
 # As in OpenAI's paths, and mlx-lm's second one.
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 COMPLETION_PATHS = (*CHAT_PATHS, "/v1/completions")
-# What a client may take to send the next bytes, or to take some.
+# Longest time in which a client sends or receives nothing.
 IDLE_SECONDS = 60.0
 # How long what a client still sends is read, so that it sees why it was refused.
 DRAIN_SECONDS = 5.0
@@ -66,13 +66,13 @@ class ApiHandler(APIHandler):
 
     timeout = IDLE_SECONDS
 
-    def __init__(self, site: ServerContext, *args: Any, **kwargs: Any) -> None:
-        self._site = site
+    def __init__(self, context: ServerContext, *args: Any, **kwargs: Any) -> None:
+        self._context = context
         self._namespace = ""
         self._is_streaming = False
         self._headers_buffer: list[bytes] = []
         self.wfile: Any = None
-        super().__init__(site.generator, *args, **kwargs)
+        super().__init__(context.generator, *args, **kwargs)
 
     # Methods
 
@@ -85,7 +85,7 @@ class ApiHandler(APIHandler):
         self._handle(self._get)
 
     def _handle(self, answer: Callable[[], None]) -> None:
-        """Answer, or tell what went wrong."""
+        """Answer, or send the error."""
         try:
             answer()
         except (ConnectionError, TimeoutError):
@@ -103,7 +103,7 @@ class ApiHandler(APIHandler):
         if self.path in COMPLETION_PATHS:
             self._complete(body)
             return
-        cache = self._site.cache
+        cache = self._context.cache
         answers = {
             "/v1/cache/explain": cache.explain,
             "/v1/cache/pin": cache.pin,
@@ -120,12 +120,12 @@ class ApiHandler(APIHandler):
             return
         if self.path == "/metrics":
             self._authorize_metrics()
-            self._send(200, CONTENT_TYPE, self._site.metrics.text())
+            self._send(200, CONTENT_TYPE, self._context.metrics.text())
             return
         self._authorize()
         if self.path == "/v1/cache":
             self._check_origin()
-            self._send_json(self._site.cache.prefixes(self._namespace))
+            self._send_json(self._context.cache.prefixes(self._namespace))
         else:
             super().do_GET()
 
@@ -152,13 +152,13 @@ class ApiHandler(APIHandler):
 
     def handle_models_request(self) -> None:
         """List the model that is served and those of the hub that are here."""
-        name = self._site.provider.name
-        listed = {"id": name, "object": "model", "created": self.created}
-        wanted = "/".join(self.path.split("/")[3:])
-        models = [m for m in [listed, *self._hub_models()] if wanted in ("", m["id"])]
-        if wanted and not models:
-            raise NotFoundError(f"there is no model {wanted}")
-        self._send_json(models[0] if wanted else {"object": "list", "data": models})
+        served = self._context.provider.name
+        listed = {"id": served, "object": "model", "created": self.created}
+        name = "/".join(self.path.split("/")[3:])
+        models = [m for m in [listed, *self._hub_models()] if name in ("", m["id"])]
+        if name and not models:
+            raise NotFoundError(f"there is no model {name}")
+        self._send_json(models[0] if name else {"object": "list", "data": models})
 
     def _hub_models(self) -> list[dict[str, Any]]:
         """Return what mlx-lm lists, which fails where the hub's cache is empty."""
@@ -179,14 +179,14 @@ class ApiHandler(APIHandler):
     # Limits
 
     def _authorize(self) -> None:
-        namespace = self._site.keys.namespace(self.headers.get("Authorization"))
+        namespace = self._context.keys.namespace(self.headers.get("Authorization"))
         if namespace is None:
             raise UnauthorizedError("this server wants one of its API keys")
         self._namespace = namespace
 
     def _authorize_metrics(self) -> None:
         """Raise for those who may not know what all keys do together."""
-        if not self._site.keys.opens_metrics(self.headers.get("Authorization")):
+        if not self._context.keys.opens_metrics(self.headers.get("Authorization")):
             self._authorize()
             raise ForbiddenError("/metrics is about all keys, and wants --metrics-key")
 
@@ -201,7 +201,7 @@ class ApiHandler(APIHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
             raise BadRequestError("the request needs a Content-Length")
-        most = self._site.most_nbytes
+        most = self._context.most_nbytes
         if len(length) > 15 or int(length) > most:
             raise TooLargeError(f"a request may have {most} bytes, not {length[:15]}")
         body = self.rfile.read(int(length))
@@ -221,12 +221,12 @@ class ApiHandler(APIHandler):
         super()._set_stream_headers(status_code)
 
     def _send_error(self, error: ApiError) -> None:
-        """Tell of an error, however far the answer has come."""
+        """Send an error, however much of the answer has been sent."""
         try:
             if self._is_streaming:
                 self.wfile.write(f"data: {json.dumps(error.as_json())}\n\n".encode())
                 return
-            # An answer may have begun that was not sent yet.
+            # Headers of an answer may be waiting that were not sent yet.
             self._headers_buffer = []
             self._send_json(error.as_json(), status=error.status)
             self._drain()
@@ -250,14 +250,14 @@ class ApiHandler(APIHandler):
         """Read what is still being sent, else the client is cut off from the answer."""
         until = time.monotonic() + DRAIN_SECONDS
         self.connection.settimeout(1.0)
-        if int(self.headers.get("Content-Length") or 0) > self._site.most_nbytes:
+        if int(self.headers.get("Content-Length") or 0) > self._context.most_nbytes:
             while time.monotonic() < until and self.connection.recv(65536):
                 pass
 
     def send_error(
         self, code: int, message: str | None = None, explain: str | None = None
     ) -> None:
-        """Tell of a request that is none, which `http.server` has refused."""
+        """Answer a malformed request, which `http.server` has refused."""
         self.path = getattr(self, "path", "")
         text = message or "malformed request"
         self._headers_buffer = []

@@ -1,4 +1,4 @@
-"""Request checks: what mlx-lm's server would fail over, told in OpenAI's words.
+"""Request checks: what mlx-lm's server would fail over, in OpenAI's words.
 
 Some of it would end the thread that generates, and with it the server.
 """
@@ -16,7 +16,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 class BadRequestError(UsageError):
-    """A request is none, or asks for what makes no sense."""
+    """A request is malformed, or asks for what makes no sense."""
 
 
 def parse_body(raw: bytes) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
 
 
 def check_completion(body: Mapping[str, Any], *, is_chat: bool) -> None:
-    """Raise BadRequestError for what mlx-lm's server does not take."""
+    """Raise BadRequestError for what mlx-lm's server does not accept."""
     if is_chat:
         _check_messages(body.get("messages"))
         _check_list_of_objects(body, "tools")
