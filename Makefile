@@ -20,8 +20,8 @@ OLDEST_MLX_LM := $(shell sed -n 's/.*"mlx-lm>=\(.*\)",/\1/p' pyproject.toml)
 PARALLEL := OPENBLAS_NUM_THREADS=1 $(RUN) python -m pytest -n 2 --dist loadfile \
 	--no-loadscope-reorder
 # Of these `make test-long` tries three times as many examples.
-FUZZED := $(addprefix tests/,reliability/test_bad_bytes.py store/test_eviction.py \
-	store/test_lookup.py)
+FUZZED := $(addprefix tests/,reliability/test_bad_bytes.py reliability/test_mending.py \
+	store/test_eviction.py store/test_lookup.py)
 SOAK_SECONDS ?= 1800
 
 # Where the benchmarks write what they measured, and the plots of it.

@@ -299,6 +299,7 @@ CONTRADICTIONS = (
     "UPDATE prefixes SET num_tokens = num_tokens - 1",
     "UPDATE prefixes SET segment_id = 99",
     "UPDATE fingerprints SET namespace = 'another'",
+    "INSERT OR REPLACE INTO clock (id, noted_at) VALUES (0, NULL)",
 )
 
 

@@ -21,6 +21,7 @@ MAX_EVICTIONS = 10_000
 # What a measured speed still counts for after the next one.
 SPEED_DECAY = 0.5
 Deed = Literal["prefill", "load"]
+DEEDS: tuple[Deed, ...] = ("prefill", "load")
 
 
 class _EvictionRow(NamedTuple):

@@ -13,12 +13,13 @@ from promptcache.segments.types import Priority, SegmentInfo
 from promptcache.store.index.clock import Clock, Uses
 from promptcache.store.index.connection import Opener
 from promptcache.store.index.database import Database
-from promptcache.store.index.events import History
+from promptcache.store.index.events import DEEDS, History
 from promptcache.store.index.fingerprints import Fingerprints
 from promptcache.store.index.prefixes import Prefixes
 from promptcache.store.index.rows import HeldEnd, SegmentNode
 from promptcache.store.index.schema import NO_TOKEN
 from promptcache.store.index.segments import ROOT_ID, SegmentTree, leaves_of
+from promptcache.units import MAX_SECONDS
 
 
 class Index(SegmentTree):
@@ -90,16 +91,18 @@ class Index(SegmentTree):
 
     def is_sound(self) -> bool:
         """Return whether SQLite finds its file sound, and so do those who read it."""
-        read = (self.leaves, self.prefixes.all)
-        read_history = (self.history.usage, self.history.written)
+        reads = (self.leaves, self.prefixes.all, self.clock.time)
+        history_reads = (self.history.usage, self.history.written)
         sql = "SELECT namespace FROM fingerprints UNION SELECT namespace FROM prefixes"
         try:
-            for act in (*read, *read_history):
+            for act in (*reads, *history_reads):
                 act()
             for namespace in self.database.column(str, sql):
                 self.prefixes.prompts(namespace)
                 for fingerprint in self.fingerprints.of_namespace(namespace):
                     list(self.history.evictions(fingerprint.digest))
+                    for deed in DEEDS:
+                        self.history.speed(fingerprint.digest, deed, now=MAX_SECONDS)
         except StoreError:
             return False
         sql = "SELECT 1 FROM blocks WHERE segment_id NOT IN (SELECT id FROM segments)"
