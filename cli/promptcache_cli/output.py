@@ -23,7 +23,7 @@ from promptcache.units import format_age
 if TYPE_CHECKING:
     from promptcache.explain.lint import VolatileText
 
-# Of one kind; more would hide what matters.
+# The most of one kind to show; more would hide what matters.
 MAX_WARNINGS = 5
 
 

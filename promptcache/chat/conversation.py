@@ -21,8 +21,8 @@ class Conversation:
 
     Every turn is rendered as a whole and matched by its token ids, so that it reuses
     what is still the same, even where the chat template drops earlier thoughts. The
-    prompt and the answer are saved, and the next turn, in this process or in another
-    one, reads only what is new.
+    prompt and the answer are saved, and the next turn, also of a different process,
+    reads only what is new.
 
     With a generator that saves nothing, nothing is saved here, either. A named
     conversation is written to a file in the store's folder before it is shown.
@@ -47,9 +47,9 @@ class Conversation:
             chat_template_config: Further arguments of the chat template.
 
         Raises:
-            UsageError: The conversation of this name began otherwise, or another
+            UsageError: The conversation of this name began differently, or a different
                 process has it open.
-            StoreError: It cannot be kept.
+            StoreError: It cannot be written.
         """
         self._generator = generator
         head = {
@@ -98,7 +98,7 @@ class Conversation:
 
         Raises:
             UsageError: The chat template refuses it, or an answer is going on.
-            StoreError: It cannot be kept.
+            StoreError: It cannot be written.
         """
         self._check_idle()
         message = {"role": "user", "content": text}
@@ -175,7 +175,7 @@ class Conversation:
     def _replace_listed(self, key: str, started: float) -> None:
         """List what was saved in place of what the previous turn had listed."""
         before, store = self._transcript.key, self._generator.store
-        # With a store that fails, the list only has more in it.
+        # If the store fails, the list only has more entries.
         with contextlib.suppress(PromptCacheError):
             assert store is not None
             # Others may have listed the same before: then it is not ours to unlist.
@@ -191,7 +191,7 @@ class Conversation:
 
         Raises:
             UsageError: An answer is going on.
-            StoreError: It cannot be kept.
+            StoreError: It cannot be written.
         """
         self._check_idle()
         return self._transcript.undo()

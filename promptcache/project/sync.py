@@ -49,8 +49,12 @@ class _Status(NamedTuple):
 class SyncPlanner:
     """Compares a manifest with a store, and does what is missing.
 
-    Models are loaded once each, and without their weights as long as these are not
-    needed.
+    Each model is loaded once, without its weights while these are not needed.
+
+    Args:
+        manifest: What the store should hold.
+        store: The store.
+        load: `CachedGenerator.load`, sharing the store.
     """
 
     def __init__(
@@ -59,13 +63,6 @@ class SyncPlanner:
         store: PrefixStore,
         load: Callable[..., CachedGenerator],
     ) -> None:
-        """Plan for a store.
-
-        Args:
-            manifest: What the store should hold.
-            store: The store.
-            load: `CachedGenerator.load`, sharing the store.
-        """
         self._manifest = manifest
         self._store = store
         self._load = load

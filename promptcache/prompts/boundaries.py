@@ -30,42 +30,41 @@ PROBES = ("Hello", "42 reasons why")
 BLANK_PROBE = "\n\nHello"
 
 
-def _user_places(chat: ChatPrompt) -> list[int]:
+def user_places(chat: ChatPrompt) -> list[int]:
+    """Return the indices of the user's messages."""
     return [i for i, m in enumerate(chat.messages) if m["role"] == "user"]
 
 
-def _probed(chat: ChatPrompt, place: int, part: int, text: str) -> ChatPrompt:
+def probed_chat(chat: ChatPrompt, place: int, part: int, text: str) -> ChatPrompt:
     """Return a chat that ends in a part of one of its messages, with this text."""
     content = "".join([*text_parts(chat.messages[place])[:part], text])
     message = {**chat.messages[place], "content": content}
     return replace(chat, messages=(*chat.messages[:place], message))
 
 
-def _stable_prefix(
-    tokenizer: Any, chat: ChatPrompt, place: int, part: int
-) -> list[int]:
+def stable_prefix(tokenizer: Any, chat: ChatPrompt, place: int, part: int) -> list[int]:
     """Return the token ids before a part of a user's message, whatever that says."""
     probes = [
         encode_rendered(
-            tokenizer, render_text(tokenizer, _probed(chat, place, part, probe))
+            tokenizer, render_text(tokenizer, probed_chat(chat, place, part, probe))
         )
         for probe in PROBES
     ]
     return probes[0][: common_length(*map(pack, probes))]
 
 
-def _end_of_system(tokenizer: Any, chat: ChatPrompt, token_ids: list[int]) -> int:
+def end_of_system(tokenizer: Any, chat: ChatPrompt, token_ids: list[int]) -> int:
     """Return where the first user's text begins, or would: after system and tools."""
-    if not _user_places(chat):
+    if not user_places(chat):
         chat = replace(chat, messages=(*chat.messages, {"role": "user"}))
     # A template may refuse a part of what it takes as a whole.
     with contextlib.suppress(UsageError):
-        stable = _stable_prefix(tokenizer, chat, _user_places(chat)[0], 0)
+        stable = stable_prefix(tokenizer, chat, user_places(chat)[0], 0)
         return common_length(pack(token_ids), pack(stable))
     return 0
 
 
-def _start_of_answer(tokenizer: Any, chat: ChatPrompt, token_ids: list[int]) -> int:
+def start_of_answer(tokenizer: Any, chat: ChatPrompt, token_ids: list[int]) -> int:
     """Return how much of a prompt is still the same once it has been answered.
 
     A template may render an answer differently in history, without its thinking.
@@ -89,11 +88,11 @@ def _answered(tokenizer: Any, chat: ChatPrompt, probe: str) -> str:
     return render_text(tokenizer, replace(chat, messages=(*chat.messages, *more)))
 
 
-def _places(
+def message_places(
     tokenizer: Any, chat: ChatPrompt, text: str, *, every_message: bool
 ) -> Iterator[int]:
     """Yield where the texts of messages begin that are likely to change."""
-    places = _user_places(chat)
+    places = user_places(chat)
     if not places:
         return
     last = places[-1]
@@ -106,7 +105,7 @@ def _places(
         with contextlib.suppress(UsageError):
             yield min(
                 _common_text(text, render_text(tokenizer, probed))
-                for probed in (_probed(chat, place, part, p) for p in PROBES)
+                for probed in (probed_chat(chat, place, part, p) for p in PROBES)
             )
 
 
@@ -116,7 +115,7 @@ def _common_text(left: str, right: str) -> int:
     return common_length(*encoded)
 
 
-def _token_positions(
+def token_positions(
     tokenizer: Any, text: str, token_ids: list[int], places: Iterable[int]
 ) -> set[int]:
     """Return how many whole tokens come before places in the text."""

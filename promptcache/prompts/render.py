@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 from promptcache.errors import UsageError
 from promptcache.prompts.boundaries import (
     PROBES,
-    _end_of_system,
-    _places,
-    _probed,
-    _stable_prefix,
-    _start_of_answer,
-    _token_positions,
-    _user_places,
+    end_of_system,
+    message_places,
+    probed_chat,
+    stable_prefix,
+    start_of_answer,
+    token_positions,
+    user_places,
 )
 from promptcache.prompts.chat import (
     ChatPrompt,
@@ -39,14 +39,14 @@ class RenderedPrompt(NamedTuple):
     Attributes:
         token_ids: The whole prompt.
         boundaries: Positions at which other prompts are likely to part from it: where
-            the first and the last user's text begin, each part of that and, if wanted
-            for, the texts of other messages and the answer.
+            the first and the last user's text begin, each part of that and, with
+            `every_message`, the texts of other messages and the answer.
         head: How many tokens come before the first user's text: the system prompt and
             tools, as the template puts them. 0 for text and token ids.
         answer: How many tokens are still the same once it has been answered: where the
             answer begins in history. None if that is not known.
-        is_open: Whether more is to come before an answer: it is the start of prompts,
-            and none itself.
+        is_open: Whether it is only the start of prompts, to which more is added before
+            an answer.
         chat: What was rendered, or None for text and token ids.
         origin: How it was rendered, in a form to be stored, or None likewise.
     """
@@ -126,12 +126,12 @@ def render_prefix(
         UsageError: Nothing comes before the user's text.
     """
     chat = parse_chat(messages, tools, chat_template_config)
-    place = _user_places(chat)[-1]
+    place = user_places(chat)[-1]
     last_part = len(text_parts(chat.messages[place])) - 1
-    token_ids = _stable_prefix(tokenizer, chat, place, last_part)
+    token_ids = stable_prefix(tokenizer, chat, place, last_part)
     if not token_ids:
         raise UsageError("the prompt is empty before the user's text, nothing to build")
-    probed = _probed(chat, place, last_part, PROBES[0])
+    probed = probed_chat(chat, place, last_part, PROBES[0])
     whole = _rendered(tokenizer, probed, every_message=every_message)
     return whole._replace(
         token_ids=token_ids,
@@ -148,11 +148,11 @@ def _rendered(
 ) -> RenderedPrompt:
     text = render_text(tokenizer, chat)
     token_ids = encode_rendered(tokenizer, text)
-    places = set(_places(tokenizer, chat, text, every_message=every_message))
-    positions = _token_positions(tokenizer, text, token_ids, places)
-    head = _end_of_system(tokenizer, chat, token_ids)
+    places = set(message_places(tokenizer, chat, text, every_message=every_message))
+    positions = token_positions(tokenizer, text, token_ids, places)
+    head = end_of_system(tokenizer, chat, token_ids)
     positions.add(head)
-    answer = _start_of_answer(tokenizer, chat, token_ids) if every_message else 0
+    answer = start_of_answer(tokenizer, chat, token_ids) if every_message else 0
     boundaries = tuple(sorted((positions | {answer}) - {0, len(token_ids)}))
     origin = replace(origin_of(tokenizer, chat), head=head)
     return RenderedPrompt(

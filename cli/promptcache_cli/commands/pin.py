@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def pin(key: str, name: str, store_path: str | None, json_: bool, quiet: bool) -> None:
     """Name a prefix, so that eviction keeps it
 
-    A name that another prefix has moves to this one. In each namespace, such as a
+    A name of a different prefix moves to this one. In each namespace, such as a
     server's API keys have, a name means a prefix of its own.
 
     Example:
