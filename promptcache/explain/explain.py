@@ -1,4 +1,4 @@
-"""The inquiry: why a prompt hits or misses, from what the store has close to it."""
+"""Find out why a prompt hits or misses, from what the store has close to it."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,35 +27,11 @@ from promptcache.segments.fingerprint import Fingerprint
 from promptcache.segments.types import PromptOrigin
 from promptcache.store import PrefixStore
 from promptcache.store.nearby import is_alike, shares_tools
-from promptcache.store.types import Eviction, LoadEstimate, NearbyPrefixes, StoredPrompt
+from promptcache.store.types import Eviction, NearbyPrefixes, StoredPrompt
 from promptcache.units import format_age
 
 # How much of both sides of a divergence is shown.
 SHOWN_TOKENS = 24
-
-
-def explain(
-    tokenizer: Any,
-    rendered: RenderedPrompt,
-    fingerprint: Fingerprint,
-    nearby: NearbyPrefixes,
-    *,
-    declined: LoadEstimate | None = None,
-    now: float | None = None,
-) -> Explanation:
-    """Say why a prompt hits or misses.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        rendered: The prompt.
-        fingerprint: What its KV values depend on.
-        nearby: What the store has that is close to it.
-        declined: Why a run would not load what is cached of it, if it would not.
-        now: Unix time.
-    """
-    now = time.time() if now is None else now
-    inquiry = _Diagnosis(tokenizer, rendered, fingerprint, nearby, now)
-    return replace(inquiry.explain(), declined=declined)
 
 
 def explain_prompt(
@@ -64,12 +40,12 @@ def explain_prompt(
     rendered: RenderedPrompt,
     fingerprint: Fingerprint,
 ) -> Explanation:
-    """Say why a prompt hits or misses in a store. Raises StoreError."""
+    """Return why a prompt hits or misses in a store. Raises StoreError."""
     nearby = store.segments.nearby(rendered.token_ids, fingerprint, rendered.origin)
     estimate = store.usage_log.estimate(fingerprint, nearby.match.cached_tokens)
     declines = estimate is not None and estimate.prefill_is_faster
-    declined = estimate if declines else None
-    return explain(tokenizer, rendered, fingerprint, nearby, declined=declined)
+    diagnosis = _Diagnosis(tokenizer, rendered, fingerprint, nearby)
+    return replace(diagnosis.explain(), declined=estimate if declines else None)
 
 
 class _Diagnosis:
@@ -81,7 +57,6 @@ class _Diagnosis:
         rendered: RenderedPrompt,
         fingerprint: Fingerprint,
         nearby: NearbyPrefixes,
-        now: float,
     ) -> None:
         self._tokenizer = tokenizer
         self._rendered = rendered
@@ -89,8 +64,7 @@ class _Diagnosis:
         self._packed = pack(rendered.token_ids)
         self._fingerprint = fingerprint
         self._own_digests = {reusable.digest for reusable in fingerprint.reusable}
-        self._around = nearby
-        self._now = now
+        self._nearby = nearby
         self._cached = nearby.match.cached_tokens
         self._agreed = max(nearby.num_rows, *map(self._shared, nearby.nearest), 0)
         # Up to where a prompt with the same beginning would have to agree.
@@ -113,21 +87,21 @@ class _Diagnosis:
         """Return the key of a listed prefix that is reused, in full if there is one."""
         if not self._cached:
             return None
-        nearest = sorted(self._around.nearest, key=lambda p: len(p.token_ids))
-        return nearest[0].key if nearest else self._around.match.key
+        nearest = sorted(self._nearby.nearest, key=lambda p: len(p.token_ids))
+        return nearest[0].key if nearest else self._nearby.match.key
 
     def _divergences(self) -> Iterator[Divergence]:
         """Yield what may have made the prompt miss, the surest first."""
-        around = self._around
-        if around.eviction is not None and around.eviction.end > self._agreed:
-            yield self._evicted(around.eviction)
+        nearby = self._nearby
+        if nearby.eviction is not None and nearby.eviction.end > self._agreed:
+            yield self._evicted(nearby.eviction)
         yield from self._elsewhere()
         yield from self._rendered_otherwise()
         if self._agreed >= len(self._token_ids) - 1:
             yield from self._not_resumable()
-        others = [p for p in around.nearest if len(p.token_ids) > self._agreed]
-        texts = [self._part_of_text(prompt) for prompt in others[:1] if self._agreed]
-        if len(others) < len(around.nearest):
+        others = [p for p in nearby.nearest if len(p.token_ids) > self._agreed]
+        texts = [self._other_text(prompt) for prompt in others[:1] if self._agreed]
+        if len(others) < len(nearby.nearest):
             # It goes on from a whole stored prompt, and another question is no miss.
             yield from filter(self._is_early, texts)
             yield from self._not_resumable()
@@ -145,19 +119,18 @@ class _Diagnosis:
         return divergence.position < max(self._rendered.boundaries, default=end)
 
     def _evicted(self, eviction: Eviction) -> Divergence:
-        age = format_age(max(self._now - eviction.removed_at, 0))
+        age = format_age(max(time.time() - eviction.removed_at, 0))
         return self._divergence(
             "evicted",
             f"what was cached up to token {eviction.end} was evicted {age} ago "
             f"({eviction.reason})",
-            expected="",
         )
 
     # Another model
 
     def _elsewhere(self) -> Iterator[Divergence]:
         """Yield the fingerprint under which more of the prompt is cached."""
-        for other, num_tokens in self._around.elsewhere:
+        for other, num_tokens in self._nearby.elsewhere:
             if num_tokens > self._agreed and num_tokens >= self._begin:
                 yield self._other_fingerprint(other)
 
@@ -172,22 +145,23 @@ class _Diagnosis:
         has_other_name = other.model != self._fingerprint.model
         if has_other_name and {"weights", "config"} <= set(names):
             # Another model has other parts of every kind.
-            return self._divergence(
-                "model",
-                f"another model: this is cached for {other.model}, not for "
-                f"{self._fingerprint.model}",
+            return Divergence(
+                self._agreed,
                 expected=other.model,
                 found=self._fingerprint.model,
+                kind="model",
+                culprit=f"another model: this is cached for {other.model}, not for "
+                f"{self._fingerprint.model}",
             )
         changes = [
             change_of_part(name, its.get(name, ""), own.get(name, "")) for name in names
         ]
-        kind = name_of_part(names[0]) if names else "model"
-        return self._divergence(
-            kind,
-            f"other {' and '.join(changes)}",
+        return Divergence(
+            self._agreed,
             expected=values_of_parts(names, its),
             found=values_of_parts(names, own),
+            kind=name_of_part(names[0]) if names else "model",
+            culprit=f"other {' and '.join(changes)}",
         )
 
     # Rendered in another way
@@ -197,11 +171,11 @@ class _Diagnosis:
         origin = self._rendered.origin
         if origin is None:
             return
-        alike = self._around.alike
+        alike = self._nearby.alike
         if self._agreed < self._begin and not any(map(self._is_twin, alike)):
             for prompt in sorted(alike, key=self._shared, reverse=True):
                 yield from self._other_origin(origin, prompt, is_nearest=False)
-        for prompt in self._around.nearest:
+        for prompt in self._nearby.nearest:
             yield from self._other_origin(origin, prompt, is_nearest=True)
 
     def _is_twin(self, prompt: StoredPrompt) -> bool:
@@ -220,25 +194,25 @@ class _Diagnosis:
             yield self._other_fingerprint(prompt.fingerprint)
         elif other.template != origin.template:
             if self._says_the_same(prompt):
-                yield self._part(prompt, "template", "another chat template")
+                yield self._divergence("template", "another chat template", prompt)
         elif other.config != origin.config and self._would_share_more(
             prompt, other.config
         ):
             culprit = f"another template argument: {change_of_config(other, origin)}"
-            yield self._part(prompt, "template argument", culprit)
+            yield self._divergence("template argument", culprit, prompt)
         elif other.tools != origin.tools:
             # Beyond the head, the tools have been read and are the same.
             in_head = not is_nearest or self._agreed < self._begin
             if in_head and (is_alike(origin, other) or self._has_other_text(prompt)):
                 culprit = change_of_tools(other.tools, origin.tools)
-                yield self._part(prompt, "tools", culprit)
+                yield self._divergence("tools", culprit, prompt)
 
     def _has_other_text(self, prompt: StoredPrompt) -> bool:
         """Return whether no better cause is known than that tools are other ones."""
         origin, other = self._rendered.origin, prompt.origin
         if origin is None or other is None or not self._shared(prompt):
             return False
-        return shares_tools(origin, other) and self._part_of_text(prompt).kind == "text"
+        return shares_tools(origin, other) and self._other_text(prompt).kind == "text"
 
     def _says_the_same(self, prompt: StoredPrompt) -> bool:
         """Return whether all that is said in this prompt is said in a stored one."""
@@ -268,21 +242,20 @@ class _Diagnosis:
 
     # Other text
 
-    def _part_of_text(self, prompt: StoredPrompt) -> Divergence:
+    def _other_text(self, prompt: StoredPrompt) -> Divergence:
         at = self._shared(prompt)
         if self._is_same_text(prompt, at):
+            kind = "tokenization"
             clause = "the same text was generated as other tokens than it is read as"
-            return self._part(prompt, "tokenization", f"{clause}{self._where(at)}")
-        expected, found = self._decode(prompt.token_ids), self._decode(self._token_ids)
-        difference = compare(
-            expected,
-            found,
-            len(self._decode(self._token_ids[:at])),
-            hostnames=hostnames(),
-            directories=directories(),
-        )
-        culprit = f"{difference.clause}{self._where(at)}"
-        return self._part(prompt, difference.kind, culprit)
+        else:
+            kind, clause = compare(
+                self._decode(prompt.token_ids),
+                self._decode(self._token_ids),
+                len(self._decode(self._token_ids[:at])),
+                hostnames=hostnames(),
+                directories=directories(),
+            )
+        return self._divergence(kind, f"{clause}{self._where(at)}", prompt)
 
     def _is_same_text(self, prompt: StoredPrompt, at: int) -> bool:
         """Return whether only the tokens differ, and the text goes on alike."""
@@ -294,7 +267,7 @@ class _Diagnosis:
         return expected[:least] == found[:least]
 
     def _where(self, position: int) -> str:
-        """Return in which part of the prompt a position is, if that can be told."""
+        """Return in which part of the prompt a position is, if that is known."""
         boundaries = self._rendered.boundaries
         if not boundaries or self._rendered.chat is None:
             return ""
@@ -305,52 +278,35 @@ class _Diagnosis:
         return " in an earlier message"
 
     def _not_resumable(self) -> Iterator[Divergence]:
-        """Yield that more is stored than a run can take over from."""
-        if self._around.num_rows > self._cached:
-            yield self._divergence(
+        """Yield that more is stored than a run can resume from."""
+        num_rows = self._nearby.num_rows
+        if num_rows > self._cached:
+            divergence = self._divergence(
                 "checkpoint",
-                f"{self._around.num_rows} tokens are stored, but this model can take "
-                f"over at token {self._cached} only",
-                expected=self._text(self._token_ids),
+                f"{num_rows} tokens are stored, but this model can take over at token "
+                f"{self._cached} only",
             )
+            yield replace(divergence, expected=divergence.found)
 
     def _nothing_cached(self) -> Divergence:
-        others = {fingerprint.model for fingerprint, _ in self._around.elsewhere} - {
-            self._fingerprint.model
-        }
-        clause = f"nothing cached begins like this for {self._fingerprint.model}"
-        if not self._around.num_prompts:
-            clause = f"nothing cached for {self._fingerprint.model} yet"
+        model = self._fingerprint.model
+        others = {other.model for other, _ in self._nearby.elsewhere} - {model}
+        clause = f"nothing cached begins like this for {model}"
+        if not self._nearby.num_prompts:
+            clause = f"nothing cached for {model} yet"
         if others:
             clause += f", only for {', '.join(sorted(others))}"
-        return self._divergence("nothing cached", clause, expected="")
-
-    # Telling
+        return self._divergence("nothing cached", clause)
 
     def _divergence(
-        self,
-        kind: str,
-        culprit: str,
-        *,
-        expected: str,
-        found: str | None = None,
-        at: int | None = None,
+        self, kind: str, culprit: str, prompt: StoredPrompt | None = None
     ) -> Divergence:
-        position = self._agreed if at is None else at
-        shown = self._text(self._token_ids, position) if found is None else found
-        return Divergence(position, expected, shown, kind, culprit)
-
-    def _part(self, prompt: StoredPrompt, kind: str, culprit: str) -> Divergence:
-        """Return the divergence from a stored prompt."""
-        at = self._shared(prompt)
-        return self._divergence(kind, culprit, expected=self._text_of(prompt), at=at)
-
-    def _text_of(self, prompt: StoredPrompt) -> str:
-        return self._text(prompt.token_ids, self._shared(prompt))
-
-    def _text(self, token_ids: Sequence[int], start: int | None = None) -> str:
-        start = self._agreed if start is None else start
-        return self._decode(token_ids[start : start + SHOWN_TOKENS])
+        """Return where this prompt parts from a stored one, or from all that are."""
+        start = self._agreed if prompt is None else self._shared(prompt)
+        shown = slice(start, start + SHOWN_TOKENS)
+        expected = "" if prompt is None else self._decode(prompt.token_ids[shown])
+        found = self._decode(self._token_ids[shown])
+        return Divergence(start, expected, found, kind, culprit)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return str(

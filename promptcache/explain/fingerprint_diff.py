@@ -62,7 +62,7 @@ def values_of_parts(names: Sequence[str], parts: Any) -> str:
 
 
 def change_of_config(before: PromptOrigin, after: PromptOrigin) -> str:
-    """Return in one clause which arguments of a template are other ones."""
+    """Return in one clause which arguments of a template differ."""
     names = sorted(
         name
         for name in {*before.config, *after.config}
@@ -81,7 +81,7 @@ def _shown(config: Any, name: str) -> str:
 def change_of_tools(
     before: Sequence[tuple[str, str]], after: Sequence[tuple[str, str]]
 ) -> str:
-    """Return in one clause what became of a list of tools."""
+    """Return in one clause how a list of tools changed."""
     old, new = dict(before), dict(after)
     changed = [name for name in new if name in old and old[name] != new[name]]
     lists: tuple[tuple[str, list[str]], ...] = (

@@ -1,4 +1,4 @@
-"""Lint: text early in a prompt that is likely to change, and spoil its reuse."""
+"""Find text early in a prompt that is likely to change, which prevents its reuse."""
 
 import json
 import re
@@ -14,10 +14,10 @@ ARGUMENTS = ("date_string", "current_date", "today", "date", "current_time")
 
 
 class VolatileText(NamedTuple):
-    """Text that is likely to be another one the next time.
+    """Text that is likely to be different the next time.
 
     Attributes:
-        kind: What it is, such as "date"; see `volatility.KINDS`.
+        kind: What it is, such as "date"; see `volatile_text.KINDS`.
         text: The text.
         position: The token in which it begins.
         place: Where it comes from, such as "line 2 of the system prompt".
@@ -45,17 +45,17 @@ class VolatileText(NamedTuple):
 def find_volatile_text(tokenizer: Any, prompt: RenderedPrompt) -> list[VolatileText]:
     """Return volatile text in what comes before the first user's text.
 
-    What users say is expected to change; of a prompt without chat messages all is
-    looked at.
+    What users say is expected to change; a prompt without chat messages is searched
+    as a whole.
     """
     end = len(prompt.token_ids) if prompt.chat is None else prompt.head
     text = _decode(tokenizer, prompt.token_ids[:end])
-    found = find_volatile(
+    volatiles = find_volatile(
         text, hostnames=config.hostnames(), directories=config.directories()
     )
     return [
         _located(tokenizer, prompt, text, volatile)
-        for volatile in found
+        for volatile in volatiles
         if not _is_given(prompt.chat, volatile.text)
     ]
 
@@ -91,7 +91,7 @@ def _place(
         line = text.count("\n", start, volatile.start) + 1
         return f"line {line} of the system prompt", "move it to the user's message"
     if volatile.text in json.dumps(chat.tools, ensure_ascii=False):
-        return "in the tools", "leave it out of the tools, or tell it in a message"
+        return "in the tools", "leave it out of the tools, or put it in a message"
     if volatile.text in system:
         return "in the system prompt", "move it to the user's message"
     return "inserted by the chat template", _advice_for(tokenizer)

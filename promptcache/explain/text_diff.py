@@ -1,7 +1,6 @@
-"""Differences: what changed where two prompts part."""
+"""Describe what changed where two prompts part."""
 
 import re
-import unicodedata
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
@@ -9,10 +8,10 @@ from promptcache.explain.volatile_text import Volatile, find_volatile
 
 
 class Difference(NamedTuple):
-    """What kind of change makes two texts part, and a clause that tells it.
+    """What kind of change makes two texts part, and a clause that describes it.
 
-    The kind is one of `volatility.KINDS` or "line endings", "whitespace", "Unicode
-    form", "letter case", "thinking", "text". The clause is one line without a full
+    The kind is one of `volatile_text.KINDS` or "line endings", "whitespace",
+    "thinking", "text". The clause is one line without a full
     stop, for example "the date changed from '2026-11-21' to '2026-11-22'".
     """
 
@@ -62,8 +61,8 @@ def compare(
         directories: As in `find_volatile`.
     """
     at = _first_difference(expected, found, max(position - MAX_LATE, 0))
-    expected, here = _around(expected, at)
-    found, here = _around(found, at)
+    expected, here = _window(expected, at)
+    found, here = _window(found, at)
     names = {"hostnames": hostnames, "directories": directories}
     return (
         _volatile_change(
@@ -82,7 +81,7 @@ def _first_difference(expected: str, found: str, start: int) -> int:
     return next((start + i for i, (a, b) in enumerate(pairs) if a != b), end)
 
 
-def _around(text: str, at: int) -> tuple[str, int]:
+def _window(text: str, at: int) -> tuple[str, int]:
     """Return the window around a position, and the position in it."""
     start = max(at - WINDOW, 0)
     return text[start : at + WINDOW], at - start
@@ -92,16 +91,13 @@ def _volatile_change(
     expected: list[Volatile], found: list[Volatile], at: int
 ) -> Difference | None:
     before, after = _touching(expected, at), _touching(found, at)
+    old, new = (v and _quote(v.text, at - v.start) for v in (before, after))
     if before and after and before.text != after.text:
-        quotes = f"{_quote_volatile(before, at)} to {_quote_volatile(after, at)}"
-        clause = f"the {after.kind} changed from {quotes}"
-        return Difference(after.kind, clause)
+        return Difference(after.kind, f"the {after.kind} changed from {old} to {new}")
     if after and _is_new(after, expected, at):
-        clause = f"a {after.kind} appears: {_quote_volatile(after, at)}"
-        return Difference(after.kind, clause)
+        return Difference(after.kind, f"a {after.kind} appears: {new}")
     if before and _is_new(before, found, at):
-        clause = f"a {before.kind} is gone: {_quote_volatile(before, at)}"
-        return Difference(before.kind, clause)
+        return Difference(before.kind, f"a {before.kind} is gone: {old}")
     return None
 
 
@@ -112,13 +108,9 @@ def _touching(volatiles: list[Volatile], at: int) -> Volatile | None:
 
 
 def _is_new(volatile: Volatile, others: list[Volatile], at: int) -> bool:
-    """Tell whether it covers the position and has not only moved there."""
+    """Return whether it covers the position and has not only moved there."""
     moved = any(other.text == volatile.text for other in others if other.end > at)
     return volatile.end > at and not moved
-
-
-def _quote_volatile(volatile: Volatile, at: int) -> str:
-    return _quote(volatile.text, at - volatile.start)
 
 
 def _quote(text: str, at: int) -> str:
@@ -138,15 +130,9 @@ def _no_blanks(text: str) -> str:
     return _BLANKS.sub("", text)
 
 
-def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
-
-
 _FORMS: tuple[tuple[str, Callable[[str], str], str], ...] = (
     ("line endings", _one_newline, "the line endings changed"),
     ("whitespace", _no_blanks, "only whitespace changed"),
-    ("Unicode form", _composed, "the Unicode form of the same text changed"),
-    ("letter case", str.casefold, "the letter case changed"),
 )
 
 
@@ -161,8 +147,8 @@ def _change_of_form(expected: str, found: str, at: int) -> Difference | None:
 
 
 def _agree(normal: Callable[[str], str], expected: str, found: str, at: int) -> bool:
-    """Tell whether texts agree from a position on, for long enough or to their ends."""
-    # One character earlier there may be the "\r" of a "\r\n" or the base of an accent.
+    """Return whether texts agree from a position on, long enough or to their ends."""
+    # One character earlier there may be the "\r" of a "\r\n".
     start = max(at - 1, 0)
     one, other = normal(expected[start:]), normal(found[start:])
     num_equal = _first_difference(one, other, 0)
@@ -178,7 +164,7 @@ def _change_of_thinking(expected: str, found: str, at: int) -> Difference | None
 
 
 def _thinks(text: str, at: int) -> bool:
-    """Tell whether a thinking block begins at a position or shortly before it."""
+    """Return whether a thinking block begins at a position or shortly before it."""
     last = len(text) - len(text[at:].lstrip())
     starts = (m.start() for m in _THINKING.finditer(text, max(at - MAX_THOUGHT, 0)))
     return any(start <= last for start in starts)
@@ -196,9 +182,9 @@ def _change_of_text(expected: str, found: str, at: int) -> Difference:
 
 def _both(expected: str, found: str, at: int) -> str:
     """Return a clause that quotes both texts from the word that differs."""
-    begun = re.search(rf"\S{{0,{MAX_OF_WORD}}}\Z", expected[:at])
-    assert begun is not None
-    start = begun.start()
+    word = re.search(rf"\S{{0,{MAX_OF_WORD}}}\Z", expected[:at])
+    assert word is not None
+    start = word.start()
     least = at - start + 1
     before, after = _words(expected[start:], least), _words(found[start:], least)
     return f"{_quote(before, at - start)} became {_quote(after, at - start)}"

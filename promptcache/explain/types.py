@@ -57,32 +57,24 @@ class Explanation:
     @property
     def verdict(self) -> str:
         """Return what happens, in one sentence."""
-        if self.declined is not None:
-            return f"{self._found}; they are prefilled all the same: {self.declined}"
-        return self._found
+        if self.declined is None:
+            return self._hit_or_miss
+        return f"{self._hit_or_miss}; they are prefilled all the same: {self.declined}"
 
     @property
-    def _found(self) -> str:
-        summary = f"{self.cached_tokens} of {self.prompt_tokens} tokens are cached"
+    def _hit_or_miss(self) -> str:
+        counts = f"{self.cached_tokens} of {self.prompt_tokens} tokens are cached"
         if self.is_full:
-            return f"a full hit: {summary}"
+            return f"a full hit: {counts}"
         if self.divergence is None:
-            return f"a partial hit: {summary}, the rest is new"
-        begin = "a partial hit" if self.cached_tokens else "a miss"
+            return f"a partial hit: {counts}, the rest is new"
+        kind = "a partial hit" if self.cached_tokens else "a miss"
         at, culprit = self.divergence.position, self.divergence.culprit
         if at < self.cached_tokens:
             # What it was expected to go on from shares less than something else does.
-            return f"{begin}: {summary}; {culprit}"
-        return f"{begin}: {summary}; from token {at} on, {culprit}"
+            return f"{kind}: {counts}; {culprit}"
+        return f"{kind}: {counts}; from token {at} on, {culprit}"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as commands print it, and servers answer it."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
-            "key": self.key,
-            "divergence": self.divergence and asdict(self.divergence),
-            "is_miss": self.is_miss,
-            "declined": self.declined and asdict(self.declined),
-            "verdict": self.verdict,
-        }
+        return {**asdict(self), "verdict": self.verdict}

@@ -1,7 +1,7 @@
-"""Volatile text: what changes from run to run, such as dates, ids and counters."""
+"""Find text that changes from run to run, such as dates, ids and hostnames."""
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 KINDS = (
@@ -82,10 +82,6 @@ _DATE_TIME = (
 _HEX = "[0-9a-fA-F]"
 _UUID = f"{_HEX}{{8}}(?:-{_HEX}{{4}}){{3}}-{_HEX}{{12}}"
 _IS = r"[^\w\n]{0,4}(?:(?:is|of|id)\b)?[^\w\n]{1,4}"
-_ID_PREFIX = (
-    "(?:asst|batch|call|chatcmpl|cmpl|conv|evt|fc|file|gen|job|msg|req|request|resp"
-    "|rs|run|sess|session|span|step|task|thread|toolu|trace|trial|user)"
-)
 # Segments of a path; a full stop at its end is the sentence's.
 _PATH_REST = r"(?:[/\\]+(?:[\w@%+=~#$-]|\.(?=[\w/.-]))*)*"
 _PATH = rf"(?:~|[A-Za-z]:(?=\\)|(?=/[\w.@~])){_PATH_REST}"
@@ -94,10 +90,6 @@ _NO_HOST = (
     "(?!(?:localhost|str|string|text|none|null|required|optional|name|hostname"
     r"|127\.0\.0\.1|0\.0\.0\.0)\b)"
 )
-# "run 3 tests" counts no runs, "turn 3 of the game" counts turns.
-_NO_NOUN = r"(?! (?!(?:of|in|is|has|and|at|on|for|out|to|the)\b)(?-i:[a-z]))"
-_TOTAL = r"(?: ?/ ?| of )\d{1,9}"
-_NUMBER = r"(?: (?:number|no\.?|id|count)|_(?:number|id|count|index))"
 _MARK = r"""["'`*]{0,2}[ \t]?(?:[:=][ \t]?#?|#)[ \t]?"""
 # The order decides between two that find the same text.
 _PATTERNS = (
@@ -112,23 +104,17 @@ _PATTERNS = (
     ),
     ("UUID", rf"(?<![0-9A-Za-z]){_UUID}(?![0-9A-Za-z])"),
     ("UUID", rf"(?i:uuid|guid){_IS}(?P<value>{_HEX}{{32}})(?!\w)"),
+    # Digits and letters, but not a number, a word or the alphabet.
     (
         "random id",
-        rf"(?<![0-9A-Za-z])(?<!\d\.)(?:0x)?(?P<hex>{_HEX}{{16,}})(?![0-9A-Za-z])",
+        rf"(?<![0-9A-Za-z])(?<!\d\.)(?:0x)?(?=\d*[a-fA-F])(?=[a-fA-F]*\d)"
+        rf"(?!{_HEX}*0123456789){_HEX}{{16,}}(?![0-9A-Za-z])",
     ),
     (
         "random id",
         rf"\b(?i:commits?|sha(?:1|256)?|rev(?:ision)?|build)\b[^\w]{{0,4}}"
-        rf"(?:(?:is|id|hash)\b)?[^\w]{{1,4}}(?P<sha>{_HEX}{{7,64}})(?![\w.-]*\w)",
-    ),
-    (
-        "random id",
-        rf"(?<![A-Za-z0-9]){_ID_PREFIX}[-_](?P<body>[A-Za-z0-9]{{8,}})(?![\w-])",
-    ),
-    ("random id", r"(?<!\w)(?P<ulid>[0-7][0-9A-HJKMNP-TV-Z]{25})(?!\w)"),
-    (
-        "random id",
-        r"(?<![A-Za-z0-9+/.@%?&#~])(?P<base64>[A-Za-z0-9+][A-Za-z0-9+/]{19,}={0,2})",
+        rf"(?:(?:is|id|hash)\b)?[^\w]{{1,4}}"
+        rf"(?P<value>(?=[a-fA-F]*\d){_HEX}{{7,64}})(?![\w.-]*\w)",
     ),
     (
         "hostname",
@@ -152,74 +138,10 @@ _PATTERNS = (
     ),
     (
         "counter",
-        rf"(?i:\b(?:turn|attempt|iteration|session){_NUMBER}?(?:{_MARK}|[ ])"
-        rf"\d{{1,9}}(?:{_TOTAL})?(?![\w-]|[.,:]\d){_NO_NOUN})",
+        rf"(?i:\b(?:(?:turn|attempt|iteration|session|request|run){_MARK}"
+        rf"|(?:pid|process id)(?:{_MARK}| )))\d{{1,9}}(?![\w-]|[.,:/]\d)",
     ),
-    (
-        "counter",
-        rf"(?i:\b(?:request|message|run|retry)(?:{_NUMBER} ?{_MARK}|{_NUMBER} | ?\#)"
-        rf"\d{{1,9}}(?:{_TOTAL})?(?![\w-]|[.,:]\d))",
-    ),
-    (
-        "counter",
-        rf"(?i:\b(?:step|request|message|run|retry)(?:{_MARK}| )\d{{1,9}}{_TOTAL})"
-        r"(?![\w-]|[.,:/]\d)",
-    ),
-    ("counter", rf"(?i:\b(?:pid|process id)(?:{_MARK}| ))\d{{1,9}}(?![\w.-]*\w)"),
-    (
-        "counter",
-        rf"(?i:\b(?:tokens? (?:left|remaining|used)|token usage)(?:{_MARK}| ))"
-        r"\d[\d,_]{0,14}(?: ?/ ?\d[\d,_]{0,14})?(?<=\d)(?!\w)",
-    ),
-    ("counter", r"(?<![\w,.])\d[\d,]{0,14} (?i:tokens? (?:left|remaining))\b"),
 )
-
-
-def _is_mixed(token: str) -> bool:
-    """Tell random digits and letters from numbers, words and alphabets."""
-    return not (token.isdigit() or token.isalpha() or "0123456789" in token)
-
-
-def _is_prefixed_id(token: str) -> bool:
-    """Tell `oIHazX6yQrB8hUwl` from the names of functions such as `function2`."""
-    num_digits = sum(map(str.isdigit, token))
-    if num_digits >= (1 if len(token) >= 16 else 2):
-        return not token.isdigit() and _num_changes(token) * 5 >= len(token)
-    return len(token) >= 16 and _num_changes(token) * 5 >= 2 * len(token)
-
-
-def _is_base64(token: str) -> bool:
-    """Tell random characters from long names and paths.
-
-    In base64, six of ten neighbours are of different kinds.
-    """
-    has_all = token.lower() != token != token.upper()
-    num_digits = sum(map(str.isdigit, token))
-    return has_all and num_digits >= 3 and _num_changes(token) * 5 >= 2 * len(token)
-
-
-def _num_changes(token: str) -> int:
-    """Count where small letters, capitals and digits take turns."""
-    return len(re.findall(r"[a-z]+|[A-Z]+|\d+", token)) - 1
-
-
-def _always(token: str) -> bool:
-    return True
-
-
-def _has_digit(token: str) -> bool:
-    return not token.isalpha()
-
-
-# What the named group of a pattern has to be.
-_CHECKS: dict[str, Callable[[str], bool]] = {
-    "value": _always,
-    "sha": _has_digit,
-    "hex": _is_mixed,
-    "body": _is_prefixed_id,
-    "ulid": _is_mixed,
-    "base64": _is_base64,
-}
 
 
 def find_volatile(
@@ -271,17 +193,14 @@ def _any_of(patterns: list[str]) -> str:
 
 def _search(kind: str, pattern: str, text: str) -> Iterator[Volatile]:
     """Yield what a pattern finds, without its cue."""
-    for found in re.finditer(pattern, text):
-        name = found.lastgroup if found.lastgroup in _CHECKS else None
-        if name is None or _CHECKS[name](found[name]):
-            part = name if name in {"value", "sha"} else 0
-            start, end = found.span(part)
-            yield Volatile(kind, start, end, text[start:end])
+    for match in re.finditer(pattern, text):
+        start, end = match.span("value" if match.lastgroup == "value" else 0)
+        yield Volatile(kind, start, end, text[start:end])
 
 
-def _without_overlaps(found: list[Volatile]) -> Iterator[Volatile]:
+def _without_overlaps(volatiles: list[Volatile]) -> Iterator[Volatile]:
     end = 0
-    for volatile in found:
+    for volatile in volatiles:
         if volatile.start >= end:
             yield volatile
             end = volatile.end

@@ -36,7 +36,7 @@ SYSTEM = """You are the narrator of a story.
 Today is 2026-11-21.
 It is 14:05:10 now.
 Request: 123e4567-e89b-12d3-a456-426614174000
-Trace: req_a81bX93kQm27Zt
+Trace: 4d2a233ef5bce2c0
 hostname: alpha
 Working directory: /srv/games/one
 Session: 41
@@ -190,7 +190,7 @@ CAUSES = {
     "date": cause(text("11-21", "11-22"), "date", "2026-11-21", "2026-11-22"),
     "time": cause(text("14:05:10", "09:11:42"), "time", "14:05:10", "09:11:42"),
     "UUID": cause(text("123e4567", "923a4567"), "UUID", "923a4567-e89b"),
-    "random id": cause(text("req_a81", "req_9Zk"), "random id", "req_9ZkbX93"),
+    "random id": cause(text("4d2a233e", "9b2a233e"), "random id", "9b2a233ef5bce2c0"),
     "hostname": cause(text("alpha", "beta-2"), "hostname", "alpha", "beta-2"),
     "directory": cause(text("games/one", "games/two"), "working directory", "two"),
     "counter": cause(text("Session: 41", "Session: 42"), "counter", "41", "42"),

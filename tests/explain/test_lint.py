@@ -29,7 +29,7 @@ PLANTED = {
     "date": "2026-11-23",
     "time": "14:05:10",
     "UUID": "123e4567-e89b-12d3-a456-426614174000",
-    "random id": "req_a81bX93kQm27Zt",
+    "random id": "4d2a233ef5bce2c0",
     "hostname": "alpha.local",
     "working directory": "/home/ada/game",
     "counter": "Session: 41",
