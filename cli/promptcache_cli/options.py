@@ -17,11 +17,18 @@ from promptcache.units import parse_age, parse_size
 from promptcache_cli import output
 
 if TYPE_CHECKING:
-    from promptcache import PrefixStore
+    from promptcache import CachedGenerator, PrefixStore
 
 # How long a command that people wait for waits for another process.
 COMMAND_SECONDS = 60.0
 
+# Of `CachedGenerator.load`.
+ARGUMENT_BY_OPTION = {
+    "adapter_path": "adapter_path",
+    "store_path": "store",
+    "max_size": "max_nbytes",
+    "daily_writes": "max_daily_nbytes",
+}
 # Shows the default where there is one.
 option = partial(click.option, show_default=True)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -177,6 +184,11 @@ store_bits_option = option(
 )
 quantization_options = option_group(
     option(
+        "--kv-bits",
+        type=int,
+        help="Quantize keys and values to 2, 3, 4, 5, 6 or 8 bits",
+    ),
+    option(
         "--kv-group-size",
         type=int,
         default=64,
@@ -196,11 +208,6 @@ prefill_step_option = option(
     help="Most prompt tokens to process at once",
 )
 cache_options = option_group(
-    option(
-        "--kv-bits",
-        type=int,
-        help="Quantize keys and values to 2, 3, 4, 5, 6 or 8 bits",
-    ),
     quantization_options,
     store_bits_option,
     prefill_step_option,
@@ -269,6 +276,26 @@ def open_store(
             f"rebuilt from {store.rebuilt} blobs"
         )
     return store
+
+
+def load_generator(
+    options: dict[str, Any], console: output.Console, **arguments: Any
+) -> "CachedGenerator":
+    """Load the model that a command's options name, and remove these options.
+
+    Args:
+        options: The options that `model_options` adds, and others. Those that
+            `save_options` adds are used if they are there.
+        console: Shows what takes long.
+        arguments: Further arguments of `CachedGenerator.load`.
+    """
+    from promptcache.generator import CachedGenerator
+
+    for option, name in ARGUMENT_BY_OPTION.items():
+        if option in options:
+            arguments[name] = options.pop(option)
+    model = options.pop("model")
+    return CachedGenerator.load(model, announce=console.info, **arguments)
 
 
 @contextlib.contextmanager

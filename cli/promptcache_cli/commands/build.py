@@ -8,6 +8,7 @@ import click
 from promptcache_cli import output
 from promptcache_cli.options import (
     draft_option,
+    load_generator,
     open_store,
     prompt_options,
     save_options,
@@ -29,8 +30,6 @@ FIELDS = (
 @click.option("--name", help="Pin the prefix under this name, so that it stays")
 @save_options
 def build(
-    model: str | None,
-    adapter_path: str | None,
     draft_model: str | None,
     name: str | None,
     store_path: str | None,
@@ -38,7 +37,7 @@ def build(
     daily_writes: int | None,
     json_: bool,
     quiet: bool,
-    **settings: Any,
+    **options: Any,
 ) -> None:
     """Read a prefix once and save it
 
@@ -53,15 +52,11 @@ def build(
         promptcache build -s @narrator.txt --name narrator
         promptcache build -f manual.txt
     """
-    from promptcache.generator import CachedGenerator
-
     console = output.Console(quiet=quiet)
-    parts = PromptOptions.take(settings)
+    parts = PromptOptions.take(options)
     parts.check_prefix()
     with open_store(store_path, max_size, daily_writes, say=console.info) as store:
-        generator = CachedGenerator.load(
-            model, adapter_path=adapter_path, store=store, announce=console.info
-        )
+        generator = load_generator(options, console, store=store)
         prompt = generator.render_prefix(parts)
         volatile = generator.lint(prompt)
         output.warn_of_volatile_text(volatile)
@@ -71,7 +66,7 @@ def build(
                 name=name,
                 draft_model=draft_model and generator.load_draft(draft_model),
                 prompt_progress_callback=progress,
-                **settings,
+                **options,
             )
     if json_:
         output.json_data(_as_json(prefix, volatile))

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from promptcache import StoreError, UsageError
+from promptcache import UsageError
 from promptcache_cli import output
 from promptcache_cli.commands.generate import (
     answer_as_json,
+    explain_if_readable,
     read_options,
     sampling_options,
     streamed,
@@ -21,6 +22,7 @@ from promptcache_cli.commands.generate import (
 from promptcache_cli.options import (
     cache_options,
     checked_text,
+    load_generator,
     model_options,
     save_options,
     stdin,
@@ -29,7 +31,7 @@ from promptcache_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from promptcache import Conversation, Explanation, GenerationResponse
+    from promptcache import Conversation, GenerationResponse
 
     Responses = Generator[GenerationResponse]
 
@@ -39,6 +41,8 @@ HELP = """\
 /undo     take back the last message and its answer
 /exit     leave; so does Ctrl-D
 Ctrl-C stops an answer and keeps what was said."""
+# Arguments of `Conversation`; the others are about generating.
+CONVERSATION_OPTIONS = ("name", "system", "tools", "chat_template_config")
 
 
 @click.command()
@@ -52,17 +56,7 @@ Ctrl-C stops an answer and keeps what was said."""
 @click.option("-u", "--usage", is_flag=True, help="Print a line of figures each turn")
 @save_options
 def chat(
-    name: str | None,
-    model: str | None,
-    adapter_path: str | None,
-    system: str | None,
-    tools: list[dict[str, Any]] | None,
-    chat_template_config: dict[str, Any] | None,
-    save: bool,
     usage: bool,
-    store_path: str | None,
-    max_size: int | None,
-    daily_writes: int | None,
     json_: bool,
     quiet: bool,
     **options: Any,
@@ -81,30 +75,17 @@ def chat(
         promptcache chat --name dungeon
     """
     from promptcache.chat.conversation import Conversation
-    from promptcache.generator import CachedGenerator
     from promptcache.models.settings import Settings
 
     # Checked before the model is loaded, which takes longer.
     Settings.of(**read_options(options))
     console = output.Console(quiet=quiet)
-    with CachedGenerator.load(
-        model,
-        adapter_path=adapter_path,
-        store=store_path,
-        max_nbytes=max_size,
-        max_daily_nbytes=daily_writes,
-        announce=console.info,
-    ) as generator:
-        conversation = Conversation(
-            generator,
-            name=name,
-            system=system,
-            tools=tools,
-            chat_template_config=chat_template_config,
-        )
-        options["save"] = save
-        with conversation:
-            _Session(conversation, console, options, json_=json_, usage=usage).run()
+    beginning = {name: options.pop(name) for name in CONVERSATION_OPTIONS}
+    with (
+        load_generator(options, console) as generator,
+        Conversation(generator, **beginning) as conversation,
+    ):
+        _Session(conversation, console, options, json_=json_, usage=usage).run()
 
 
 class _Session:
@@ -162,7 +143,10 @@ class _Session:
         try:
             if text is not None:
                 checked_text(text)
-            explanation = self._explain(text) if self._usage else None
+            if self._usage:
+                explanation = explain_if_readable(
+                    self._conversation.explain, text, **read_options(self._options)
+                )
             with self._console.progress("Reading", "tokens") as progress:
                 responses = self._answer(text, progress)
                 with contextlib.closing(responses):
@@ -177,11 +161,6 @@ class _Session:
             output.json_line(answer_as_json(shown))
         if shown and self._usage:
             output.say(usage_line(shown[-1], explanation))
-
-    def _explain(self, text: str | None) -> "Explanation | None":
-        with contextlib.suppress(StoreError):
-            return self._conversation.explain(text, **read_options(self._options))
-        return None
 
     def _answer(self, text: str | None, progress: Any) -> "Responses":
         options = {**self._options, "prompt_progress_callback": progress}

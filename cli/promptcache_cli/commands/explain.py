@@ -7,6 +7,7 @@ import click
 from promptcache_cli import output
 from promptcache_cli.options import (
     draft_option,
+    load_generator,
     open_existing,
     prompt_options,
     store_options,
@@ -22,13 +23,11 @@ if TYPE_CHECKING:
 @draft_option
 @store_options
 def explain(
-    model: str | None,
-    adapter_path: str | None,
     draft_model: str | None,
     store_path: str | None,
     json_: bool,
     quiet: bool,
-    **settings: Any,
+    **options: Any,
 ) -> None:
     """Say why a prompt would hit or miss
 
@@ -41,23 +40,15 @@ def explain(
         promptcache explain -s @narrator.txt "I open the door"
         promptcache explain -f manual.txt "How do I reset it?" --json
     """
-    parts = PromptOptions.take(settings)
+    parts = PromptOptions.take(options)
     parts.check()
-    from promptcache.generator import CachedGenerator
-
     console = output.Console(quiet=quiet)
     with open_existing(store_path) as store:
-        generator = CachedGenerator.load(
-            model,
-            adapter_path=adapter_path,
-            store=store,
-            announce=console.info,
-            lazy=True,
-        )
+        generator = load_generator(options, console, store=store, lazy=True)
         explanation = generator.explain(
             generator.render_parts(parts),
             draft_model=draft_model and generator.load_draft(draft_model),
-            **settings,
+            **options,
         )
     if json_:
         output.json_data(explanation.to_json())

@@ -1,7 +1,7 @@
 """`promptcache generate`."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +10,7 @@ from promptcache import StoreError, UsageError
 from promptcache_cli import output
 from promptcache_cli.options import (
     draft_option,
+    load_generator,
     option,
     option_group,
     prompt_options,
@@ -18,7 +19,7 @@ from promptcache_cli.options import (
 from promptcache_cli.prompt_options import PromptOptions
 
 if TYPE_CHECKING:
-    from promptcache import CachedGenerator, Explanation, GenerationResponse
+    from promptcache import Explanation, GenerationResponse
 
 
 # Of the last response, in JSON.
@@ -92,15 +93,10 @@ sampling_options = option_group(
 @option("-u", "--usage", is_flag=True, help="Print one line of figures on stderr")
 @save_options
 def generate(
-    model: str | None,
-    adapter_path: str | None,
     draft_model: str | None,
     save: bool | None,
     no_cache: bool,
     usage: bool,
-    store_path: str | None,
-    max_size: int | None,
-    daily_writes: int | None,
     json_: bool,
     quiet: bool,
     **options: Any,
@@ -121,25 +117,21 @@ def generate(
     parts.check()
     if no_cache and save:
         raise UsageError("use just one of --no-cache and --save")
-    from promptcache.generator import CachedGenerator
-
     console = output.Console(quiet=quiet)
-    generator = CachedGenerator.load(
-        model,
-        adapter_path=adapter_path,
-        store=store_path,
-        max_nbytes=max_size,
-        max_daily_nbytes=daily_writes,
+    generator = load_generator(
+        options,
+        console,
         reuse=not no_cache,
         save=False if no_cache else "auto" if save is None else save,
-        announce=console.info,
     )
     draft = draft_model and generator.load_draft(draft_model)
     prompt = generator.render_parts(parts)
     explanation = None
     if usage and not no_cache:
         # Afterwards the prompt may be stored itself.
-        explanation = _explain(generator, prompt, draft, options)
+        explanation = explain_if_readable(
+            generator.explain, prompt, draft_model=draft, **read_options(options)
+        )
     with generator, console.progress("Reading", "tokens") as progress:
         stream = generator.stream_generate(
             prompt, draft_model=draft, prompt_progress_callback=progress, **options
@@ -175,12 +167,12 @@ def answer_as_json(responses: list["GenerationResponse"]) -> dict[str, object]:
     }
 
 
-def _explain(
-    generator: "CachedGenerator", prompt: Any, draft: Any, options: dict[str, Any]
+def explain_if_readable(
+    explain: "Callable[..., Explanation]", prompt: Any, **options: Any
 ) -> "Explanation | None":
-    """Return why the prompt hits or misses, or None if the store cannot be read."""
+    """Return why a prompt hits or misses, or None if the store cannot be read."""
     with contextlib.suppress(StoreError):
-        return generator.explain(prompt, draft_model=draft, **read_options(options))
+        return explain(prompt, **options)
     return None
 
 

@@ -6,7 +6,13 @@ from typing import Any
 import click
 
 from promptcache_cli import output
-from promptcache_cli.options import json_option, option, prompt_options, quiet_option
+from promptcache_cli.options import (
+    json_option,
+    load_generator,
+    option,
+    prompt_options,
+    quiet_option,
+)
 from promptcache_cli.prompt_options import PromptOptions
 
 
@@ -21,11 +27,9 @@ from promptcache_cli.prompt_options import PromptOptions
 @json_option
 @quiet_option
 def parity(
-    model: str | None,
-    adapter_path: str | None,
     json_: bool,
     quiet: bool,
-    **settings: Any,
+    **options: Any,
 ) -> int:
     """Compare a prompt read from nothing with the same prompt resumed
 
@@ -40,18 +44,15 @@ def parity(
         promptcache parity --exact -f manual.txt "How do I reset it?"
         promptcache parity --store-bits 8 -f manual.txt "How do I reset it?"
     """
-    parts = PromptOptions.take(settings)
+    parts = PromptOptions.take(options)
     parts.check()
-    from promptcache.generator import CachedGenerator
     from promptcache.parity import check_parity
 
     console = output.Console(quiet=quiet)
-    generator = CachedGenerator.load(
-        model, adapter_path=adapter_path, save=False, reuse=False, announce=console.info
-    )
+    generator = load_generator(options, console, save=False, reuse=False)
     with console.progress("Comparing", "runs") as progress:
         report = check_parity(
-            generator, generator.render_parts(parts), on_progress=progress, **settings
+            generator, generator.render_parts(parts), on_progress=progress, **options
         )
     if json_:
         details = {"same_tokens": report.same_tokens, "verdict": report.verdict}

@@ -129,9 +129,64 @@ server_options = option_group(
         help="Without effect: bytes are limited, not numbers",
     ),
     option("--prompt-cache-bytes", type=SIZE, help="The same as --memory-limit"),
-    option("--kv-bits", type=int, help="Quantize keys and values; no batches then"),
     quantization_options,
     option("--pipeline", is_flag=True, help="Without effect on one machine"),
+)
+
+
+cache_options = option_group(
+    option(
+        "--memory-limit",
+        type=SIZE,
+        help="Most bytes of memory for caches  [env: PROMPTCACHE_MEMORY_LIMIT; "
+        "default: an eighth of the memory]",
+    ),
+    option(
+        "--save-answers/--no-save-answers",
+        default=True,
+        help="Store answers, too, which the next turn begins with",
+    ),
+    store_bits_option,
+)
+access_options = option_group(
+    option(
+        "--api-key",
+        "api_keys",
+        multiple=True,
+        help="A key that clients must present; each has its own prefixes; repeatable  "
+        "[env: PROMPTCACHE_API_KEY, separated by commas]",
+    ),
+    option(
+        "--metrics-key",
+        help="A key that opens /metrics, which API keys do not  "
+        "[env: PROMPTCACHE_METRICS_KEY]",
+    ),
+    option(
+        "--pin-quota",
+        type=SIZE,
+        help="Most bytes that each API key may pin  [default: its part of a half of "
+        "the store's limit]",
+    ),
+    option("--insecure", is_flag=True, help="Accept remote clients without an API key"),
+    option(
+        "--max-request-size",
+        "most_nbytes",
+        type=SIZE,
+        default="32MB",
+        help="Most bytes of a request",
+    ),
+    option(
+        "--max-prompt-tokens",
+        "most_tokens",
+        type=click.IntRange(0),
+        help="Most tokens of a prompt, 0 for any number  "
+        "[default: the model's context]",
+    ),
+)
+# Arguments of `Server` that are not options of mlx-lm's server.
+OWN_ARGUMENTS = (
+    *("memory_limit", "save_answers", "store_bits", "api_keys", "metrics_key"),
+    *("pin_quota", "insecure", "most_nbytes", "most_tokens"),
 )
 
 
@@ -140,57 +195,13 @@ server_options = option_group(
 @server_options
 @store_option
 @limit_options
-@option(
-    "--memory-limit",
-    type=SIZE,
-    help="Most bytes of memory for caches  [env: PROMPTCACHE_MEMORY_LIMIT; "
-    "default: an eighth of the memory]",
-)
-@option(
-    "--save-answers/--no-save-answers",
-    default=True,
-    help="Store answers, too, which the next turn begins with",
-)
-@store_bits_option
-@option(
-    "--api-key",
-    "api_keys",
-    multiple=True,
-    help="A key that clients must present; each has its own prefixes; repeatable  "
-    "[env: PROMPTCACHE_API_KEY, separated by commas]",
-)
-@option(
-    "--metrics-key",
-    help="A key that opens /metrics, which API keys do not  "
-    "[env: PROMPTCACHE_METRICS_KEY]",
-)
-@option(
-    "--pin-quota",
-    type=SIZE,
-    help="Most bytes that each API key may pin  [default: its part of a half of the "
-    "store's limit]",
-)
-@option("--insecure", is_flag=True, help="Accept remote clients without an API key")
-@option("--max-request-size", type=SIZE, default="32MB", help="Most bytes of a request")
-@option(
-    "--max-prompt-tokens",
-    type=click.IntRange(0),
-    help="Most tokens of a prompt, 0 for any number  [default: the model's context]",
-)
+@cache_options
+@access_options
 @quiet_option
 def serve(
     store_path: str | None,
     max_size: int | None,
     daily_writes: int | None,
-    memory_limit: int | None,
-    save_answers: bool,
-    store_bits: int | None,
-    api_keys: tuple[str, ...],
-    metrics_key: str | None,
-    pin_quota: int | None,
-    insecure: bool,
-    max_request_size: int,
-    max_prompt_tokens: int | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -199,6 +210,7 @@ def serve(
     This is mlx-lm's server, with its options, and a prompt cache that is in memory and
     on disk: what was read once is not read again, even after a restart. System
     prompts and the ends of prompts are stored at once, answers when they are done.
+    With --kv-bits, requests are not batched.
 
     GET /v1/cache lists what is stored, POST /v1/cache/explain says why a prompt hits
     or misses, POST /v1/cache/pin keeps a prefix; each API key is answered as if it
@@ -214,28 +226,17 @@ def serve(
 
     console = output.Console(quiet=quiet)
     _log(options["log_level"])
-    if memory_limit is None:
-        memory_limit = options["prompt_cache_bytes"]
-    if any(not key.strip() for key in api_keys):
+    own = {name: options.pop(name) for name in OWN_ARGUMENTS}
+    if own["memory_limit"] is None:
+        own["memory_limit"] = options["prompt_cache_bytes"]
+    if any(not key.strip() for key in own["api_keys"]):
         raise UsageError("an API key must not be empty")
     # As Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Requests wait no longer than those of a generator.
     with open_store(store_path, max_size, daily_writes, patience=Patience()) as store:
-        server = Server(
-            Namespace(**options),
-            store=store,
-            memory_limit=memory_limit,
-            api_keys=api_keys,
-            metrics_key=metrics_key,
-            pin_quota=pin_quota,
-            insecure=insecure,
-            save_answers=save_answers,
-            store_bits=store_bits,
-            most_nbytes=max_request_size,
-            most_tokens=max_prompt_tokens,
-            announce=console.info,
-        )
+        mlx_lm_options = Namespace(**options)
+        server = Server(mlx_lm_options, store=store, announce=console.info, **own)
         with server:
             _serve(server, options["host"], console)
 
