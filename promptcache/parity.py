@@ -142,7 +142,7 @@ def check_parity(
         options: See `ReadOptions`.
 
     Raises:
-        UsageError: The arguments make no sense.
+        UsageError: The arguments contradict each other.
         StoreError: The temporary store cannot be written.
     """
     rendered = generator.render(prompt, tools)
@@ -221,7 +221,9 @@ def _store(
     token_ids = rendered.token_ids[:position]
     # Too short for a mode that reuses whole pieces only.
     with contextlib.suppress(UsageError):
-        generator.build(RenderedPrompt(token_ids, boundaries, is_open=True), **options)
+        generator.build(
+            RenderedPrompt(token_ids, boundaries, is_prefix=True), **options
+        )
 
 
 def _answer(

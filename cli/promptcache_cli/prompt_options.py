@@ -13,7 +13,7 @@ class PromptOptions(PromptParts):
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> Self:
-        """Take what makes up the prompt out of a command's options."""
+        """Return the prompt, and remove its parts from a command's options."""
         return cls(**{field.name: options.pop(field.name) for field in fields(cls)})
 
     def check(self) -> None:
@@ -26,7 +26,7 @@ class PromptOptions(PromptParts):
 
     def check_prefix(self) -> None:
         """Raise UsageError if there is nothing to build."""
-        if self.is_open:
+        if self.is_prefix:
             self._check_raw()
         else:
             self.check()

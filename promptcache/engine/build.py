@@ -82,7 +82,7 @@ class Build:
         Raises UsageError if that is nothing.
         """
         token_ids, num_tokens = rendered.token_ids, len(rendered.token_ids)
-        end = self._end(num_tokens, is_open=rendered.is_open)
+        end = self._end(num_tokens, is_prefix=rendered.is_prefix)
         if self._plan.is_sliceable(num_tokens) and end:
             return token_ids[:end]
         if end < num_tokens:
@@ -96,7 +96,7 @@ class Build:
                 self._reuse_warning = message
         return token_ids[:end]
 
-    def _end(self, num_tokens: int, *, is_open: bool) -> int:
+    def _end(self, num_tokens: int, *, is_prefix: bool) -> int:
         """Return up to where the prefix is stored.
 
         A whole prompt ends where its last token is read alone, if that matters.
@@ -105,7 +105,7 @@ class Build:
         can_step_back = not self._plan.needs_checkpoint and self._plan.is_sliceable(
             num_tokens
         )
-        if is_open or is_drafted or can_step_back:
+        if is_prefix or is_drafted or can_step_back:
             return self._plan.last_resume_point(num_tokens)
         return self._plan.last_kept(num_tokens, self._settings.kv)
 

@@ -67,8 +67,8 @@ class _Diagnosis:
         self._nearby = nearby
         self._cached = nearby.match.cached_tokens
         self._agreed = max(nearby.num_rows, *map(self._shared, nearby.nearest), 0)
-        # Up to where a prompt with the same beginning would have to agree.
-        self._begin = rendered.head or len(self._token_ids) // 2
+        # A prompt with the same beginning would have to agree up to here.
+        self._begin = rendered.system_end or len(self._token_ids) // 2
 
     def explain(self) -> Explanation:
         divergence = None
@@ -102,7 +102,7 @@ class _Diagnosis:
         others = [p for p in nearby.nearest if len(p.token_ids) > self._agreed]
         texts = [self._other_text(prompt) for prompt in others[:1] if self._agreed]
         if len(others) < len(nearby.nearest):
-            # It goes on from a whole stored prompt, and another question is no miss.
+            # A different question after a whole stored prompt is not a miss.
             yield from filter(self._is_early, texts)
             yield from self._not_resumable()
             return
@@ -201,14 +201,14 @@ class _Diagnosis:
             culprit = f"another template argument: {change_of_config(other, origin)}"
             yield self._divergence("template argument", culprit, prompt)
         elif other.tools != origin.tools:
-            # Beyond the head, the tools have been read and are the same.
+            # Beyond the system prompt, the tools have been read and are the same.
             in_head = not is_nearest or self._agreed < self._begin
             if in_head and (is_alike(origin, other) or self._has_other_text(prompt)):
                 culprit = change_of_tools(other.tools, origin.tools)
                 yield self._divergence("tools", culprit, prompt)
 
     def _has_other_text(self, prompt: StoredPrompt) -> bool:
-        """Return whether no better cause is known than that tools are other ones."""
+        """Return whether no better cause is known than different tools."""
         origin, other = self._rendered.origin, prompt.origin
         if origin is None or other is None or not self._shared(prompt):
             return False
@@ -262,9 +262,9 @@ class _Diagnosis:
         both = (prompt.token_ids[at : at + 8], self._token_ids[at : at + 8])
         if not all(both):
             return False
-        expected, found = map(self._decode, both)
-        least = max(len(self._decode(token_ids[:1])) for token_ids in both)
-        return expected[:least] == found[:least]
+        stored, own = map(self._decode, both)
+        length = max(len(self._decode(token_ids[:1])) for token_ids in both)
+        return stored[:length] == own[:length]
 
     def _where(self, position: int) -> str:
         """Return in which part of the prompt a position is, if that is known."""
@@ -273,7 +273,7 @@ class _Diagnosis:
             return ""
         if position >= boundaries[-1]:
             return " in the last message"
-        if position < self._rendered.head:
+        if position < self._rendered.system_end:
             return " before the first message"
         return " in an earlier message"
 
@@ -283,7 +283,7 @@ class _Diagnosis:
         if num_rows > self._cached:
             divergence = self._divergence(
                 "checkpoint",
-                f"{num_rows} tokens are stored, but this model can take over at token "
+                f"{num_rows} tokens are stored, but this model can resume at token "
                 f"{self._cached} only",
             )
             yield replace(divergence, expected=divergence.found)

@@ -9,7 +9,7 @@ from promptcache.explain.volatile_text import Volatile, find_volatile
 from promptcache.prompts.chat import ChatPrompt, system_text
 from promptcache.prompts.render import RenderedPrompt
 
-# Arguments by which well-known templates take what they else insert by themselves.
+# Arguments of well-known templates in place of what they insert by themselves.
 ARGUMENTS = ("date_string", "current_date", "today", "date", "current_time")
 
 
@@ -48,7 +48,7 @@ def find_volatile_text(tokenizer: Any, prompt: RenderedPrompt) -> list[VolatileT
     What users say is expected to change; a prompt without chat messages is searched
     as a whole.
     """
-    end = len(prompt.token_ids) if prompt.chat is None else prompt.head
+    end = len(prompt.token_ids) if prompt.chat is None else prompt.system_end
     text = _decode(tokenizer, prompt.token_ids[:end])
     volatiles = find_volatile(
         text, hostnames=config.hostnames(), directories=config.directories()

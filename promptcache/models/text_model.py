@@ -142,7 +142,7 @@ class TextModel:
 
         Without a user's text, that is everything before it. Raises UsageError.
         """
-        if not parts.is_open:
+        if not parts.is_prefix:
             return self.render_parts(parts)
         messages = parts.compose("")
         return self.render_open(messages, parts.tools, parts.chat_template_config)

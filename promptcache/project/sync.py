@@ -19,7 +19,7 @@ Build = Callable[[CachedGenerator, RenderedPrompt, PromptSpec], BuiltPrefix]
 
 @dataclass(frozen=True, slots=True)
 class SyncStep:
-    """What is to be done for one prompt.
+    """What to do for one prompt.
 
     Attributes:
         name: The prompt's name.
@@ -73,7 +73,7 @@ class SyncPlanner:
 
         Raises:
             ModelError: A prompt's model cannot be loaded.
-            UsageError: Its template refuses a prompt, or a name is taken.
+            UsageError: Its template refuses a prompt, or a name is used already.
             StoreError: The store cannot be read.
         """
         specs = self._manifest.prompts
@@ -173,7 +173,7 @@ class SyncPlanner:
         return generator, generator.render_prefix(spec)
 
     def execute(self, steps: Sequence[SyncStep], build: Build) -> list[SyncStep]:
-        """Do what is planned; return it with the keys that came of it.
+        """Execute the steps; return them with the keys of their prefixes.
 
         Args:
             steps: What `plan` returned.

@@ -11,15 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from promptcache.errors import UsageError
-from promptcache.prompts.chat import (
-    ChatPrompt,
-    text_parts,
-)
-from promptcache.prompts.template import (
-    encode_rendered,
-    render_text,
-    token_ends,
-)
+from promptcache.prompts.chat import ChatPrompt, text_parts
+from promptcache.prompts.template import encode_rendered, render_text, token_ends
 from promptcache.segments.chain import common_length, pack
 
 # Boundaries are found in this number of the last messages.

@@ -11,7 +11,7 @@ from promptcache.errors import UsageError
 Message = Mapping[str, Any]
 # Between documents, and before the question about them.
 SEPARATOR = "\n\n"
-# Of messages that tell the model what it is.
+# Roles of messages that describe what the model is.
 SYSTEM_ROLES = ("system", "developer")
 # Arguments of `apply_chat_template` that are not the template's.
 OWN_ARGUMENTS = {"tools", "add_generation_prompt", "tokenize", "conversation"}

@@ -32,7 +32,7 @@ class PromptParts:
     raw: bool = False
 
     @property
-    def is_open(self) -> bool:
+    def is_prefix(self) -> bool:
         """Return whether they are the start of prompts, whose user's text may vary."""
         has_start = self.system is not None or self.files or self.tools
         has_end = self.raw or self.prompt is not None or self.messages

@@ -41,20 +41,19 @@ class RenderedPrompt(NamedTuple):
         boundaries: Positions at which other prompts are likely to part from it: where
             the first and the last user's text begin, each part of that and, with
             `every_message`, the texts of other messages and the answer.
-        head: How many tokens come before the first user's text: the system prompt and
-            tools, as the template puts them. 0 for text and token ids.
+        system_end: How many tokens come before the first user's text: the system prompt
+            and tools, as the template renders them. 0 for text and token ids.
         answer: How many tokens are still the same once it has been answered: where the
             answer begins in history. None if that is not known.
-        is_open: Whether it is only the start of prompts, to which more is added before
-            an answer.
+        is_prefix: Whether it is the start of prompts, and not a whole one.
         chat: What was rendered, or None for text and token ids.
         origin: How it was rendered, in a form to be stored, or None likewise.
     """
 
     token_ids: list[int]
     boundaries: tuple[int, ...] = ()
-    head: int = 0
-    is_open: bool = False
+    system_end: int = 0
+    is_prefix: bool = False
     chat: ChatPrompt | None = None
     origin: PromptOrigin | None = None
     answer: int | None = None
@@ -136,8 +135,8 @@ def render_prefix(
     return whole._replace(
         token_ids=token_ids,
         boundaries=tuple(b for b in whole.boundaries if b < len(token_ids)),
-        head=min(whole.head, len(token_ids)),
-        is_open=True,
+        system_end=min(whole.system_end, len(token_ids)),
+        is_prefix=True,
         chat=chat,
         answer=None,
     )
@@ -150,13 +149,18 @@ def _rendered(
     token_ids = encode_rendered(tokenizer, text)
     places = set(message_places(tokenizer, chat, text, every_message=every_message))
     positions = token_positions(tokenizer, text, token_ids, places)
-    head = end_of_system(tokenizer, chat, token_ids)
-    positions.add(head)
+    system_end = end_of_system(tokenizer, chat, token_ids)
+    positions.add(system_end)
     answer = start_of_answer(tokenizer, chat, token_ids) if every_message else 0
     boundaries = tuple(sorted((positions | {answer}) - {0, len(token_ids)}))
-    origin = replace(origin_of(tokenizer, chat), head=head)
+    origin = replace(origin_of(tokenizer, chat), head=system_end)
     return RenderedPrompt(
-        token_ids, boundaries, head, chat=chat, origin=origin, answer=answer or None
+        token_ids,
+        boundaries,
+        system_end,
+        chat=chat,
+        origin=origin,
+        answer=answer or None,
     )
 
 

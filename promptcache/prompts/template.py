@@ -1,4 +1,4 @@
-"""What a model's chat template and tokenizer make of text and of a chat.
+"""Render a chat with its template, and tokenize the result.
 
 A whole text is always tokenized at once. Text prefixes are not token prefixes:
 tokenizers merge across any seam.

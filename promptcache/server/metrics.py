@@ -11,12 +11,12 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Gauges(NamedTuple):
-    """What is read off when the metrics are asked for.
+    """Values that are read when the metrics are requested.
 
     Attributes:
         nbytes: By tier, the bytes that it holds.
         limits: By tier, the bytes that it may hold.
-        evictions: By tier, how many entries had to go.
+        evictions: By tier, how many entries were evicted.
         saves: By result, how many prefixes were to be stored.
         queued_nbytes: Bytes that wait for the disk.
         queued_saves: Prefixes that wait for it.
@@ -35,7 +35,7 @@ class Gauges(NamedTuple):
 
 
 class ServingMetrics(Collector):
-    """Counts as things happen, and reads off the rest when asked."""
+    """Counts events, and reads gauges on request."""
 
     def __init__(self, levels: Callable[[], Gauges]) -> None:
         self._levels = levels
@@ -71,7 +71,7 @@ class ServingMetrics(Collector):
         self._seconds.inc(seconds)
 
     def wait(self) -> None:
-        """Count a prompt that waits for another one."""
+        """Count a prompt that waits for a different one."""
         self._waits.inc()
 
     def collect(self) -> Iterator[Metric]:

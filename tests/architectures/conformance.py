@@ -208,7 +208,7 @@ class Subject:
 
     def stored(self, length: int) -> RenderedPrompt:
         """Return what is stored of a length: the start of prompts."""
-        return RenderedPrompt(token_ids(length, length), is_open=True)
+        return RenderedPrompt(token_ids(length, length), is_prefix=True)
 
     def continued(self, length: int, position: int, *, seed: int) -> RenderedPrompt:
         """Return a prompt that shares a stored one's first tokens and goes on."""

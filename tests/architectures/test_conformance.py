@@ -242,7 +242,7 @@ def test_window_model_that_forks_in_the_middle_of_4000_tokens_reads_its_own_only
 ) -> None:
     subject = Subject("gemma3_text", tmp_path)
     stored = conformance.token_ids(FOUR_THOUSAND, 1)
-    subject.generator.build(RenderedPrompt(stored, is_open=True))
+    subject.generator.build(RenderedPrompt(stored, is_prefix=True))
     fork = 2500
     prompt = RenderedPrompt([*stored[:fork], *conformance.token_ids(50, 2)], (fork,))
 

@@ -511,7 +511,7 @@ def test_rows_without_a_checkpoint_are_told(recurrent: Ask) -> None:
     assert divergence is not None
     assert (divergence.kind, divergence.position) == ("checkpoint", 150)
     assert "150 tokens are stored" in divergence.culprit
-    assert "take over at token 0 only" in divergence.culprit
+    assert "resume at token 0 only" in divergence.culprit
     assert explanation.cached_tokens == 0
     assert explanation.is_miss
 

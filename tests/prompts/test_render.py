@@ -296,7 +296,7 @@ def test_stable_prefix_ends_where_the_user_speaks(tokenizer: Any) -> None:
     messages = compose(system=SYSTEM, user="")
     prefix = render_prefix(tokenizer, messages, tools=TOOLS)
 
-    assert prefix.is_open
+    assert prefix.is_prefix
     text = tokenizer.decode(prefix.token_ids)
     assert text.endswith(f"<|system|>{SYSTEM}<|end|><|user|>")
     assert text.startswith("<|tools|>")
@@ -444,11 +444,11 @@ def test_head_ends_where_the_first_user_speaks(tokenizer: Any) -> None:
     opened = render_prefix(tokenizer, compose(system=SYSTEM, user=""), tools=TOOLS)
     without = render_prompt(tokenizer, compose(system=SYSTEM), tools=TOOLS)
 
-    assert whole.head == opened.head == len(opened.token_ids)
-    assert whole.origin is not None and whole.origin.head == whole.head
-    assert tokenizer.decode(whole.token_ids[: whole.head]).endswith("<|user|>")
+    assert whole.system_end == opened.system_end == len(opened.token_ids)
+    assert whole.origin is not None and whole.origin.head == whole.system_end
+    assert tokenizer.decode(whole.token_ids[: whole.system_end]).endswith("<|user|>")
     # Where the user would speak after this.
-    assert tokenizer.decode(without.token_ids[: without.head]).endswith(
+    assert tokenizer.decode(without.token_ids[: without.system_end]).endswith(
         f"{SYSTEM}<|end|>"
     )
 

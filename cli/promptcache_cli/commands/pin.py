@@ -40,7 +40,7 @@ def pin(key: str, name: str, store_path: str | None, json_: bool, quiet: bool) -
 @click.argument("name")
 @store_options
 def unpin(name: str, store_path: str | None, json_: bool, quiet: bool) -> None:
-    """Take a name away, so that its prefix may be evicted
+    """Remove a name, so that its prefix may be evicted
 
     Example:
 

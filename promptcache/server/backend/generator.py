@@ -187,19 +187,19 @@ class CachedResponseGenerator(ResponseGenerator):
         if rendered is None or rendered.token_ids != token_ids:
             rendered = _plainly_rendered(token_ids, segments)
         is_sliceable = model.is_sliceable(settings)
-        places = (rendered.head,) if is_sliceable else rendered.boundaries
+        places = (rendered.system_end,) if is_sliceable else rendered.boundaries
         plan = model.plan(settings, places, rendered.answer)
         request.reading = RequestState(
             PromptRead(token_ids, plan, settings, rendered.origin),
             model,
             model.fingerprint(settings),
-            rendered.head,
+            rendered.system_end,
             args.max_tokens,
             request.over,
             is_sliceable=is_sliceable,
         )
         prompt = RequestTokens(token_ids, request.reading)
-        pieces, kinds = _pieces(token_ids, plan, rendered.head)
+        pieces, kinds = _pieces(token_ids, plan, rendered.system_end)
         return prompt, pieces, kinds, state, vision
 
     def _rendered(
@@ -243,7 +243,7 @@ def _plainly_rendered(
 ) -> RenderedPrompt:
     """Return a prompt with mlx-lm's own segments as places to resume."""
     ends = [sum(map(len, segments[:i])) for i in range(1, len(segments))]
-    return RenderedPrompt(token_ids, tuple(ends), head=ends[0] if ends else 0)
+    return RenderedPrompt(token_ids, tuple(ends), system_end=ends[0] if ends else 0)
 
 
 def _pieces(

@@ -1,4 +1,4 @@
-"""API keys: who may use a server, and which namespace is whose."""
+"""API keys and the namespace of each."""
 
 import hashlib
 import hmac
@@ -10,7 +10,13 @@ LOOPBACK_NAMES = ("localhost",)
 
 
 class ApiKeys:
-    """The keys of a server, which may have none."""
+    """The keys of a server, which may have none.
+
+    Args:
+        keys: The API keys.
+        secret: What namespaces are derived with.
+        metrics_key: The key that opens the metrics.
+    """
 
     def __init__(
         self,

@@ -132,7 +132,7 @@ class ApiHandler(APIHandler):
     # Completions
 
     def _complete(self, body: dict[str, Any]) -> None:
-        """Have mlx-lm answer, which reads the request once more."""
+        """Let mlx-lm answer, which reads the request again."""
         check_completion(body, is_chat=self.path in CHAT_PATHS)
         if (options := body.get("stream_options")) is not None:
             includes_usage = bool(options.get("include_usage"))
