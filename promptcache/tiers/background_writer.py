@@ -37,7 +37,11 @@ class BackgroundWriter:
         with self._space_freed:
             self._space_freed.wait_for(lambda: self.has_room(nbytes))
             self._queued_nbytes += nbytes
-        future = self._pool.submit(job)
+        try:
+            future = self._pool.submit(job)
+        except BaseException:
+            self._release(nbytes)
+            raise
         future.add_done_callback(lambda _: self._release(nbytes))
         return future
 

@@ -207,13 +207,17 @@ class PrefixSaver:
             job.attempts += 1
             try:
                 job.parts = self._parts_of(job)
-            except StoreError as error:
+            except Exception as error:
                 job.error, job.parts = error, deque()
         return bool(job.parts) and job.error is None
 
     def _encode_next(self) -> None:
         """Encode the next part, and hand it over once the writer has room for it."""
         job = self._waiting[0]
+        if job.done.done():
+            # An interrupt came after its end was handed over.
+            self._waiting.popleft()
+            return
         if self._begin(job) and job.parts:
             try:
                 self._hand_over(job, job.parts[0])
@@ -223,9 +227,10 @@ class PrefixSaver:
             except Exception as error:
                 job.error = error
         if job.error is not None or not job.parts:
-            # What comes after a failure depends on what is not there.
-            self._waiting.popleft()
+            # What comes after a failure depends on what is not there. It waits until
+            # its end is handed over, lest an interrupt lose it.
             self._writer.submit(partial(self._finish, job), 0)
+            self._waiting.popleft()
 
     def _parts_of(self, job: SaveJob) -> deque[_Part]:
         """Return what is missing of a prefix: rows, each with the states in them."""
@@ -314,6 +319,9 @@ class PrefixSaver:
 
     def _finish(self, job: SaveJob) -> None:
         """Complete a job, or have it encoded again where others were faster."""
+        if job.done.done():
+            # After an interrupt, its end may have been handed over twice.
+            return
         error, job.error, job.parts, job.num_encoded = job.error, None, None, 0
         if isinstance(error, OvertakenError) and job.attempts < MAX_ATTEMPTS:
             self._waiting.append(job)

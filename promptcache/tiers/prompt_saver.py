@@ -129,8 +129,13 @@ class PromptSaver:
 
     def advance(self) -> None:
         """Save one more part, if that needs no wait."""
-        if self._saver is not None:
+        if self._saver is None or self._error is not None:
+            return
+        try:
             self._saver.advance()
+        # A writer that was closed meanwhile takes nothing more.
+        except Exception as error:
+            self._error = error
 
     def save(self, end: int, answer: Sequence[int] = ()) -> str | None:
         """Save `[0, end)`, with an answer where that can be, and wait for it.

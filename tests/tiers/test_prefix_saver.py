@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from promptcache import CachedGenerator, PrefixStore
+from promptcache import CachedGenerator, PrefixStore, PromptCacheWarning
 from promptcache.kvcache import snapshot
 from promptcache.models.loaded import LoadedModel
 from promptcache.models.prefill_plan import DEFAULT_PLAN
@@ -156,6 +156,83 @@ def test_part_whose_handing_over_was_interrupted_is_handed_over_again(
     assert saver.wait(job)
     assert len(calls) == 2
     assert cached(store, ids(90, 1)) == 90
+
+
+@pytest.mark.parametrize("is_handed_over", [False, True], ids=["before", "after"])
+def test_end_whose_handing_over_was_interrupted_is_not_waited_for_in_vain(
+    saver: PrefixSaver,
+    writer: BackgroundWriter,
+    store: PrefixStore,
+    monkeypatch: pytest.MonkeyPatch,
+    is_handed_over: bool,
+) -> None:
+    submit, calls = writer.submit, []
+
+    def interrupted(job: Any, nbytes: int) -> Any:
+        calls.append(nbytes)
+        future = submit(job, nbytes) if is_handed_over or len(calls) != 2 else None
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return future
+
+    job = job_of(ids(90, 1))
+    saver.submit(job)
+    monkeypatch.setattr(writer, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        saver.wait(job)
+    # The rows were handed over, and then the end, which holds no bytes.
+    assert calls[0] > 0 == calls[1]
+
+    waiting = threading.Thread(target=saver.wait, args=[job], daemon=True)
+    waiting.start()
+    waiting.join(10)
+
+    assert not waiting.is_alive()
+    assert cached(store, ids(90, 1)) == 90
+    saver.finish()
+    assert len(saver) == 0
+
+
+PROMPT = [i % 250 for i in range(700)]
+
+
+def tokens_of(stream: Any) -> list[int]:
+    return [response.token for response in stream]
+
+
+def test_generation_goes_on_when_its_generator_is_closed(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    with CachedGenerator.load(model_dir, store=tmp_path / "other") as other:
+        expected = tokens_of(other.stream_generate(PROMPT, 8, reuse=False, save=False))
+    generator = CachedGenerator.load(model_dir, store=tmp_path / "store")
+    stream = generator.stream_generate(PROMPT, 8, save=True)
+    answer = [next(stream).token]
+    generator.close()
+
+    with pytest.warns(PromptCacheWarning, match="the prompt is not saved") as record:
+        answer += tokens_of(stream)
+
+    assert answer == expected
+    assert len(record) == 1
+
+
+def test_any_trouble_with_the_store_is_one_warning(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with CachedGenerator.load(model_dir, store=tmp_path / "store") as generator:
+        assert generator.store is not None
+        expected = tokens_of(generator.stream_generate(PROMPT, 8, save=False))
+
+        def fail(*args: Any, **options: Any) -> Any:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(generator.store.segments, "missing", fail)
+        with pytest.warns(PromptCacheWarning, match="not saved") as record:
+            answer = tokens_of(generator.stream_generate(PROMPT, 8, save=True))
+
+    assert answer == expected
+    assert len(record) == 1
 
 
 def test_generation_looks_a_prefix_up_once(
