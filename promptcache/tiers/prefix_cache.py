@@ -93,7 +93,7 @@ class PrefixCache:
                 cache = model.make_cache(read.settings)
                 return FetchedPrefix(cache, fingerprint=fingerprint)
             return self._fetch(model, read, fingerprint, is_shared)
-        except (ModelError, StoreError) as error:
+        except (ModelError, StoreError, OSError) as error:
             warn(f"going on without the store: {error}")
             # With a cache of its own: the other one may have been filled.
             return FetchedPrefix(model.make_cache(read.settings))
