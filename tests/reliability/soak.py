@@ -28,6 +28,13 @@ NUM_CLIENTS = 6
 # What MLX's allocator, sockets and threads may take beside the caches. The caches of
 # running requests are told by mlx-lm only when the next one comes.
 SLACK = 96 * 10**6
+# glibc gives freed memory back at once then, instead of keeping as much as the largest
+# requests took, in each thread: what is left is what the process holds.
+RETURNING_MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
 # MLX has a thread for each stream, and one of them starts with the first restore.
 LATE_THREADS = 1
 # Of the tiny models' tokenizer, so that an answer does not end.
@@ -42,8 +49,7 @@ class Soak:
     Attributes:
         statuses: How often each kind of request was answered with each status.
         memory: The process's bytes in memory, sampled.
-        warm_memory: The most of them in the first phase, when each client did each
-            deed once, and others at random.
+        memory_at_rest: The same, after each phase.
         held: The bytes that the caches told, sampled.
         disk: The bytes of the store, sampled.
         num_threads: The process's threads at rest, early on and at the end.
@@ -52,7 +58,7 @@ class Soak:
 
     statuses: "Counter[tuple[str, int]]" = field(default_factory=Counter)
     memory: list[int] = field(default_factory=list)
-    warm_memory: int = 0
+    memory_at_rest: list[int] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
     disk: list[int] = field(default_factory=list)
     num_threads: list[int] = field(default_factory=list)
@@ -65,8 +71,8 @@ class Soak:
 
     @property
     def growth(self) -> int:
-        """Return by how much memory grew after the first phase."""
-        return max(self.memory) - self.warm_memory
+        """Return by how much memory at rest grew after the second phase."""
+        return self.memory_at_rest[-1] - self.memory_at_rest[1]
 
 
 class _Client:
@@ -217,7 +223,7 @@ def soak(model: Path, seconds: float, store: Path, *, seed: int = 0) -> Soak:
         *("--memory-limit", str(MEMORY_LIMIT), "--max-size", str(DISK_LIMIT)),
         *("--prefill-step-size", "512", "--log-level", "ERROR"),
         store=store,
-        env={"HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"},
+        env={"HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1", **RETURNING_MALLOC},
     )
     try:
         clients = [_Client(server, found, seed + i) for i in range(NUM_CLIENTS)]
@@ -225,7 +231,6 @@ def soak(model: Path, seconds: float, store: Path, *, seed: int = 0) -> Soak:
         # allocator keeps what the largest ones took.
         _together(server, found, [client.try_everything for client in clients])
         _let_loose(server, found, clients, seconds / 5)
-        found.warm_memory = max(found.memory)
         _let_loose(server, found, clients, seconds * 4 / 5)
         _check(found)
         if code := server.stop():
@@ -256,6 +261,7 @@ def _together(server: Server, found: Soak, jobs: list[Callable[[], None]]) -> No
     wait_until(lambda: server.metric("active_requests") == 0)
     server.wait_saved()
     _sample(server, found)
+    found.memory_at_rest.append(server.memory)
 
 
 def _threads_at_rest(server: Server) -> int:
@@ -299,7 +305,7 @@ def report(found: Soak) -> None:
     )
     print(
         f"{found.num_requests} requests; process {first} at first, {most} at most, "
-        f"{last} at last; grew by {found.growth / 1e6:.0f} MB after the first phase; "
+        f"{last} at last; grew by {found.growth / 1e6:.0f} MB at rest; "
         f"caches {max(found.held) / 1e6:.1f} of {MEMORY_LIMIT / 1e6:.0f} MB, "
         f"disk {max(found.disk) / 1e6:.1f} of {DISK_LIMIT / 1e6:.0f} MB; "
         f"{found.num_threads} threads at rest"
