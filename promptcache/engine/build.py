@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_lm.generate import generation_stream, wired_limit
 
-from promptcache.engine.prefill import read_pieces
+from promptcache.engine.prefill import read_prompt
 from promptcache.errors import (
     KeyNotFoundError,
     ModelError,
@@ -174,21 +174,17 @@ class Build:
         )
         saver = self._saver(read, cache, restored.restored)
 
-        def on_piece(start: int, stop: int) -> None:
-            saver.capture(start, stop)
-            self._check_model()
-            saver.save(stop)
-
+        start, seconds = restored.cached_tokens, 0.0
+        on_progress(start, read.num_tokens)
         with wired_limit(self._model.model, [generation_stream]):
-            seconds = read_pieces(
-                self._model,
-                read,
-                cache,
-                start=restored.cached_tokens,
-                end=read.num_tokens,
-                on_piece=on_piece,
-                on_progress=on_progress,
-            )
+            for piece in read_prompt(
+                self._model, read, cache, start=start, end=read.num_tokens
+            ):
+                saver.capture(piece.start, piece.stop)
+                self._check_model()
+                saver.save(piece.stop)
+                seconds += piece.seconds
+                on_progress(piece.stop, read.num_tokens)
         num_read = read.num_tokens - restored.cached_tokens
         # A receipt is not worth waiting for, let alone failing.
         with contextlib.suppress(StoreError):

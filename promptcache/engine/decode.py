@@ -1,7 +1,7 @@
 """Decoding: token by token, sampled as mlx-lm does it."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
@@ -29,61 +29,91 @@ class Step(NamedTuple):
     num_read: int | None = None
 
 
-def decode(
-    model: Any,
-    cache: list[Any],
-    token_ids: Sequence[int],
-    logits: mx.array,
-    *,
-    max_tokens: int,
-    sampler: Sampler,
-    logits_processors: Sequence[LogitsProcessor] = (),
-    kv: KVSettings,
-) -> Iterator[Step]:
-    """Generate after a prompt.
+class Decoder:
+    """Generates after a prompt.
 
     Like mlx-lm's `generate_step` it begins a token before it hands out the one
     before, but for the first, which nothing may delay.
-
-    Args:
-        model: An mlx-lm model.
-        cache: Its cache, holding the prompt; it is modified.
-        token_ids: The whole prompt, which the processors see.
-        logits: The logits after the prompt, shape `(1, vocabulary)`.
-        max_tokens: Most tokens to generate, -1 for no limit.
-        sampler: From log-probabilities, shape `(1, vocabulary)`, to a token.
-        logits_processors: Called with all tokens so far and the logits.
-        kv: When to quantize keys and values.
     """
-    seen = mx.array(list(token_ids)) if logits_processors else None
 
-    def sample(logits: mx.array) -> tuple[mx.array, mx.array]:
+    def __init__(
+        self,
+        model: Any,
+        cache: list[Any],
+        token_ids: Sequence[int],
+        logits: mx.array,
+        *,
+        max_tokens: int,
+        sampler: Sampler,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        kv: KVSettings,
+    ) -> None:
+        """Take a prompt that has been read.
+
+        Args:
+            model: An mlx-lm model.
+            cache: Its cache, holding the prompt; it is modified.
+            token_ids: The whole prompt, which the processors see.
+            logits: The logits after the prompt, shape `(1, vocabulary)`.
+            max_tokens: Most tokens to generate, -1 for no limit.
+            sampler: From log-probabilities, shape `(1, vocabulary)`, to a token.
+            logits_processors: Called with all tokens so far and the logits.
+            kv: When to quantize keys and values.
+        """
+        self._model = model
+        self._cache = cache
+        self._num_prompt = len(token_ids)
+        self._sampler = sampler
+        self._logits_processors = logits_processors
+        self._kv = kv
+        self._max_tokens = max_tokens
+        self._num_tokens = 0
+        self._seen = mx.array(list(token_ids)) if logits_processors else None
+        # The token that comes next and its log-probabilities, once they are begun.
+        self._upcoming: tuple[mx.array, mx.array] | None = self._sample(logits)
+        self._token = self._upcoming[0]
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Step:
+        """Return the next token."""
+        if self._num_tokens == self._max_tokens:
+            raise StopIteration
+        self._token, logprobs = self._upcoming or self._forward()
+        self._num_tokens += 1
+        is_followed = self._num_tokens not in (1, self._max_tokens)
+        self._upcoming = self._forward() if is_followed else None
+        if self._num_tokens % CLEAR_CACHE_TOKENS == 0:
+            mx.clear_cache()
+        num_read = self._num_tokens - (self._upcoming is None)
+        return Step(self._token.item(), logprobs, num_read=num_read)
+
+    def stop(self) -> Step | None:
+        """Return the token that has been begun, if one has, and begin no other.
+
+        The cache has then read all tokens but the last that was returned.
+        """
+        if self._upcoming is None:
+            return None
+        (self._token, logprobs), self._upcoming = self._upcoming, None
+        self._num_tokens += 1
+        return Step(self._token.item(), logprobs, num_read=self._num_tokens - 1)
+
+    def _forward(self) -> tuple[mx.array, mx.array]:
+        """Read the last token, and begin the one after it."""
         with mx.stream(generation_stream):
-            for processor in logits_processors:
-                logits = processor(seen, logits)
+            logits = self._model(self._token[None], cache=self._cache)[:, -1, :]
+            if self._seen is not None:
+                self._seen = mx.concatenate([self._seen, self._token])
+            quantize(self._cache, self._num_prompt + self._num_tokens, self._kv)
+            return self._sample(logits)
+
+    def _sample(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+        with mx.stream(generation_stream):
+            for processor in self._logits_processors:
+                logits = processor(self._seen, logits)
             logprobs = logits - mx.logsumexp(logits, keepdims=True)
-            token = sampled(sampler, logprobs)
+            token = sampled(self._sampler, logprobs)
             mx.async_eval(token, logprobs)
             return token, logprobs.squeeze(0)
-
-    def step(token: mx.array, num_tokens: int) -> tuple[mx.array, mx.array]:
-        nonlocal seen
-        with mx.stream(generation_stream):
-            logits = model(token[None], cache=cache)[:, -1, :]
-            if seen is not None:
-                seen = mx.concatenate([seen, token])
-            quantize(cache, len(token_ids) + num_tokens, kv)
-            return sample(logits)
-
-    token, logprobs = sample(logits)
-    yield Step(token.item(), logprobs, num_read=0)
-    num_tokens = 1
-    upcoming = step(token, num_tokens) if num_tokens != max_tokens else None
-    while upcoming is not None:
-        token, logprobs = upcoming
-        num_tokens += 1
-        upcoming = step(token, num_tokens) if num_tokens != max_tokens else None
-        num_read = num_tokens - (upcoming is None)
-        yield Step(token.item(), logprobs, num_read=num_read)
-        if num_tokens % CLEAR_CACHE_TOKENS == 0:
-            mx.clear_cache()

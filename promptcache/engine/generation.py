@@ -3,14 +3,14 @@
 import contextlib
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
-from promptcache.engine.decode import Step, decode
-from promptcache.engine.prefill import read_pieces, read_rest
+from promptcache.engine.decode import Decoder, Step
+from promptcache.engine.prefill import Piece, read_prompt, read_rest
 from promptcache.engine.request import Request, RequestState
 from promptcache.engine.response import GenerationResponse
 from promptcache.engine.speculate import speculate
@@ -22,7 +22,18 @@ from promptcache.tiers.prefix_cache import PrefixCache
 
 
 class Generation:
-    """Runs one request; trouble with the store is a warning and a prefill."""
+    """Runs one request; trouble with the store is a warning and a prefill.
+
+    `load` it, `read` its prompt to the end, and `note` each of its `steps`; then
+    `finish` it, and `end` it when `is_saved`. Between any two of these steps other
+    requests may run. `stream` does all that for this request alone.
+
+    Attributes:
+        request: What it is asked for.
+        state: How far it has come, once it was loaded.
+    """
+
+    state: RequestState
 
     def __init__(
         self,
@@ -37,10 +48,10 @@ class Generation:
             UsageError: mlx-lm cannot do what is asked with this model.
         """
         read = request.read
+        self.request = request
         self._model = model
         self._tokenizer = tokenizer
         self._prefixes = prefixes
-        self._request = request
         self._read = read
         self._drafted: DraftPair | None = None
         if read.is_drafted:
@@ -51,102 +62,95 @@ class Generation:
 
     def stream(self) -> Generator[GenerationResponse, None, None]:
         """Generate; at the end, also an early one, save the prompt if it is due."""
-        started = time.perf_counter()
-        fetched = self._prefixes.fetch(self._model, self._read)
-        saver = self._prefixes.saver(self._read, fetched)
-        state = RequestState(fetched, saver, started)
+        self.load()
+        state = self.state
         try:
             with wired_limit(self._model.model, [generation_stream]):
-                for response in self._responses(state, self._steps(state)):
+                for _ in self.read():
+                    pass
+                for response in self._responses():
                     if response.finish_reason is not None:
-                        self._end(state, response)
+                        self._end(response)
                     yield response
                     if response.generation_tokens == 1:
-                        self._begin_to_save(state, self._read.num_saved)
-                    saver.advance()
+                        self.begin_to_save()
+                    state.saver.advance()
         except GeneratorExit:
             # The cache holds whole tokens only here, not when a step is interrupted.
             if not response.finish_reason:
-                self._end(state, response)
+                self._end(response)
             raise
         finally:
             # Nothing is left to save unless something was raised.
-            end = self._read.num_saved if state.prefill_seconds else state.num_pieced
-            if saver.is_active:
+            if state.saver.is_active:
                 with self._hurried():
-                    self._save(state, end)
+                    self.save_read()
 
     def _hurried(self) -> contextlib.AbstractContextManager[None]:
         """Wait for other processes a moment only."""
         store = self._prefixes.store
         return contextlib.nullcontext() if store is None else store.patience.hurried()
 
-    # Saving
+    # Reading
 
-    def _end(self, state: RequestState, last: GenerationResponse) -> None:
-        """Save what is due, note what was reused, and keep the cache in memory."""
-        key = self._save(state, self._read.num_saved, self._kept_answer(state))
-        if key is not None:
-            self._request.on_saved(key)
-        reused, last.saved_seconds = self._prefixes.record(
-            self._read,
-            state.fetched,
-            load_seconds=state.load_seconds,
-            prefill_seconds=state.prefill_seconds,
-            timed=state.timed,
-        )
-        last.key = key or reused
-        if not state.has_changed:
-            answer = state.answer[: state.num_read]
-            self._prefixes.keep(self._read, state.fetched, answer)
+    def load(self) -> None:
+        """Take the longest cached prefix; the rest is left to read."""
+        started = time.perf_counter()
+        fetched = self._prefixes.fetch(self._model, self._read)
+        saver = self._prefixes.saver(self._read, fetched)
+        self.state = RequestState(fetched, saver, started)
 
-    def _save(
-        self, state: RequestState, end: int, answer: list[int] | None = None
-    ) -> str | None:
-        """Save the prompt up to `end` and an answer, for the last time."""
-        self._check_model(state)
-        key = None
-        try:
-            key = state.saver.save(end, answer or [])
-        # mlx raises RuntimeError where memory is short, or the thread is another one.
-        except Exception as error:
-            warn(f"the prompt is not saved: {error}")
-        state.saver.stop()
-        return key
-
-    def _begin_to_save(self, state: RequestState, end: int) -> None:
-        self._check_model(state)
-        has_answer = self._request.save_answer and state.prefill_seconds > 0
-        state.saver.begin(end, answer_follows=has_answer)
-
-    def _check_model(self, state: RequestState) -> None:
-        """Save and keep nothing that was read by what the model is no longer."""
-        if state.fetched.fingerprint is None or state.has_changed:
+    def read(self) -> Iterator[None]:
+        """Read the rest of the prompt; yield after each piece."""
+        read, state = self._read, self.state
+        if self.request.input_embeddings is not None:
             return
-        try:
-            now = self._model.fingerprint(self._read.settings)
-            state.has_changed = now.digest != state.fetched.fingerprint.digest
-        except ModelError:
-            state.has_changed = True
-        if state.has_changed and state.saver.is_active:
-            warn("the prompt is not saved: the model has changed meanwhile")
-            state.saver.stop()
-
-    def _kept_answer(self, state: RequestState) -> list[int]:
-        """Return the tokens after the saved part of the prompt that are saved, too."""
-        read = self._read
-        can_follow = read.plan.is_sliceable(read.num_tokens) and not (
-            read.is_drafted or read.plan.quantizes_at_end(read.num_tokens, read.kv)
+        if self._drafted is not None:
+            # Speculation reads the last token itself.
+            yield from self._prefill(read.num_tokens - 1)
+            return
+        cache, num_cached = state.fetched.cache, state.fetched.cached_tokens
+        num_read = read.plan.end_of_prefill(read.num_tokens, num_cached, read.kv)
+        yield from self._prefill(num_read)
+        state.logits = read_rest(
+            self._model.model, cache, read.token_ids, num_read=num_read
         )
-        if not (self._request.save_answer and can_follow and state.num_read):
-            return []
-        return [*read.token_ids[read.num_saved :], *state.answer[: state.num_read]]
+        if read.num_saved == read.num_tokens:
+            state.saver.capture(num_read, read.num_tokens)
+        quantize(cache, read.num_tokens, read.kv)
 
-    # Running the model
+    def _prefill(self, end: int) -> Iterator[None]:
+        """Read the prompt up to `end`, and save full pieces on the way."""
+        read, state = self._read, self.state
+        start = state.fetched.cached_tokens
+        self.request.on_progress(start, read.num_tokens)
+        cache, seconds = state.fetched.cache, 0.0
+        for piece in read_prompt(self._model, read, cache, start=start, end=end):
+            seconds += piece.seconds
+            self._note_piece(piece)
+            self.request.on_progress(piece.stop, read.num_tokens)
+            yield
+        state.timed = (end - start, seconds)
+        if end == read.num_tokens - 1:
+            # As mlx-lm does before the last token, also where nothing was left to do.
+            quantize(cache, end, read.kv)
 
-    def _steps(self, state: RequestState) -> Iterator[Step]:
-        """Read what is not cached and generate after it."""
-        request, read, cache = self._request, self._read, state.fetched.cache
+    def _note_piece(self, piece: Piece) -> None:
+        state = self.state
+        state.num_read = piece.stop
+        state.saver.capture(piece.start, piece.stop)
+        if piece.stop % self._read.plan.step_size or piece.stop > self._read.num_saved:
+            return
+        state.num_pieced = piece.stop
+        if state.saver.is_overdue:
+            self._begin_to_save(piece.stop)
+
+    # Decoding
+
+    def steps(self) -> Iterator[Step]:
+        """Generate after the prompt, which has been read."""
+        request, read = self.request, self._read
+        cache, logits = self.state.fetched.cache, self.state.logits
         options: dict[str, Any] = {
             "max_tokens": request.max_tokens,
             "sampler": request.sampler,
@@ -156,7 +160,6 @@ class Generation:
         if request.input_embeddings is not None:
             return self._embedded_steps(request.input_embeddings)
         if self._drafted is not None:
-            self._prefill(state, read.num_tokens - 1)
             num_draft_tokens = request.num_draft_tokens
             return speculate(
                 self._drafted,
@@ -165,52 +168,11 @@ class Generation:
                 num_draft_tokens=num_draft_tokens,
                 **options,
             )
-        logits = self._read_prompt(state)
-        return decode(self._model.model, cache, read.token_ids, logits, **options)
-
-    def _read_prompt(self, state: RequestState) -> mx.array:
-        """Read the prompt to its end; return the logits of the next token."""
-        read, cache = self._read, state.fetched.cache
-        num_read = read.plan.end_of_prefill(
-            read.num_tokens, state.fetched.cached_tokens, read.kv
-        )
-        self._prefill(state, num_read)
-        logits = read_rest(self._model.model, cache, read.token_ids, num_read=num_read)
-        if read.num_saved == read.num_tokens:
-            state.saver.capture(num_read, read.num_tokens)
-        quantize(cache, read.num_tokens, read.kv)
-        return logits
-
-    def _prefill(self, state: RequestState, end: int) -> None:
-        """Read the prompt up to `end`, and save full pieces on the way."""
-        read, cache = self._read, state.fetched.cache
-        on_progress = self._request.on_progress
-
-        def on_piece(first: int, stop: int) -> None:
-            state.saver.capture(first, stop)
-            if stop % read.plan.step_size or stop > read.num_saved:
-                return
-            state.num_pieced = stop
-            if state.saver.is_overdue:
-                self._begin_to_save(state, stop)
-
-        num_cached = state.fetched.cached_tokens
-        seconds = read_pieces(
-            self._model,
-            read,
-            cache,
-            start=num_cached,
-            end=end,
-            on_piece=on_piece,
-            on_progress=lambda done, _: on_progress(done, read.num_tokens),
-        )
-        state.timed = (end - num_cached, seconds)
-        if end == read.num_tokens - 1:
-            # As mlx-lm does before the last token, also where nothing was left to do.
-            quantize(cache, end, read.kv)
+        assert logits is not None
+        return Decoder(self._model.model, cache, read.token_ids, logits, **options)
 
     def _embedded_steps(self, input_embeddings: mx.array) -> Iterator[Step]:
-        request, read = self._request, self._read
+        request, read = self.request, self._read
         steps = generate_step(
             mx.array(read.token_ids),
             self._model.model,
@@ -227,25 +189,34 @@ class Generation:
         )
         return (Step(*step) for step in steps)
 
-    def _responses(
-        self, state: RequestState, steps: Iterator[Step]
-    ) -> Iterator[GenerationResponse]:
+    def note(self, step: Step) -> str | None:
+        """Note a token, and return why the answer ends with it, if it does."""
+        state = self.state
+        state.answer.append(step.token)
+        if len(state.answer) == 1:
+            self.request.on_progress(self._read.num_tokens, self._read.num_tokens)
+            state.answers_at = time.perf_counter()
+        if step.num_read is not None:
+            state.num_answered = step.num_read
+            if answer := self._kept_answer():
+                state.saver.capture_answer(len(answer))
+        if step.token in self._tokenizer.eos_token_ids:
+            return "stop"
+        is_last = len(state.answer) == self.request.max_tokens
+        return "length" if is_last else None
+
+    def _responses(self) -> Iterator[GenerationResponse]:
         """Turn tokens into text, as mlx-lm's `stream_generate` does."""
-        read, fetched = self._read, state.fetched
-        num_new = read.num_tokens - fetched.cached_tokens
+        read, state = self._read, self.state
+        num_new = read.num_tokens - state.fetched.cached_tokens
         detokenizer = self._tokenizer.detokenizer
-        decoding = time.perf_counter()
-        for num_tokens, step in enumerate(steps, start=1):
-            if num_tokens == 1:
-                self._request.on_progress(read.num_tokens, read.num_tokens)
-                decoding = time.perf_counter()
-                state.prefill_seconds = decoding - state.loaded_at
-            self._note(state, step)
-            finish_reason = self._finish_reason(step, num_tokens)
+        for num_tokens, step in enumerate(self.steps(), start=1):
+            finish_reason = self.note(step)
             if finish_reason != "stop":
                 detokenizer.add_token(step.token)
             if finish_reason is not None:
                 detokenizer.finalize()
+            decode_seconds = time.perf_counter() - state.answers_at
             yield GenerationResponse(
                 text=detokenizer.last_segment,
                 token=step.token,
@@ -254,27 +225,93 @@ class Generation:
                 prompt_tokens=read.num_tokens,
                 prompt_tps=num_new / state.prefill_seconds,
                 generation_tokens=num_tokens,
-                generation_tps=num_tokens / (time.perf_counter() - decoding),
+                generation_tps=num_tokens / decode_seconds,
                 peak_memory=mx.get_peak_memory() / 1e9,
                 finish_reason=finish_reason,
-                cached_tokens=fetched.cached_tokens,
-                declined=fetched.declined,
+                cached_tokens=state.fetched.cached_tokens,
+                declined=state.fetched.declined,
                 load_seconds=state.load_seconds,
                 prefill_seconds=state.prefill_seconds,
             )
             if finish_reason is not None:
                 return
 
-    def _note(self, state: RequestState, step: Step) -> None:
-        """Note a token, and what the cache has read by now."""
-        state.answer.append(step.token)
-        if step.num_read is None:
-            return
-        state.num_read = step.num_read
-        if answer := self._kept_answer(state):
-            state.saver.capture_answer(len(answer))
+    # Saving
 
-    def _finish_reason(self, step: Step, num_tokens: int) -> str | None:
-        if step.token in self._tokenizer.eos_token_ids:
-            return "stop"
-        return "length" if num_tokens == self._request.max_tokens else None
+    def begin_to_save(self) -> None:
+        """Begin to save the prompt, of which nothing is left to read."""
+        self._begin_to_save(self._read.num_saved)
+
+    def _begin_to_save(self, end: int) -> None:
+        self._check_model()
+        has_answer = self.request.save_answer and self.state.has_answer
+        self.state.saver.begin(end, answer_follows=has_answer)
+
+    def _end(self, last: GenerationResponse) -> None:
+        """Save what is due, note what was reused, and keep the cache in memory."""
+        key = self._save(self._read.num_saved, self._kept_answer())
+        if key is not None:
+            self.request.on_saved(key)
+        reused, last.saved_seconds = self.record()
+        last.key = key or reused
+        self.keep()
+
+    def save_read(self) -> None:
+        """Save what has been read of the prompt, for the last time."""
+        state = self.state
+        end = self._read.num_saved if state.has_answer else state.num_pieced
+        self._save(end)
+
+    def _save(self, end: int, answer: Sequence[int] = ()) -> str | None:
+        """Save the prompt up to `end` and an answer, for the last time."""
+        self._check_model()
+        saver, key = self.state.saver, None
+        try:
+            key = saver.save(end, answer)
+        # mlx raises RuntimeError where memory is short, or the thread is another one.
+        except Exception as error:
+            warn(f"the prompt is not saved: {error}")
+        saver.stop()
+        return key
+
+    def _check_model(self) -> None:
+        """Save and keep nothing that was read by what the model is no longer."""
+        state = self.state
+        if state.fetched.fingerprint is None or state.has_changed:
+            return
+        try:
+            now = self._model.fingerprint(self._read.settings)
+            state.has_changed = now.digest != state.fetched.fingerprint.digest
+        except ModelError:
+            state.has_changed = True
+        if state.has_changed and state.saver.is_active:
+            warn("the prompt is not saved: the model has changed meanwhile")
+            state.saver.stop()
+
+    def _kept_answer(self) -> list[int]:
+        """Return the tokens after the saved part of the prompt that are saved, too."""
+        read, state = self._read, self.state
+        can_follow = read.plan.is_sliceable(read.num_tokens) and not (
+            read.is_drafted or read.plan.quantizes_at_end(read.num_tokens, read.kv)
+        )
+        if not (self.request.save_answer and can_follow and state.num_answered):
+            return []
+        return [*read.token_ids[read.num_saved :], *state.answer[: state.num_answered]]
+
+    def keep(self) -> None:
+        """Keep the cache in memory, with what it has read of the answer."""
+        state = self.state
+        if not state.has_changed:
+            answer = state.answer[: state.num_answered]
+            self._prefixes.keep(self._read, state.fetched, answer)
+
+    def record(self) -> tuple[str | None, float]:
+        """Note what was reused; return its key and the seconds saved."""
+        state = self.state
+        return self._prefixes.record(
+            self._read,
+            state.fetched,
+            load_seconds=state.load_seconds,
+            prefill_seconds=state.prefill_seconds,
+            timed=state.timed,
+        )

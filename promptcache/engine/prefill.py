@@ -1,8 +1,8 @@
 """Prefill: run the model over token ids piece by piece, to fill its cache."""
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
@@ -17,7 +17,15 @@ from promptcache.models.prefill_plan import DEFAULT_PLAN, PrefillPlan
 from promptcache.tiers.prompt_read import PromptRead
 
 
-def prefill(
+class Piece(NamedTuple):
+    """Tokens `[start, stop)` of a prompt that were read, and the seconds that took."""
+
+    start: int
+    stop: int
+    seconds: float
+
+
+def read_pieces(
     model: Any,
     cache: list[Any],
     token_ids: Sequence[int],
@@ -26,12 +34,11 @@ def prefill(
     end: int,
     plan: PrefillPlan = DEFAULT_PLAN,
     kv: KVSettings | None = None,
-    on_piece: Callable[[int, int], object] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> float:
+) -> Iterator[Piece]:
     """Process the token ids `[start, end)`; the cache holds `[0, start)` before.
 
-    Returns the seconds that the model took, without what is called in between.
+    Yields each piece before it is quantized. What is done meanwhile must leave the
+    cache as it is.
 
     Args:
         model: An mlx-lm model.
@@ -41,51 +48,51 @@ def prefill(
         end: Where to stop.
         plan: Where pieces end.
         kv: When to quantize keys and values, as mlx-lm does after a piece.
-        on_piece: Called with each `[start, end)` done, before it is quantized.
-        on_progress: Called with the number of tokens the cache holds, `start` at first,
-            and `end`.
     """
     kv = kv or KVSettings()
-    seconds = 0.0
-    if on_progress:
-        on_progress(start, end)
-    with mx.stream(generation_stream):
-        for first, stop in plan.pieces(start, end):
-            started = time.perf_counter()
+    quantized_from = plan.quantized_from(kv)
+    for first, stop in plan.pieces(start, end):
+        started = time.perf_counter()
+        with mx.stream(generation_stream):
             model(mx.array(token_ids[first:stop])[None], cache=cache)
             mx.eval([layer.state for layer in cache])
-            seconds += time.perf_counter() - started
-            if on_piece:
-                on_piece(first, stop)
-            quantized_from = plan.quantized_from(kv)
-            if quantized_from is not None and stop >= quantized_from:
+        yield Piece(first, stop, time.perf_counter() - started)
+        if quantized_from is not None and stop >= quantized_from:
+            with mx.stream(generation_stream):
                 quantize(cache, stop, kv)
-            if on_progress:
-                on_progress(stop, end)
-            mx.clear_cache()
-    return seconds
+        mx.clear_cache()
 
 
-def read_pieces(
-    model: LoadedModel,
-    read: PromptRead,
+def prefill(
+    model: Any,
     cache: list[Any],
+    token_ids: Sequence[int],
     *,
     start: int,
     end: int,
-    on_piece: Callable[[int, int], object],
-    on_progress: Callable[[int, int], None],
-) -> float:
+    plan: PrefillPlan = DEFAULT_PLAN,
+    kv: KVSettings | None = None,
+) -> None:
+    """Process the token ids `[start, end)` at one go; see `read_pieces`."""
+    for _ in read_pieces(
+        model, cache, token_ids, start=start, end=end, plan=plan, kv=kv
+    ):
+        pass
+
+
+def read_prompt(
+    model: LoadedModel, read: PromptRead, cache: list[Any], *, start: int, end: int
+) -> Iterator[Piece]:
     """Read a prompt's tokens `[start, end)` with the model, and with its draft.
 
-    See `prefill`. Raises UsageError if the cache cannot be quantized as the settings
-    say.
+    See `read_pieces`. Raises UsageError if the cache cannot be quantized as the
+    settings say.
     """
     kv, settings = read.kv, read.settings
     if kv.starts_within(start, read.num_tokens):
         for part in filter(None, (model.model, settings.draft_model)):
             check_quantizable(part, kv, settings.max_kv_size)
-    return prefill(
+    return read_pieces(
         model.reader(settings),
         cache,
         read.token_ids,
@@ -93,8 +100,6 @@ def read_pieces(
         end=end,
         plan=read.plan,
         kv=kv,
-        on_piece=on_piece,
-        on_progress=on_progress,
     )
 
 

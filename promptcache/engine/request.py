@@ -57,11 +57,13 @@ class RequestState:
         saver: What saves its prompt.
         started_at: When it was begun, by `time.perf_counter`.
         loaded_at: When what is cached was loaded.
-        num_pieced: Up to where its prompt has been read in pieces that can be saved.
+        num_read: Up to where its prompt has been read.
+        num_pieced: Up to where it has been read in pieces that can be saved.
         timed: Tokens that the model read in pieces, and the seconds that took.
-        prefill_seconds: From loading to the first token, 0 before that.
+        logits: Those after the prompt, shape `(1, vocabulary)`, once it was read.
+        answers_at: When the first token came.
         answer: The tokens generated so far.
-        num_read: How many of them the cache is known to hold.
+        num_answered: How many of them the cache is known to hold.
         has_changed: Whether the model is no longer what it was at the start.
     """
 
@@ -69,12 +71,24 @@ class RequestState:
     saver: PromptSaver
     started_at: float
     loaded_at: float = field(default_factory=time.perf_counter)
+    num_read: int = 0
     num_pieced: int = 0
     timed: tuple[int, float] = (0, 0.0)
-    prefill_seconds: float = 0.0
+    logits: mx.array | None = None
+    answers_at: float = 0.0
     answer: list[int] = field(default_factory=list)
-    num_read: int = 0
+    num_answered: int = 0
     has_changed: bool = False
+
+    @property
+    def has_answer(self) -> bool:
+        """Return whether the prompt has been read to its end, and an answer begun."""
+        return bool(self.answer)
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Return the time from loading to the first token."""
+        return self.answers_at - self.loaded_at
 
     @property
     def load_seconds(self) -> float:

@@ -23,7 +23,7 @@ import numpy as np
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 from promptcache import CachedGenerator
-from promptcache.engine.prefill import prefill
+from promptcache.engine.prefill import prefill, read_pieces
 from promptcache.kvcache import encode, snapshot
 from promptcache.kvcache.kv_quantization import KVSettings
 from promptcache.models.length_dependence import length_dependence
@@ -330,18 +330,10 @@ class Subject:
         """Return what is kept of a prefix of this model."""
         ids = token_ids(self.lengths[0], 1)
         cache = make_prompt_cache(self.model)
-        captures: list[snapshot.Snapshot] = []
-        prefill(
-            self.model,
-            cache,
-            ids,
-            start=0,
-            end=len(ids),
-            plan=self.plan,
-            on_piece=lambda start, end: captures.append(
-                snapshot.capture(cache, start, end)
-            ),
+        pieces = read_pieces(
+            self.model, cache, ids, start=0, end=len(ids), plan=self.plan
         )
+        captures = [snapshot.capture(cache, p.start, p.stop) for p in pieces]
         rows = encode.encode_rows(cache, captures, ids, 0, len(ids))
         state = encode.encode_checkpoint(captures[-1])
         layout = captures[-1].layout.values()

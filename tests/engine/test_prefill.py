@@ -1,6 +1,5 @@
 """Prefill cuts at the same places and computes the same as mlx-lm."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 
-from promptcache.engine.prefill import prefill
+from promptcache.engine.prefill import prefill, read_pieces
 from promptcache.kvcache.kv_quantization import KVSettings
 from promptcache.models.prefill_plan import PrefillPlan
 
@@ -145,53 +144,31 @@ def test_prefill_in_two_calls_at_a_piece_equals_one_to_the_bit(
 
 def test_nothing_is_read_where_nothing_is_missing(model: Any) -> None:
     cache = make_prompt_cache(model)
-    calls: list[tuple[int, int]] = []
 
-    prefill(
-        model,
-        cache,
-        TOKEN_IDS,
-        start=0,
-        end=0,
-        on_progress=lambda *done: calls.append(done),
-    )
+    assert [*read_pieces(model, cache, TOKEN_IDS, start=0, end=0)] == []
 
-    assert calls == [(0, 0)]
     assert [layer.offset for layer in cache] == [0, 0]
 
 
-def test_pieces_are_told_before_they_are_quantized_and_progress_after(
-    model: Any,
-) -> None:
+def test_pieces_are_told_before_they_are_quantized(model: Any) -> None:
     cache = make_prompt_cache(model)
-    told: list[tuple[str, int, int, bool]] = []
-
-    def recorder(name: str) -> Callable[[int, int], None]:
-        def record(first: int, second: int) -> None:
-            is_quantized = isinstance(cache[0], QuantizedKVCache)
-            told.append((name, first, second, is_quantized))
-
-        return record
-
-    prefill(
+    pieces = read_pieces(
         model,
         cache,
         TOKEN_IDS,
         start=0,
-        end=100,
+        end=200,
         plan=PrefillPlan(64),
         kv=KVSettings(bits=8, group_size=32, start=64),
-        on_piece=recorder("piece"),
-        on_progress=recorder("progress"),
     )
 
-    assert told == [
-        ("progress", 0, 100, False),
-        ("piece", 0, 64, False),
-        ("progress", 64, 100, True),
-        ("piece", 64, 100, True),
-        ("progress", 100, 100, True),
+    told = [
+        (piece.start, piece.stop, isinstance(cache[0], QuantizedKVCache))
+        for piece in pieces
     ]
+
+    assert told == [(0, 64, False), (64, 128, True), (128, 192, True), (192, 200, True)]
+    assert isinstance(cache[0], QuantizedKVCache)
 
 
 @pytest.mark.parametrize(
