@@ -1,30 +1,38 @@
 """CachedGenerator: match, load, stream the rest, save."""
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, Unpack, cast
+from typing import Any, Self, Unpack
 
-import mlx.core as mx
-
+from promptcache.engine.batch.results import (
+    BatchResponse,
+    BatchResult,
+    collect,
+    each,
+    run_batch,
+    with_shared_boundaries,
+)
+from promptcache.engine.batch.scheduler import Scheduler
 from promptcache.engine.build import Build, BuiltPrefix
 from promptcache.engine.generation import Generation
 from promptcache.engine.options import (
     GenerateOptions,
     GeneratorOptions,
     LoadOptions,
+    check_draft,
+    request_of,
     split_options,
 )
-from promptcache.engine.request import Progress, Request, ignore_progress
+from promptcache.engine.request import Progress, ignore_progress
 from promptcache.engine.response import GenerationResponse
-from promptcache.engine.sampling import SamplingOptions, sampling_of
-from promptcache.errors import StoreError, UsageError, warn
+from promptcache.errors import StoreError, warn
 from promptcache.explain.explain import explain_prompt
 from promptcache.explain.lint import VolatileText, find_volatile_text
 from promptcache.explain.types import Explanation
 from promptcache.models import load
 from promptcache.models.identity.identity import ModelIdentity
-from promptcache.models.settings import ReadOptions, Settings
+from promptcache.models.settings import ReadOptions
 from promptcache.models.text_model import TextModel
 from promptcache.prompts.chat import Message
 from promptcache.prompts.render import Prompt, RenderedPrompt
@@ -35,7 +43,7 @@ from promptcache.tiers import memory_limits
 from promptcache.tiers.background_writer import BackgroundWriter
 from promptcache.tiers.memory_tier import MemoryTier
 from promptcache.tiers.prefix_cache import PrefixCache
-from promptcache.tiers.prompt_read import PromptRead, SavePolicy
+from promptcache.tiers.prompt_read import SavePolicy
 
 
 class CachedGenerator(TextModel):
@@ -271,17 +279,11 @@ class CachedGenerator(TextModel):
             check_name(name)
         settings = self.settings(**options)
         rendered = self.render_whole(prompt, system, tools, chat_template_config)
-        self._check_draft(settings, rendered)
+        check_draft(self, settings, rendered)
         build = Build(
             self.loaded, self._usable_store(), self._writer, rendered, settings
         )
         return build.run(name, prompt_progress_callback or ignore_progress, on_wait)
-
-    def _check_draft(self, settings: Settings, rendered: RenderedPrompt) -> None:
-        """Raise UsageError for token ids that a draft model does not have."""
-        draft_model = settings.draft_model
-        if draft_model is not None:
-            self.loaded.check_token_ids(rendered.token_ids, draft_model=draft_model)
 
     def is_built(
         self, prompt: RenderedPrompt, **options: Unpack[ReadOptions]
@@ -343,51 +345,90 @@ class CachedGenerator(TextModel):
             UsageError: The arguments make no sense, or mlx-lm cannot do it with this
                 model.
         """
-        sampling, options_left = split_options(options, SamplingOptions)
-        reading, caching = split_options(options_left, ReadOptions)
-        request = self._request(
+        generation = self.generation(
             self.render(prompt, tools, chat_template_config),
             max_tokens,
-            self.settings(**cast(ReadOptions, reading)),
-            cast(SamplingOptions, sampling),
-            prompt_progress_callback or ignore_progress,
-            **caching,
-        )
-        prefixes = PrefixCache(self.store, self._memory, self._writer)
-        return Generation(self.loaded, self.tokenizer, prefixes, request).stream()
-
-    def _request(
-        self,
-        rendered: RenderedPrompt,
-        max_tokens: int,
-        settings: Settings,
-        sampling: SamplingOptions,
-        on_progress: Progress,
-        *,
-        save: SavePolicy | None = None,
-        reuse: bool | None = None,
-        input_embeddings: mx.array | None = None,
-        **options: Any,
-    ) -> Request:
-        if max_tokens == 0 or max_tokens < -1:
-            raise UsageError("max_tokens must be at least 1, or -1 for no limit")
-        if settings.draft_model is not None and input_embeddings is not None:
-            raise UsageError("mlx-lm takes no input_embeddings with a draft model")
-        self._check_draft(settings, rendered)
-        read = PromptRead(
-            rendered.token_ids,
-            self.loaded.plan(settings, rendered.boundaries, rendered.answer),
-            settings,
-            origin=rendered.origin,
-            reuse=self._reuse if reuse is None else reuse,
-            save=self.save if save is None else save,
-            can_be_stored=input_embeddings is None,
-        )
-        return Request(
-            read,
-            max_tokens,
-            *sampling_of(sampling),
-            on_progress=on_progress,
-            input_embeddings=input_embeddings,
+            prompt_progress_callback=prompt_progress_callback,
             **options,
         )
+        return generation.stream()
+
+    def generation(
+        self,
+        prompt: RenderedPrompt,
+        max_tokens: int = 256,
+        *,
+        prefixes: PrefixCache | None = None,
+        prompt_progress_callback: Progress | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """Return a generation to be run step by step, such as by a `Scheduler`.
+
+        Args:
+            prompt: What `render` returned.
+            max_tokens: See `stream_generate`, as for what is raised and not said here.
+            prefixes: The cache of those that run together.
+            prompt_progress_callback: See `stream_generate`.
+            options: See `stream_generate`.
+        """
+        request = request_of(
+            self,
+            prompt,
+            max_tokens,
+            options,
+            save=self.save,
+            reuse=self._reuse,
+            on_progress=prompt_progress_callback or ignore_progress,
+        )
+        prefixes = prefixes or self.prefix_cache()
+        return Generation(self.loaded, self.tokenizer, prefixes, request)
+
+    def prefix_cache(self) -> PrefixCache:
+        """Return what fetches and keeps prefixes for those that run together."""
+        return PrefixCache(self.store, self._memory, self._writer)
+
+    # Batches
+
+    def stream_batch(
+        self,
+        prompts: Sequence[Prompt],
+        max_tokens: int | Sequence[int] = 128,
+        *,
+        tools: Sequence[Message] | None = None,
+        chat_template_config: Mapping[str, Any] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Iterator[BatchResult]:
+        """Answer prompts together, and yield the result of each when it is done.
+
+        Prefixes that they share are read once. What is wrong with a prompt is its
+        result's error.
+
+        Args:
+            prompts: As `stream_generate` takes them.
+            max_tokens: Most tokens of an answer, of each prompt if it is a list.
+            tools: Tools for the chat template.
+            chat_template_config: See `render`.
+            options: As `stream_generate` takes them, for all prompts.
+        """
+        limits = max_tokens
+        if isinstance(limits, int):
+            limits = [limits] * len(prompts)
+        prefixes = self.prefix_cache()
+        rendered = each(lambda p: self.render(p, tools, chat_template_config), prompts)
+        if not self.loaded.is_sliceable():
+            rendered = with_shared_boundaries(rendered)
+        generations = each(
+            lambda p, limit: self.generation(p, limit, prefixes=prefixes, **options),
+            rendered,
+            limits,
+        )
+        return run_batch(Scheduler(self.loaded, prefixes), generations, self.tokenizer)
+
+    def batch_generate(
+        self, prompts: Sequence[Prompt], *args: Any, **options: Any
+    ) -> BatchResponse:
+        """Answer prompts together, like `mlx_lm.batch_generate`.
+
+        Takes what `stream_batch` takes. Raises the first error of a prompt.
+        """
+        return collect(self.stream_batch(prompts, *args, **options), len(prompts))

@@ -3,7 +3,8 @@
 import contextlib
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -12,9 +13,17 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from promptcache.engine.decode import Decoder, Step
 from promptcache.engine.prefill import Piece, read_prompt, read_rest
 from promptcache.engine.request import Request, RequestState
-from promptcache.engine.response import GenerationResponse
+from promptcache.engine.response import GenerationResponse, Responses
 from promptcache.engine.speculate import speculate
 from promptcache.errors import ModelError, warn
+from promptcache.kvcache.classes import (
+    LayerKind,
+    evaluate,
+    first_row,
+    has_only_rows,
+    kind_of,
+    parts_of,
+)
 from promptcache.kvcache.kv_quantization import quantize
 from promptcache.models.draft import DraftPair
 from promptcache.models.loaded import LoadedModel
@@ -93,10 +102,13 @@ class Generation:
 
     # Reading
 
-    def load(self) -> None:
-        """Take the longest cached prefix; the rest is left to read."""
+    def load(self, *, is_shared: bool = False) -> None:
+        """Take the longest cached prefix; the rest is left to read.
+
+        If it is shared, others find it in memory meanwhile.
+        """
         started = time.perf_counter()
-        fetched = self._prefixes.fetch(self._model, self._read)
+        fetched = self._prefixes.fetch(self._model, self._read, is_shared=is_shared)
         saver = self._prefixes.saver(self._read, fetched)
         self.state = RequestState(fetched, saver, started)
 
@@ -117,6 +129,7 @@ class Generation:
         )
         if read.num_saved == read.num_tokens:
             state.saver.capture(num_read, read.num_tokens)
+        state.num_read = read.num_tokens
         quantize(cache, read.num_tokens, read.kv)
 
     def _prefill(self, end: int) -> Iterator[None]:
@@ -205,34 +218,44 @@ class Generation:
         is_last = len(state.answer) == self.request.max_tokens
         return "length" if is_last else None
 
+    @property
+    def can_join(self) -> bool:
+        """Return whether it can be decoded in a batch with others."""
+        read, request = self._read, self.request
+        settings = read.settings
+        is_plain = not (read.is_drafted or settings.exact or read.kv.bits)
+        return (
+            is_plain
+            and settings.max_kv_size is None
+            and request.input_embeddings is None
+            and all(hasattr(layer, "merge") for layer in self.state.fetched.cache)
+        )
+
+    def adopt(self, cache: list[Any], num_tokens: int) -> None:
+        """Go on with a cache that a batch has read on, up to so many tokens."""
+        state = self.state
+        state.fetched = state.fetched._replace(cache=cache)
+        state.saver.use(cache)
+        state.num_answered = num_tokens - self._read.num_tokens
+        if not _has_rows_since(cache, self._read.num_saved):
+            # Of an answer that is longer than a window, the first rows are gone.
+            state.num_answered = 0
+
+    def continued(self) -> "Generation":
+        """Return a generation that goes on from the answer of this one."""
+        answer = self.state.answer
+        read = replace(
+            self._read, token_ids=[*self._read.token_ids, *answer], save=False
+        )
+        left = max(self.request.max_tokens - len(answer), -1)
+        request = replace(self.request, read=read, max_tokens=left, save_answer=False)
+        return Generation(self._model, self._tokenizer, self._prefixes, request)
+
     def _responses(self) -> Iterator[GenerationResponse]:
-        """Turn tokens into text, as mlx-lm's `stream_generate` does."""
-        read, state = self._read, self.state
-        num_new = read.num_tokens - state.fetched.cached_tokens
-        detokenizer = self._tokenizer.detokenizer
-        for num_tokens, step in enumerate(self.steps(), start=1):
+        responses = Responses(self._tokenizer, self._read.num_tokens, self.state)
+        for step in self.steps():
             finish_reason = self.note(step)
-            if finish_reason != "stop":
-                detokenizer.add_token(step.token)
-            if finish_reason is not None:
-                detokenizer.finalize()
-            decode_seconds = time.perf_counter() - state.answers_at
-            yield GenerationResponse(
-                text=detokenizer.last_segment,
-                token=step.token,
-                logprobs=step.logprobs,
-                from_draft=step.from_draft,
-                prompt_tokens=read.num_tokens,
-                prompt_tps=num_new / state.prefill_seconds,
-                generation_tokens=num_tokens,
-                generation_tps=num_tokens / decode_seconds,
-                peak_memory=mx.get_peak_memory() / 1e9,
-                finish_reason=finish_reason,
-                cached_tokens=state.fetched.cached_tokens,
-                declined=state.fetched.declined,
-                load_seconds=state.load_seconds,
-                prefill_seconds=state.prefill_seconds,
-            )
+            yield responses.of(step, finish_reason)
             if finish_reason is not None:
                 return
 
@@ -256,6 +279,46 @@ class Generation:
         last.key = key or reused
         self.keep()
 
+    def finish(self) -> None:
+        """Begin to save what is due, and keep the rest in memory, without a wait.
+
+        It may have been cancelled anywhere; no step of it may be under way.
+        """
+        state = self.state
+        self._check_model()
+        if state.has_answer:
+            state.saver.finish(self._read.num_saved, self._kept_answer())
+        else:
+            state.saver.finish(state.num_pieced)
+        self.give_away()
+
+    def share(self, end: int) -> None:
+        """Let others take over what has been read up to `end`, and read on."""
+        if not has_only_rows(self.state.fetched.cache):
+            # Their own savers have captured nothing of it.
+            self._begin_to_save(end)
+        self._prefixes.share(self._read, self.state.fetched, end)
+
+    def give_away(self) -> None:
+        """Have others write to the cache from now on."""
+        state = self.state
+        state.saver.detach()
+        evaluate(state.fetched.cache)
+        if state.has_answer:
+            self.keep()
+        elif state.num_read and not state.has_changed:
+            self._prefixes.keep_read(self._read, state.fetched, state.num_read)
+        state.fetched = state.fetched._replace(cache=[])
+
+    @property
+    def is_settled(self) -> bool:
+        """Return whether all that was begun to be saved is saved, or has failed."""
+        return self.state.saver.is_settled
+
+    def settle(self) -> str | None:
+        """Return the key of what was saved, once it is settled."""
+        return self._saved(self.state.saver.wait)
+
     def save_read(self) -> None:
         """Save what has been read of the prompt, for the last time."""
         state = self.state
@@ -265,13 +328,17 @@ class Generation:
     def _save(self, end: int, answer: Sequence[int] = ()) -> str | None:
         """Save the prompt up to `end` and an answer, for the last time."""
         self._check_model()
-        saver, key = self.state.saver, None
+        return self._saved(lambda: self.state.saver.save(end, answer))
+
+    def _saved(self, save: Callable[[], str | None]) -> str | None:
+        """Save for the last time; return the key, or None if that fails."""
+        key = None
         try:
-            key = saver.save(end, answer)
+            key = save()
         # mlx raises RuntimeError where memory is short, or the thread is another one.
         except Exception as error:
             warn(f"the prompt is not saved: {error}")
-        saver.stop()
+        self.state.saver.stop()
         return key
 
     def _check_model(self) -> None:
@@ -315,3 +382,13 @@ class Generation:
             prefill_seconds=state.prefill_seconds,
             timed=state.timed,
         )
+
+
+def _has_rows_since(cache: Sequence[Any], start: int) -> bool:
+    """Return whether windows still have the rows of what was read since `start`."""
+    windows = (
+        part
+        for _, part in parts_of(cache)
+        if kind_of(part, getattr(part, "offset", 0)) is LayerKind.WINDOW
+    )
+    return all(first_row(window) <= start for window in windows)

@@ -4,12 +4,17 @@ from collections.abc import Callable
 from typing import TypedDict
 
 import mlx.core as mx
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.sample_utils import (
+    greedy_sampler,
+    make_logits_processors,
+    make_sampler,
+)
 
 from promptcache.errors import UsageError
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+greedy: Sampler = greedy_sampler
 
 
 class SamplingOptions(TypedDict, total=False):

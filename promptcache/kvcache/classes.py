@@ -330,6 +330,21 @@ def has_only_rows(cache: Sequence[Any]) -> bool:
     )
 
 
+def frozen(cache: Sequence[Any]) -> list[Any]:
+    """Return a cache that keeps its rows when another one with its arrays reads on.
+
+    Writing to an array of mlx makes another one, and copies what is still in use.
+    """
+    return with_parts(cache, (copy(part) for _, part in parts_of(cache)))
+
+
+def evaluate(cache: Sequence[Any]) -> None:
+    """Compute the arrays of a cache, so that another thread can go on with it."""
+    import mlx.core as mx
+
+    mx.eval([part.state for _, part in parts_of(cache) if not part.empty()])
+
+
 def trim(cache: Sequence[Any], num_tokens: int) -> None:
     """Cut a cache to its first tokens."""
     for part in row_parts(cache):

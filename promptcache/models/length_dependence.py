@@ -12,6 +12,11 @@ CUT_DEPENDENT_MODULES = {
     "phi3small": "its block-sparse mask lets tokens see later ones of their block",
     "plamo3": "its sliding-window mask reaches one token further than its cache",
 }
+# Found by comparing batches with single runs of all of mlx-lm's architectures.
+PADDING_DEPENDENT_MODULES = {
+    "afm7": "its shared keys are placed by the batch's padding",
+    "minimax_m3_vl": "its blocks are cut where the batch's padding puts them",
+}
 
 
 class LengthDependence(NamedTuple):
@@ -35,3 +40,9 @@ def _of_module(module: Any) -> LengthDependence | None:
         return LengthDependence(start, reason)
     reason = CUT_DEPENDENT_MODULES.get(cls.__module__.rpartition(".")[2], "")
     return LengthDependence(0, reason) if reason else None
+
+
+def batch_dependence(model: Any) -> str | None:
+    """Return why a model's answers depend on what is decoded with them, if so."""
+    names = (type(module).__module__.rpartition(".")[2] for module in model.modules())
+    return next(filter(None, map(PADDING_DEPENDENT_MODULES.get, names)), None)

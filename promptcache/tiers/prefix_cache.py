@@ -5,10 +5,11 @@ and `saver` put into both what was read. Another tier is fetched from here.
 """
 
 import contextlib
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 from promptcache.errors import ModelError, StoreError, UnsupportedCacheError, warn
-from promptcache.kvcache.classes import has_only_rows, shared_rows
+from promptcache.kvcache.classes import evaluate, has_only_rows, shared_rows
 from promptcache.kvcache.snapshot import Snapshot
 from promptcache.models.loaded import LoadedModel
 from promptcache.segments.fingerprint import Fingerprint
@@ -21,6 +22,11 @@ from promptcache.tiers.memory_tier import MemoryPrefix, MemoryTier
 from promptcache.tiers.prefix_saver import PrefixSaver
 from promptcache.tiers.prompt_read import PromptRead
 from promptcache.tiers.prompt_saver import PromptSaver
+
+# Of the memory that is left to caches, what may wait to be saved, and the least with
+# which the ends of one prompt need not wait for each other.
+QUEUE_SHARE = 4
+MIN_QUEUE_NBYTES = 32 * 1024**2
 
 
 class FetchedPrefix(NamedTuple):
@@ -56,7 +62,6 @@ class PrefixCache:
     Attributes:
         store: The tier on disk, or None to go without.
         memory: The tier in memory.
-        writer: What writes to the store.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class PrefixCache:
     ) -> None:
         self.store = store
         self.memory = memory
-        self.writer = writer
+        self._saver = None if store is None else PrefixSaver(store, writer)
 
     def fetch(
         self, model: LoadedModel, read: PromptRead, *, is_shared: bool = False
@@ -108,11 +113,11 @@ class PrefixCache:
         match = Match()
         if self.store is not None:
             match = self.store.lookup(read.token_ids[:-1], fingerprint)
-        prefix = self._in_memory(read, fingerprint, match)
-        cached = self._from_memory(prefix, is_shared) if prefix is not None else None
-        if prefix is not None and cached is not None:
-            num_tokens = prefix.num_tokens
-            return FetchedPrefix(cached, num_tokens, fingerprint, match, "memory")
+        # Another thread may have changed what was found.
+        while prefix := self._in_memory(read, fingerprint, match):
+            if cached := self._from_memory(prefix, is_shared):
+                num_tokens = prefix.num_tokens
+                return FetchedPrefix(cached, num_tokens, fingerprint, match, "memory")
         cache = model.make_cache(read.settings)
         if self.store is None:
             return FetchedPrefix(cache, fingerprint=fingerprint)
@@ -149,9 +154,13 @@ class PrefixCache:
         prefix = self._find(read, fingerprint)
         if prefix is None or prefix.num_tokens < match.cached_tokens:
             return None
+        if prefix.is_sliceable or not read.is_due(match):
+            return prefix
         # What is saved has to be captured, piece by piece, from where the store ends.
-        is_lost = not prefix.is_sliceable and read.is_due(match)
-        return None if is_lost else prefix
+        is_saved = self._saver is not None and prefix.num_tokens <= (
+            self._saver.submitted_to(read.token_ids, fingerprint)
+        )
+        return prefix if is_saved else None
 
     def _find(self, read: PromptRead, fingerprint: Fingerprint) -> MemoryPrefix | None:
         if not read.uses_memory:
@@ -180,12 +189,9 @@ class PrefixCache:
 
     def saver(self, read: PromptRead, fetched: FetchedPrefix) -> PromptSaver:
         """Return what saves a prompt while it is read, or nothing if it is not due."""
-        saver = None
         is_due = fetched.fingerprint is not None and read.is_due(fetched.match)
-        if self.store is not None and is_due and read.num_saved:
-            saver = PrefixSaver(self.store, self.writer)
         return PromptSaver(
-            saver,
+            self._saver if is_due and read.num_saved else None,
             read,
             fetched.fingerprint,
             fetched.cache,
@@ -193,16 +199,54 @@ class PrefixCache:
             restored=fetched.restored,
         )
 
+    def advance(self) -> None:
+        """Hand to the writer what it has room for of all that is to be saved."""
+        while self._saver is not None and self._saver.advance():
+            pass
+
+    def hold_limit(self, max_nbytes: int) -> None:
+        """Leave so many bytes of memory to what is kept, and to what is to be saved.
+
+        What waits to be saved for too long is given up.
+        """
+        if self._saver is not None:
+            self._saver.hold(max(max_nbytes // QUEUE_SHARE, MIN_QUEUE_NBYTES))
+            max_nbytes -= self._saver.nbytes
+        self.memory.set_limit(max(max_nbytes, 0))
+
     def keep(self, read: PromptRead, fetched: FetchedPrefix, answer: list[int]) -> None:
         """Keep a run's cache in memory, which has read the prompt and an answer."""
-        if not read.uses_memory or read.is_drafted or fetched.fingerprint is None:
-            return
-        token_ids = [*read.token_ids, *answer]
-        end = len(token_ids)
+        end = read.num_tokens + len(answer)
         if not read.plan.is_sliceable(end):
             end = read.plan.last_resume_point(read.num_tokens - 1)
+        self._keep(read, fetched, [*read.token_ids, *answer], end)
+
+    def keep_read(self, read: PromptRead, fetched: FetchedPrefix, end: int) -> None:
+        """Keep a run's cache in memory, which has read the prompt up to `end`."""
+        good_to = read.plan.last_resume_point(end)
+        self._keep(read, fetched, read.token_ids[:end], good_to)
+
+    def _keep(
+        self, read: PromptRead, fetched: FetchedPrefix, token_ids: list[int], end: int
+    ) -> None:
+        fingerprint = fetched.fingerprint
+        if fetched.cache and fingerprint and read.uses_memory and not read.is_drafted:
+            self.memory.insert(
+                fingerprint.digest, token_ids, fetched.cache, good_to=end
+            )
+
+    def share(self, read: PromptRead, fetched: FetchedPrefix, end: int) -> None:
+        """Let others take over what a run has read up to `end`, while it reads on.
+
+        Of a cache that cannot be cut, that is all it has read.
+        """
+        if not read.uses_memory or read.is_drafted or fetched.fingerprint is None:
+            return
+        cache = fetched.cache
+        shared = shared_rows(cache, end) if has_only_rows(cache) else deepcopy(cache)
+        evaluate(shared)
         digest = fetched.fingerprint.digest
-        self.memory.insert(digest, token_ids, fetched.cache, good_to=end)
+        self.memory.insert(digest, read.token_ids[:end], shared)
 
     def record(
         self,

@@ -164,10 +164,12 @@ class PrefixSaver:
         while self._waiting and self.nbytes > max_nbytes:
             self._drop(self._waiting.popleft())
 
-    def cancel(self) -> None:
-        """Give up all that waits to be encoded."""
-        while self._waiting:
-            self._drop(self._waiting.popleft())
+    def cancel(self, jobs: Sequence[SaveJob]) -> None:
+        """Give up those of the jobs that wait to be encoded."""
+        for job in [*self._waiting]:
+            if job in jobs:
+                self._waiting.remove(job)
+                self._drop(job)
 
     def _drop(self, job: SaveJob) -> None:
         self._unfinished.remove(job)
@@ -255,6 +257,12 @@ class PrefixSaver:
             ]
             done = stop
         return parts
+
+    def submitted_to(self, token_ids: Sequence[int], fingerprint: Fingerprint) -> int:
+        """Return how much of a prompt is on its way into the store."""
+        data, digest = pack(token_ids), fingerprint.digest
+        jobs = (j for j in [*self._unfinished] if j.fingerprint.digest == digest)
+        return max((common_length(data, pack(j.token_ids)) for j in jobs), default=0)
 
     def _encoded_to(self, job: SaveJob) -> int:
         """Return how much of a prefix other jobs have handed over already."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from promptcache.kvcache.classes import least_window
+from promptcache.kvcache.classes import frozen, least_window
 from promptcache.kvcache.snapshot import Snapshot, capture, copied
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.tiers.prefix_saver import PrefixSaver, SaveJob
@@ -74,7 +74,7 @@ class PromptSaver:
     def stop(self) -> None:
         """Save nothing more."""
         if self._saver is not None:
-            self._saver.cancel()
+            self._saver.cancel(self._jobs)
         self._saver = None
         self._snapshots.clear()
         self._answer_snapshots.clear()
@@ -148,15 +148,43 @@ class PromptSaver:
         """
         if self._saver is None or not end:
             return None
+        self.finish(end, answer)
+        return self.wait()
+
+    def wait(self) -> str | None:
+        """Wait until all that was begun is saved; return and raise as `save` does."""
+        if self._error is not None:
+            raise self._error
+        if self._saver is None or not self._jobs:
+            return None
+        keys = [self._saver.wait(job) for job in self._jobs]
+        self._jobs.clear()
+        return keys[-1]
+
+    def finish(self, end: int, answer: Sequence[int] = ()) -> None:
+        """Begin to save all that `save` would save, and do not wait for it."""
+        if self._saver is None or not end:
+            return
         keeps_answer = self._can_keep(len(answer))
         self.begin(end, answer_follows=keeps_answer)
         if keeps_answer:
             self._submit_answer(answer)
-        if self._error is not None:
-            raise self._error
-        keys = [self._saver.wait(job) for job in self._jobs]
-        self._jobs.clear()
-        return keys[-1]
+
+    @property
+    def is_settled(self) -> bool:
+        """Return whether nothing that was begun is still to be saved."""
+        return self._error is not None or all(job.done.done() for job in self._jobs)
+
+    def use(self, cache: Sequence[Any]) -> None:
+        """Go on with a cache that has read on from where the last one was."""
+        self._cache = cache
+
+    def detach(self) -> None:
+        """Have the cache written to by others from now on."""
+        self._cache = frozen(self._cache)
+        for job in self._jobs:
+            if not job.done.done():
+                job.cache = frozen(job.cache)
 
     def _submit(self, token_ids: list[int], *, is_listed: bool) -> None:
         """Submit what is new of a prefix, unless that was done already."""

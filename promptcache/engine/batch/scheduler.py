@@ -1,0 +1,410 @@
+"""The scheduler: which request goes on next, and with whom.
+
+One thread owns it, the models and all arrays. Every step reads one piece of one prompt
+and generates one token of every answer: of those that mlx-lm can merge in one batch, of
+the others one after the other. Prefixes are loaded beside it, on a thread of their own.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+
+from promptcache.engine.batch.admission import Admission
+from promptcache.engine.batch.decode_batch import DecodeBatch
+from promptcache.engine.batch.run import (
+    Listener,
+    Run,
+    guarded_processor,
+    guarded_sampler,
+)
+from promptcache.engine.decode import Decoder, Step
+from promptcache.engine.generation import Generation
+from promptcache.errors import ModelError, warn
+from promptcache.kvcache.classes import evaluate
+from promptcache.models.length_dependence import batch_dependence
+from promptcache.models.loaded import LoadedModel
+from promptcache.tiers.prefix_cache import PrefixCache
+
+MAX_DECODING = 32
+MAX_READING = 8
+# The shortest rest of a prompt is read first; one that has waited for so many pieces of
+# others goes before them.
+MAX_WAITED_PIECES = 4
+# What the end of an answer waits for its prompt to be stored: it has been told by then,
+# and a disk that takes longer shall not keep who waits for it.
+SAVE_SECONDS = 0.5
+# How often to look after what the writer does.
+POLL_SECONDS = 0.01
+
+
+class Scheduler:
+    """Runs requests over one model.
+
+    Invariants:
+        What goes wrong with a request is its own error, and ends no other.
+        A prefix that a request is reading is not read by others meanwhile.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        prefixes: PrefixCache,
+        *,
+        max_decoding: int = MAX_DECODING,
+        max_reading: int = MAX_READING,
+    ) -> None:
+        """Take what it runs on.
+
+        Args:
+            model: The model.
+            prefixes: Where prompts are fetched from, and kept.
+            max_decoding: How many answers to generate at once.
+            max_reading: How many prompts to read at once.
+        """
+        self._model = model
+        self._prefixes = prefixes
+        self._max_decoding = max_decoding
+        self._max_reading = max_reading
+        self._admission = Admission(prefixes)
+        is_independent = batch_dependence(model.model) is None
+        self._can_batch = is_independent and model.length_dependence is None
+        self._lock = threading.Lock()
+        self._submitted: list[Run] = []
+        self._queue: list[Run] = []
+        self._loading: list[Run] = []
+        self._reading: list[Run] = []
+        self._alone: list[Run] = []
+        self._batch: DecodeBatch[Run] = DecodeBatch(model.model)
+        self._saving: list[Run] = []
+        # Whether a request that waits may be able to go on.
+        self._has_changed = False
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="promptcache-loader")
+        self._wake = threading.Event()
+
+    # On any thread
+
+    def run_of(self, generation: Generation, listener: Listener) -> Run:
+        """Return a request to submit."""
+        settings = generation.request.read.settings
+        fingerprint = None
+        # Without an identity nothing is cached, nor shared.
+        with suppress(ModelError):
+            fingerprint = self._model.fingerprint(settings)
+        is_sliceable = self._model.is_sliceable(settings)
+        return Run(generation, listener, fingerprint, is_sliceable)
+
+    def submit(self, run: Run) -> None:
+        """Take in a request."""
+        with self._lock:
+            self._submitted.append(run)
+        self._wake.set()
+
+    def cancel(self, run: Run) -> None:
+        """End a request at its next step; what was read of it is kept."""
+        run.is_cancelled = True
+        self._wake.set()
+
+    @property
+    def num_waiting(self) -> int:
+        """Return how many requests wait for others."""
+        return len(self._queue)
+
+    @property
+    def num_active(self) -> int:
+        """Return how many requests are loaded, read or answered."""
+        return len(self._running())
+
+    def _running(self) -> list[Run]:
+        return [*self._loading, *self._reading, *self._alone, *self._batch.members]
+
+    # On the thread that owns it
+
+    def run_all(self) -> None:
+        """Run until every request has ended."""
+        while self.step():
+            pass
+
+    def step(self) -> bool:
+        """Take every request a step further; return whether any is left.
+
+        Waits a moment where none can go on.
+        """
+        self._wake.clear()
+        with self._lock:
+            self._has_changed |= bool(self._submitted)
+            self._queue += self._submitted
+            self._submitted.clear()
+        self._drop_cancelled()
+        self._admit()
+        self._decode()
+        self._read()
+        self._settle()
+        own = [*self._reading, *self._alone]
+        caches = [run.generation.state.fetched.cache for run in own]
+        self._admission.hold_limit(caches, self._batch.nbytes)
+        is_busy = self._reading or self._alone or len(self._batch)
+        is_waiting = self._queue or self._loading or self._saving
+        if not is_busy and is_waiting:
+            self._wake.wait(POLL_SECONDS)
+        return bool(is_busy or is_waiting)
+
+    def wait(self) -> None:
+        """Wait until there is something to do."""
+        self._wake.wait()
+
+    def close(self) -> None:
+        """End all requests, and finish what is being saved."""
+        for run in [*self._submitted, *self._queue, *self._running()]:
+            run.is_cancelled = True
+        self.run_all()
+        self._loader.shutdown()
+
+    @contextmanager
+    def _guard(self, run: Run) -> Iterator[None]:
+        """Make what goes wrong with a request its own error."""
+        try:
+            yield
+        except Exception as error:
+            self._remove(run)
+            self._end(run, error)
+
+    def _remove(self, run: Run) -> None:
+        for runs in (self._queue, self._loading, self._reading, self._alone):
+            if run in runs:
+                runs.remove(run)
+        self._batch.leave(run)
+        self._has_changed = True
+
+    def _end(self, run: Run, error: Exception | None = None) -> None:
+        """Save what was read of a request, and tell that it has ended.
+
+        Without an error that is told when it is saved, or when that takes long.
+        """
+        run.pieces = run.steps = None
+        run.ends_at = time.monotonic() + SAVE_SECONDS
+        if error is not None:
+            self._tell_end(run, error)
+        if hasattr(run.generation, "state"):
+            try:
+                run.generation.finish()
+            except Exception as failure:
+                warn(f"a prompt is not kept: {failure}")
+        self._saving.append(run)
+
+    def _tell_end(self, run: Run, error: Exception | None = None) -> None:
+        if run.is_told:
+            return
+        run.is_told = True
+        try:
+            run.listener.on_end(error)
+        except Exception as failure:
+            warn(f"nobody takes the end of a request: {failure}")
+
+    def _drop_cancelled(self) -> None:
+        for run in [*self._queue, *self._running()]:
+            is_loading = run.loading is not None and not run.loading.done()
+            if run.is_cancelled and not is_loading:
+                with self._guard(run):
+                    self._finish(run)
+
+    # Loading
+
+    def _admit(self) -> None:
+        """Have the requests loaded that need not wait for others."""
+        if self._has_changed:
+            self._has_changed = False
+            for run in [*self._queue]:
+                if len(self._loading) + len(self._reading) >= self._max_reading:
+                    break
+                if len(self._running()) >= self._max_decoding:
+                    break
+                with self._guard(run):
+                    if self._admission.admits(
+                        run,
+                        loading=self._loading,
+                        reading=self._reading,
+                        answering=self._alone,
+                        in_batch=self._batch.members,
+                    ):
+                        self._queue.remove(run)
+                        self._load(run)
+        for run in [*self._loading]:
+            assert run.loading is not None
+            if run.loading.done():
+                self._loading.remove(run)
+                with self._guard(run):
+                    run.loading.result()
+                    self._begin_to_read(run)
+
+    def _load(self, run: Run) -> None:
+        # Those who wait may need it, too.
+        is_shared = bool(self._queue)
+
+        def load() -> None:
+            run.generation.load(is_shared=is_shared)
+            evaluate(run.generation.state.fetched.cache)
+
+        self._loading.append(run)
+        run.loading = self._loader.submit(load)
+        run.loading.add_done_callback(lambda _: self._wake.set())
+
+    # Reading
+
+    def _begin_to_read(self, run: Run) -> None:
+        run.pieces = run.generation.read()
+        if not run.has_answer:
+            run.listener.on_start(run.generation.state)
+        self._reading.append(run)
+
+    def _read(self) -> None:
+        """Read a piece of the prompt that is done first, or has waited for long."""
+        if not self._reading:
+            return
+        longest = max(self._reading, key=lambda run: run.waited)
+        shortest = min(self._reading, key=lambda r: r.read.num_tokens - r.num_read)
+        run = longest if longest.waited >= MAX_WAITED_PIECES else shortest
+        for other in self._reading:
+            other.waited += 1
+        run.waited = 0
+        assert run.pieces is not None
+        with self._guard(run):
+            is_read = next(run.pieces, run) is run
+            self._has_changed = True
+            if is_read:
+                self._reading.remove(run)
+                self._begin_to_answer(run)
+
+    def _begin_to_answer(self, run: Run) -> None:
+        run.steps = run.generation.steps()
+        self._alone.append(run)
+        self._step_alone(run)
+
+    # Decoding
+
+    def _decode(self) -> None:
+        self._form_batch()
+        for run, step in self._step_batch():
+            if run.error is not None:
+                self._remove(run)
+                self._end(run, run.error)
+            else:
+                self._deliver(run, step)
+        for run in [*self._alone]:
+            self._step_alone(run)
+
+    def _step_alone(self, run: Run) -> None:
+        with self._guard(run):
+            assert run.steps is not None
+            step = next(run.steps, None)
+            if step is None:
+                self._finish(run)
+            else:
+                self._deliver(run, step)
+
+    def _deliver(self, run: Run, step: Step) -> None:
+        """Hand out a token, and end the request with the last one."""
+        with self._guard(run):
+            finish_reason = run.generation.note(step)
+            if not run.has_answer:
+                run.has_answer = True
+                run.generation.begin_to_save()
+            goes_on = run.listener.on_token(step, finish_reason)
+            if finish_reason is not None or not goes_on:
+                self._finish(run)
+
+    def _finish(self, run: Run) -> None:
+        """End a request after a whole token."""
+        if run in self._batch:
+            run.generation.adopt(*self._batch.cache_of(run))
+        self._admission.note_size(run)
+        self._remove(run)
+        self._end(run)
+
+    # The batch
+
+    def _form_batch(self) -> None:
+        """Have the answers decoded together that can be, unless there is only one."""
+        joining = [r for r in self._alone if self._can_batch and r.generation.can_join]
+        if len(joining) + len(self._batch) < 2:
+            return
+        for run in joining:
+            with self._guard(run):
+                self._join(run)
+
+    def _join(self, run: Run) -> None:
+        decoder, generation = run.steps, run.generation
+        assert isinstance(decoder, Decoder)
+        upcoming = decoder.stop()
+        if upcoming is not None:
+            self._deliver(run, upcoming)
+            if run not in self._alone:
+                return
+        self._alone.remove(run)
+        state, request = generation.state, generation.request
+        try:
+            self._batch.join(
+                run,
+                state.fetched.cache,
+                [*run.read.token_ids, *state.answer[:-1]],
+                state.answer[-1],
+                sampler=guarded_sampler(run, request.sampler),
+                logits_processors=[
+                    guarded_processor(run, p) for p in request.logits_processors
+                ],
+            )
+        except Exception:
+            self._can_batch = False
+            self._restart(run)
+            return
+        # What it has read of the prompt can be used by others meanwhile.
+        generation.give_away()
+
+    def _step_batch(self) -> list[tuple[Run, Step]]:
+        """Return the next tokens of the batch; where it fails, all go on alone."""
+        if not len(self._batch):
+            return []
+        try:
+            return self._batch.step()
+        except Exception as error:
+            warn(f"a batch has failed, its requests go on one by one: {error}")
+            self._can_batch = False
+            members = self._batch.members
+            self._batch.clear()
+            for run in members:
+                with self._guard(run):
+                    self._restart(run)
+            return []
+
+    def _restart(self, run: Run) -> None:
+        """Have a request read again with its answer so far, and go on alone."""
+        run.generation.save_read()
+        run.generation = run.generation.continued()
+        run.__dict__.pop("data", None)
+        self._load(run)
+
+    # Saving
+
+    def _settle(self) -> None:
+        """Hand to the writer what it has room for, and end what is saved."""
+        self._prefixes.advance()
+        now = time.monotonic()
+        for run in [*self._saving]:
+            is_settled = self._is_settled(run)
+            if is_settled or now >= run.ends_at:
+                self._tell_end(run)
+            if is_settled:
+                self._saving.remove(run)
+
+    def _is_settled(self, run: Run) -> bool:
+        """Return whether nothing of a request is to be saved any more."""
+        if not hasattr(run.generation, "state"):
+            return True
+        if not run.generation.is_settled:
+            return False
+        try:
+            run.generation.settle()
+        except Exception as failure:
+            warn(f"a prompt is not saved: {failure}")
+        return True
