@@ -25,6 +25,8 @@ from promptcache.segments.types import Match
 
 if TYPE_CHECKING:
     from promptcache.chat.conversation import Conversation
+    from promptcache.engine.batch.engine import Engine
+    from promptcache.engine.batch.results import BatchResponse, BatchResult
     from promptcache.engine.build import BuiltPrefix
     from promptcache.engine.response import GenerationResponse
     from promptcache.explain.lint import VolatileText
@@ -55,6 +57,8 @@ __version__ = "0.1.0"
 # Imported on first use: the generator imports mlx_lm, which takes a second.
 _NAMES_BY_MODULE = {
     "chat.conversation": ["Conversation"],
+    "engine.batch.engine": ["Engine"],
+    "engine.batch.results": ["BatchResponse", "BatchResult"],
     "engine.response": ["GenerationResponse"],
     "explain.lint": ["VolatileText"],
     "explain.types": ["Divergence", "Explanation"],
@@ -78,6 +82,8 @@ _MODULE_BY_NAME = {
 }
 
 __all__ = [
+    "BatchResponse",
+    "BatchResult",
     "BuiltPrefix",
     "CachedGenerator",
     "Conversation",
@@ -85,6 +91,7 @@ __all__ = [
     "DamagedBlobError",
     "DamagedIndexError",
     "Divergence",
+    "Engine",
     "Explanation",
     "Fingerprint",
     "Garbage",

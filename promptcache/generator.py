@@ -5,15 +5,13 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, Unpack
 
+from promptcache.engine.batch.engine import Engine, EngineLimits
 from promptcache.engine.batch.results import (
     BatchResponse,
     BatchResult,
     collect,
-    each,
     run_batch,
-    with_shared_boundaries,
 )
-from promptcache.engine.batch.scheduler import Scheduler
 from promptcache.engine.build import Build, BuiltPrefix
 from promptcache.engine.generation import Generation
 from promptcache.engine.options import (
@@ -26,7 +24,7 @@ from promptcache.engine.options import (
 )
 from promptcache.engine.request import Progress, ignore_progress
 from promptcache.engine.response import GenerationResponse
-from promptcache.errors import StoreError, warn
+from promptcache.errors import PromptCacheError, StoreError, warn
 from promptcache.explain.explain import explain_prompt
 from promptcache.explain.lint import VolatileText, find_volatile_text
 from promptcache.explain.types import Explanation
@@ -220,15 +218,7 @@ class CachedGenerator(TextModel):
     ) -> Explanation:
         """Explain what a generation of this prompt would reuse, and why not more.
 
-        Args:
-            prompt: Text, token ids or chat messages.
-            tools: Tools for the chat template.
-            chat_template_config: See `render`.
-            options: See `ReadOptions`.
-
-        Raises:
-            UsageError: The prompt is empty, or not a prompt of this model.
-            StoreError: The store cannot be read.
+        Takes and raises what `match` does.
         """
         rendered = self.render(prompt, tools, chat_template_config)
         fingerprint = self.fingerprint(self.settings(**options))
@@ -345,49 +335,25 @@ class CachedGenerator(TextModel):
             UsageError: The arguments make no sense, or mlx-lm cannot do it with this
                 model.
         """
-        generation = self.generation(
-            self.render(prompt, tools, chat_template_config),
-            max_tokens,
-            prompt_progress_callback=prompt_progress_callback,
-            **options,
-        )
-        return generation.stream()
-
-    def generation(
-        self,
-        prompt: RenderedPrompt,
-        max_tokens: int = 256,
-        *,
-        prefixes: PrefixCache | None = None,
-        prompt_progress_callback: Progress | None = None,
-        **options: Unpack[GenerateOptions],
-    ) -> Generation:
-        """Return a generation to be run step by step, such as by a `Scheduler`.
-
-        Args:
-            prompt: What `render` returned.
-            max_tokens: See `stream_generate`, as for what is raised and not said here.
-            prefixes: The cache of those that run together.
-            prompt_progress_callback: See `stream_generate`.
-            options: See `stream_generate`.
-        """
         request = request_of(
             self,
-            prompt,
+            self.render(prompt, tools, chat_template_config),
             max_tokens,
             options,
             save=self.save,
             reuse=self._reuse,
             on_progress=prompt_progress_callback or ignore_progress,
         )
-        prefixes = prefixes or self.prefix_cache()
-        return Generation(self.loaded, self.tokenizer, prefixes, request)
+        prefixes = self._prefixes()
+        return Generation(self.loaded, self.tokenizer, prefixes, request).stream()
 
-    def prefix_cache(self) -> PrefixCache:
-        """Return what fetches and keeps prefixes for those that run together."""
+    def _prefixes(self) -> PrefixCache:
         return PrefixCache(self.store, self._memory, self._writer)
 
-    # Batches
+    def engine(self, **limits: Unpack[EngineLimits]) -> Engine:
+        """Return an engine, which runs many requests at once; see `EngineLimits`."""
+        prefixes = self._prefixes()
+        return Engine(self, prefixes, save=self.save, reuse=self._reuse, **limits)
 
     def stream_batch(
         self,
@@ -410,19 +376,17 @@ class CachedGenerator(TextModel):
             chat_template_config: See `render`.
             options: As `stream_generate` takes them, for all prompts.
         """
-        limits = max_tokens
-        if isinstance(limits, int):
-            limits = [limits] * len(prompts)
-        prefixes = self.prefix_cache()
-        rendered = each(lambda p: self.render(p, tools, chat_template_config), prompts)
-        if not self.loaded.is_sliceable():
-            rendered = with_shared_boundaries(rendered)
-        generations = each(
-            lambda p, limit: self.generation(p, limit, prefixes=prefixes, **options),
-            rendered,
-            limits,
-        )
-        return run_batch(Scheduler(self.loaded, prefixes), generations, self.tokenizer)
+
+        def rendered(prompt: Prompt) -> RenderedPrompt | PromptCacheError:
+            try:
+                return self.render(prompt, tools, chat_template_config)
+            except PromptCacheError as error:
+                return error
+
+        if isinstance(max_tokens, int):
+            max_tokens = [max_tokens] * len(prompts)
+        whole = [*map(rendered, prompts)]
+        return run_batch(self.engine(), self, whole, max_tokens, options)
 
     def batch_generate(
         self, prompts: Sequence[Prompt], *args: Any, **options: Any

@@ -86,8 +86,9 @@ class Admission:
         nbytes = cache_nbytes(state.fetched.cache)
         self._token_nbytes = nbytes / (run.num_read + state.num_answered)
 
-    def hold_limit(self, caches: Sequence[list[Any]], batch_nbytes: int) -> None:
-        """Leave to what is kept in memory what running requests do not take."""
+    def hold_limit(self, running: Sequence[Run], batch_nbytes: int) -> None:
+        """Leave to what is kept in memory what a batch and others do not take."""
+        caches = (run.generation.state.fetched.cache for run in running)
         nbytes = batch_nbytes + sum(map(cache_nbytes, caches))
         self._prefixes.hold_limit(max(self._memory_limit - nbytes, 0))
 

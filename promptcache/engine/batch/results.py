@@ -5,24 +5,23 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise, starmap
-from typing import Any, TypeVar
+from itertools import pairwise
 
 import mlx.core as mx
 from mlx_lm.generate import BatchResponse as PlainResponse
 from mlx_lm.generate_utils import BatchStats
 
 from promptcache.engine.batch.admission import MIN_SHARED_TOKENS
-from promptcache.engine.batch.scheduler import Scheduler
+from promptcache.engine.batch.engine import Engine
 from promptcache.engine.decode import Step
-from promptcache.engine.generation import Generation
+from promptcache.engine.options import GenerateOptions
 from promptcache.engine.request import RequestState
 from promptcache.engine.response import GenerationResponse, Responses
 from promptcache.errors import PromptCacheError
+from promptcache.models.text_model import TextModel
 from promptcache.prompts.render import RenderedPrompt
 from promptcache.segments.chain import common_length, pack
 
-T = TypeVar("T")
 # What is wrong with a prompt, in its place.
 Failed = PromptCacheError
 
@@ -91,24 +90,7 @@ class _Collector:
         self._on_result(self._result)
 
 
-def each(function: Callable[..., T], *items: Sequence[Any]) -> list[T | Failed]:
-    """Return what a function makes of each item, or why that cannot be done.
-
-    An item that is such an error already stays one.
-    """
-
-    def result(first: Any, *rest: Any) -> T | Failed:
-        if isinstance(first, PromptCacheError):
-            return first
-        try:
-            return function(first, *rest)
-        except PromptCacheError as error:
-            return error
-
-    return [*starmap(result, zip(*items, strict=True))]
-
-
-def with_shared_boundaries(
+def _with_shared_boundaries(
     prompts: Sequence[RenderedPrompt | Failed],
 ) -> list[RenderedPrompt | Failed]:
     """Return prompts with a boundary where each parts from the others.
@@ -130,46 +112,52 @@ def with_shared_boundaries(
 
 
 def run_batch(
-    scheduler: Scheduler,
-    generations: Sequence[Generation | Failed],
-    tokenizer: Any,
+    engine: Engine,
+    model: TextModel,
+    prompts: Sequence[RenderedPrompt | Failed],
+    limits: Sequence[int],
+    options: GenerateOptions,
 ) -> Iterator[BatchResult]:
-    """Run generations together, and yield the result of each as it ends.
+    """Answer prompts together, and yield the result of each as it ends.
 
-    Prompts that begin alike are read one after the other, so that each finds what the
-    one before has read. When the iterator is closed, what is not done is given up.
+    Those that begin alike are read one after the other, so that each finds what the one
+    before has read. When the iterator is closed, what is not done is given up.
 
     Args:
-        scheduler: What runs them; it is closed at the end.
-        generations: What to run, or why that cannot be done.
-        tokenizer: The model's tokenizer.
+        engine: What runs them; it is closed at the end.
+        model: The model that it runs.
+        prompts: The prompts, or why there is none.
+        limits: Of each, how many tokens to generate at most.
+        options: The options of all.
     """
     done: deque[BatchResult] = deque()
+    if not model.loaded.is_sliceable():
+        prompts = _with_shared_boundaries(prompts)
 
-    def token_ids(index: int) -> list[int]:
-        generation = generations[index]
-        if isinstance(generation, PromptCacheError):
-            return []
-        return generation.request.read.token_ids
-
-    for index in sorted(range(len(generations)), key=token_ids):
-        generation, result = generations[index], BatchResult(index)
-        if isinstance(generation, PromptCacheError):
-            result.error = generation
-            done.append(result)
-            continue
-        num_prompt = generation.request.read.num_tokens
-        responses_of = partial(Responses, tokenizer, num_prompt)
+    def submit(index: int, prompt: RenderedPrompt, result: BatchResult) -> None:
+        responses_of = partial(Responses, model.tokenizer, len(prompt.token_ids))
         collector = _Collector(result, responses_of, done.append)
-        scheduler.submit(scheduler.run_of(generation, collector))
-    try:
+        engine.submit(prompt, limits[index], collector, **options)
+
+    with engine:
+        for index in sorted(range(len(prompts)), key=lambda i: _ids_of(prompts[i])):
+            prompt, result = prompts[index], BatchResult(index)
+            try:
+                if isinstance(prompt, Failed):
+                    raise prompt
+                submit(index, prompt, result)
+            except PromptCacheError as error:
+                result.error = error
+                done.append(result)
         is_busy = True
         while is_busy or done:
-            is_busy = scheduler.step()
+            is_busy = engine.step()
             while done:
                 yield done.popleft()
-    finally:
-        scheduler.close()
+
+
+def _ids_of(prompt: RenderedPrompt | Failed) -> list[int]:
+    return [] if isinstance(prompt, Failed) else prompt.token_ids
 
 
 def collect(results: Iterable[BatchResult], num_prompts: int) -> BatchResponse:

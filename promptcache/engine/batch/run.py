@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, Self
 
 import mlx.core as mx
 
@@ -12,6 +13,8 @@ from promptcache.engine.decode import Step
 from promptcache.engine.generation import Generation
 from promptcache.engine.request import RequestState
 from promptcache.engine.sampling import LogitsProcessor, Sampler, greedy
+from promptcache.errors import ModelError
+from promptcache.models.loaded import LoadedModel
 from promptcache.segments.chain import common_length, pack
 from promptcache.segments.fingerprint import Fingerprint
 from promptcache.tiers.prompt_read import PromptRead
@@ -63,6 +66,16 @@ class Run:
     has_answer: bool = False
     ends_at: float = 0.0
     is_told: bool = False
+
+    @classmethod
+    def of(cls, generation: Generation, listener: Listener, model: LoadedModel) -> Self:
+        """Return a request that is going to run on a model."""
+        settings = generation.request.read.settings
+        fingerprint = None
+        # Without an identity nothing is cached, nor shared.
+        with suppress(ModelError):
+            fingerprint = model.fingerprint(settings)
+        return cls(generation, listener, fingerprint, model.is_sliceable(settings))
 
     @property
     def read(self) -> PromptRead:

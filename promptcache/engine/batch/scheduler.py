@@ -9,19 +9,17 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from promptcache.engine.batch.admission import Admission
 from promptcache.engine.batch.decode_batch import DecodeBatch
 from promptcache.engine.batch.run import (
-    Listener,
     Run,
     guarded_processor,
     guarded_sampler,
 )
 from promptcache.engine.decode import Decoder, Step
-from promptcache.engine.generation import Generation
-from promptcache.errors import ModelError, warn
+from promptcache.errors import warn
 from promptcache.kvcache.classes import evaluate
 from promptcache.models.length_dependence import batch_dependence
 from promptcache.models.loaded import LoadedModel
@@ -85,16 +83,6 @@ class Scheduler:
 
     # On any thread
 
-    def run_of(self, generation: Generation, listener: Listener) -> Run:
-        """Return a request to submit."""
-        settings = generation.request.read.settings
-        fingerprint = None
-        # Without an identity nothing is cached, nor shared.
-        with suppress(ModelError):
-            fingerprint = self._model.fingerprint(settings)
-        is_sliceable = self._model.is_sliceable(settings)
-        return Run(generation, listener, fingerprint, is_sliceable)
-
     def submit(self, run: Run) -> None:
         """Take in a request."""
         with self._lock:
@@ -142,17 +130,21 @@ class Scheduler:
         self._read()
         self._settle()
         own = [*self._reading, *self._alone]
-        caches = [run.generation.state.fetched.cache for run in own]
-        self._admission.hold_limit(caches, self._batch.nbytes)
-        is_busy = self._reading or self._alone or len(self._batch)
-        is_waiting = self._queue or self._loading or self._saving
-        if not is_busy and is_waiting:
+        self._admission.hold_limit(own, self._batch.nbytes)
+        if own or len(self._batch):
+            return True
+        is_waiting = bool(self._queue or self._loading or self._saving)
+        if is_waiting:
             self._wake.wait(POLL_SECONDS)
-        return bool(is_busy or is_waiting)
+        return is_waiting
 
     def wait(self) -> None:
-        """Wait until there is something to do."""
+        """Wait until there is something to do, or another thread interrupts."""
         self._wake.wait()
+
+    def interrupt(self) -> None:
+        """End a wait."""
+        self._wake.set()
 
     def close(self) -> None:
         """End all requests, and finish what is being saved."""
@@ -274,12 +266,9 @@ class Scheduler:
             self._has_changed = True
             if is_read:
                 self._reading.remove(run)
-                self._begin_to_answer(run)
-
-    def _begin_to_answer(self, run: Run) -> None:
-        run.steps = run.generation.steps()
-        self._alone.append(run)
-        self._step_alone(run)
+                run.steps = run.generation.steps()
+                self._alone.append(run)
+                self._step_alone(run)
 
     # Decoding
 
