@@ -3,27 +3,18 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
-from promptcache.engine.decode import Decoder, Step
+from promptcache.engine.decode import Decoder, Step, speculate
+from promptcache.engine.keeper import Keeper, has_rows_since
 from promptcache.engine.prefill import Piece, read_prompt, read_rest
 from promptcache.engine.request import Request, RequestState
 from promptcache.engine.response import GenerationResponse, Responses
-from promptcache.engine.speculate import speculate
-from promptcache.errors import ModelError, warn
-from promptcache.kvcache.classes import (
-    LayerKind,
-    evaluate,
-    first_row,
-    has_only_rows,
-    kind_of,
-    parts_of,
-)
 from promptcache.kvcache.kv_quantization import quantize
 from promptcache.models.draft import DraftPair
 from promptcache.models.loaded import LoadedModel
@@ -33,16 +24,18 @@ from promptcache.tiers.prefix_cache import PrefixCache
 class Generation:
     """Runs one request; trouble with the store is a warning and a prefill.
 
-    `load` it, `read` its prompt to the end, and `note` each of its `steps`; then
-    `finish` it, and `end` it when `is_saved`. Between any two of these steps other
-    requests may run. `stream` does all that for this request alone.
+    `load` it, `read` its prompt to the end, and `note` each of its `steps`; its
+    `keeper` saves what has been read. In between, other requests may run. `stream` does
+    all that for this request alone.
 
     Attributes:
         request: What it is asked for.
         state: How far it has come, once it was loaded.
+        keeper: What is kept of it, once it was loaded.
     """
 
     state: RequestState
+    keeper: Keeper
 
     def __init__(
         self,
@@ -79,21 +72,21 @@ class Generation:
                     pass
                 for response in self._responses():
                     if response.finish_reason is not None:
-                        self._end(response)
+                        self.keeper.end(response)
                     yield response
                     if response.generation_tokens == 1:
-                        self.begin_to_save()
+                        self.keeper.begin()
                     state.saver.advance()
         except GeneratorExit:
             # The cache holds whole tokens only here, not when a step is interrupted.
             if not response.finish_reason:
-                self._end(response)
+                self.keeper.end(response)
             raise
         finally:
             # Nothing is left to save unless something was raised.
             if state.saver.is_active:
                 with self._hurried():
-                    self.save_read()
+                    self.keeper.save_read()
 
     def _hurried(self) -> contextlib.AbstractContextManager[None]:
         """Wait for other processes a moment only."""
@@ -111,6 +104,7 @@ class Generation:
         fetched = self._prefixes.fetch(self._model, self._read, is_shared=is_shared)
         saver = self._prefixes.saver(self._read, fetched)
         self.state = RequestState(fetched, saver, started)
+        self.keeper = Keeper(self._model, self._prefixes, self.request, self.state)
 
     def read(self) -> Iterator[None]:
         """Read the rest of the prompt; yield after each piece."""
@@ -156,7 +150,7 @@ class Generation:
             return
         state.num_pieced = piece.stop
         if state.saver.is_overdue:
-            self._begin_to_save(piece.stop)
+            self.keeper.begin(piece.stop)
 
     # Decoding
 
@@ -211,7 +205,7 @@ class Generation:
             state.answers_at = time.perf_counter()
         if step.num_read is not None:
             state.num_answered = step.num_read
-            if answer := self._kept_answer():
+            if answer := self.keeper.answer():
                 state.saver.capture_answer(len(answer))
         if step.token in self._tokenizer.eos_token_ids:
             return "stop"
@@ -237,7 +231,7 @@ class Generation:
         state.fetched = state.fetched._replace(cache=cache)
         state.saver.use(cache)
         state.num_answered = num_tokens - self._read.num_tokens
-        if not _has_rows_since(cache, self._read.num_saved):
+        if not has_rows_since(cache, self._read.num_saved):
             # Of an answer that is longer than a window, the first rows are gone.
             state.num_answered = 0
 
@@ -258,137 +252,3 @@ class Generation:
             yield responses.of(step, finish_reason)
             if finish_reason is not None:
                 return
-
-    # Saving
-
-    def begin_to_save(self) -> None:
-        """Begin to save the prompt, of which nothing is left to read."""
-        self._begin_to_save(self._read.num_saved)
-
-    def _begin_to_save(self, end: int) -> None:
-        self._check_model()
-        has_answer = self.request.save_answer and self.state.has_answer
-        self.state.saver.begin(end, answer_follows=has_answer)
-
-    def _end(self, last: GenerationResponse) -> None:
-        """Save what is due, note what was reused, and keep the cache in memory."""
-        key = self._save(self._read.num_saved, self._kept_answer())
-        if key is not None:
-            self.request.on_saved(key)
-        reused, last.saved_seconds = self.record()
-        last.key = key or reused
-        self.keep()
-
-    def finish(self) -> None:
-        """Begin to save what is due, and keep the rest in memory, without a wait.
-
-        It may have been cancelled anywhere; no step of it may be under way.
-        """
-        state = self.state
-        self._check_model()
-        if state.has_answer:
-            state.saver.finish(self._read.num_saved, self._kept_answer())
-        else:
-            state.saver.finish(state.num_pieced)
-        self.give_away()
-
-    def share(self, end: int) -> None:
-        """Let others take over what has been read up to `end`, and read on."""
-        if not has_only_rows(self.state.fetched.cache):
-            # Their own savers have captured nothing of it.
-            self._begin_to_save(end)
-        self._prefixes.share(self._read, self.state.fetched, end)
-
-    def give_away(self) -> None:
-        """Have others write to the cache from now on."""
-        state = self.state
-        state.saver.detach()
-        evaluate(state.fetched.cache)
-        if state.has_answer:
-            self.keep()
-        elif state.num_read and not state.has_changed:
-            self._prefixes.keep_read(self._read, state.fetched, state.num_read)
-        state.fetched = state.fetched._replace(cache=[])
-
-    @property
-    def is_settled(self) -> bool:
-        """Return whether all that was begun to be saved is saved, or has failed."""
-        return self.state.saver.is_settled
-
-    def settle(self) -> str | None:
-        """Return the key of what was saved, once it is settled."""
-        return self._saved(self.state.saver.wait)
-
-    def save_read(self) -> None:
-        """Save what has been read of the prompt, for the last time."""
-        state = self.state
-        end = self._read.num_saved if state.has_answer else state.num_pieced
-        self._save(end)
-
-    def _save(self, end: int, answer: Sequence[int] = ()) -> str | None:
-        """Save the prompt up to `end` and an answer, for the last time."""
-        self._check_model()
-        return self._saved(lambda: self.state.saver.save(end, answer))
-
-    def _saved(self, save: Callable[[], str | None]) -> str | None:
-        """Save for the last time; return the key, or None if that fails."""
-        key = None
-        try:
-            key = save()
-        # mlx raises RuntimeError where memory is short, or the thread is another one.
-        except Exception as error:
-            warn(f"the prompt is not saved: {error}")
-        self.state.saver.stop()
-        return key
-
-    def _check_model(self) -> None:
-        """Save and keep nothing that was read by what the model is no longer."""
-        state = self.state
-        if state.fetched.fingerprint is None or state.has_changed:
-            return
-        try:
-            now = self._model.fingerprint(self._read.settings)
-            state.has_changed = now.digest != state.fetched.fingerprint.digest
-        except ModelError:
-            state.has_changed = True
-        if state.has_changed and state.saver.is_active:
-            warn("the prompt is not saved: the model has changed meanwhile")
-            state.saver.stop()
-
-    def _kept_answer(self) -> list[int]:
-        """Return the tokens after the saved part of the prompt that are saved, too."""
-        read, state = self._read, self.state
-        can_follow = read.plan.is_sliceable(read.num_tokens) and not (
-            read.is_drafted or read.plan.quantizes_at_end(read.num_tokens, read.kv)
-        )
-        if not (self.request.save_answer and can_follow and state.num_answered):
-            return []
-        return [*read.token_ids[read.num_saved :], *state.answer[: state.num_answered]]
-
-    def keep(self) -> None:
-        """Keep the cache in memory, with what it has read of the answer."""
-        state = self.state
-        if not state.has_changed:
-            answer = state.answer[: state.num_answered]
-            self._prefixes.keep(self._read, state.fetched, answer)
-
-    def record(self) -> tuple[str | None, float]:
-        """Note what was reused; return its key and the seconds saved."""
-        state = self.state
-        return self._prefixes.record(
-            self._read,
-            state.fetched,
-            load_seconds=state.load_seconds,
-            prefill_seconds=state.prefill_seconds,
-            timed=state.timed,
-        )
-
-
-def _has_rows_since(cache: Sequence[Any], start: int) -> bool:
-    """Return whether windows still have the rows of what was read since `start`."""
-    windows = (
-        part
-        for _, part in parts_of(cache)
-        if kind_of(part, getattr(part, "offset", 0)) is LayerKind.WINDOW
-    )
-    return all(first_row(window) <= start for window in windows)

@@ -69,6 +69,7 @@ class PrefixCache:
     ) -> None:
         self.store = store
         self.memory = memory
+        self._writer = writer
         self._saver = None if store is None else PrefixSaver(store, writer)
 
     def fetch(
@@ -286,3 +287,15 @@ class PrefixCache:
             log.add_load(fetched.fingerprint, fetched.loaded_tokens, load_seconds)
             return log.record(usage)
         return nothing
+
+    def record_soon(
+        self, read: PromptRead, fetched: FetchedPrefix, **seconds: Any
+    ) -> None:
+        """Note the same, on the thread that writes to the store."""
+        # It needs no arrays.
+        plain = fetched._replace(cache=[], restored=None)
+
+        def record() -> None:
+            self.record(read, plain, **seconds)
+
+        self._writer.submit(record, 0)

@@ -61,7 +61,7 @@ class Admission:
         if end - num_cached < MIN_SHARED_TOKENS:
             return True
         if source.num_read >= end:
-            source.generation.share(end)
+            source.generation.keeper.share(end)
             return True
         return source not in reading
 

@@ -180,7 +180,7 @@ class Scheduler:
             self._tell_end(run, error)
         if hasattr(run.generation, "state"):
             try:
-                run.generation.finish()
+                run.generation.keeper.finish()
             except Exception as failure:
                 warn(f"a prompt is not kept: {failure}")
         self._saving.append(run)
@@ -298,7 +298,7 @@ class Scheduler:
             finish_reason = run.generation.note(step)
             if not run.has_answer:
                 run.has_answer = True
-                run.generation.begin_to_save()
+                run.generation.keeper.begin()
             goes_on = run.listener.on_token(step, finish_reason)
             if finish_reason is not None or not goes_on:
                 self._finish(run)
@@ -348,7 +348,7 @@ class Scheduler:
             self._restart(run)
             return
         # What it has read of the prompt can be used by others meanwhile.
-        generation.give_away()
+        generation.keeper.give_away()
 
     def _step_batch(self) -> list[tuple[Run, Step]]:
         """Return the next tokens of the batch; where it fails, all go on alone."""
@@ -368,7 +368,7 @@ class Scheduler:
 
     def _restart(self, run: Run) -> None:
         """Have a request read again with its answer so far, and go on alone."""
-        run.generation.save_read()
+        run.generation.keeper.save_read()
         run.generation = run.generation.continued()
         run.__dict__.pop("data", None)
         self._load(run)
@@ -390,10 +390,10 @@ class Scheduler:
         """Return whether nothing of a request is to be saved any more."""
         if not hasattr(run.generation, "state"):
             return True
-        if not run.generation.is_settled:
+        if not run.generation.keeper.is_settled:
             return False
         try:
-            run.generation.settle()
+            run.generation.keeper.settle()
         except Exception as failure:
             warn(f"a prompt is not saved: {failure}")
         return True
