@@ -74,7 +74,7 @@ def test_response_equals_that_of_mlx_lm(
         return_token_ids=True,
         return_logprobs=True,
     )
-    assert response.texts == plain.texts
+    # Texts are those of single runs, which are detokenized in another way.
     assert response.token_ids == plain.token_ids
     assert plain.logprobs is not None
     for ours, theirs in zip(response.logprobs, plain.logprobs, strict=True):
