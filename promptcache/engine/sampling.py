@@ -47,25 +47,51 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def sampling_of(options: SamplingOptions) -> tuple[Sampler, list[LogitsProcessor]]:
-    """Return what chooses the tokens; MLX's random numbers start at the seed.
-
-    Raises UsageError if the options make no sense.
-    """
-    seed = options.get("seed")
-    if seed is not None:
-        if not 0 <= seed < 2**64:
-            raise UsageError(f"seed must be in [0, 2**64), not {seed}")
-        mx.random.seed(seed)
+    """Return what chooses the tokens. Raises UsageError if the options make no sense."""
     sampler = options.get("sampler") or _sampler_of(
         options.get("temp"),
         options.get("top_p"),
         options.get("min_p"),
         options.get("top_k"),
     )
+    seed = options.get("seed")
+    if seed is not None:
+        if not 0 <= seed < 2**64:
+            raise UsageError(f"seed must be in [0, 2**64), not {seed}")
+        sampler = seeded(sampler, seed)
     penalties = _penalties_of(
         options.get("repetition_penalty"), options.get("repetition_context_size", 20)
     )
     return sampler, [*penalties, *(options.get("logits_processors") or [])]
+
+
+def seeded(sampler: Sampler, seed: int) -> Sampler:
+    """Return a sampler with random numbers of its own, which start at a seed.
+
+    They are those that follow `mx.random.seed(seed)`, whatever else is sampled in
+    between. MLX's generator can be set to a number only, which is its whole state: a
+    key of two words.
+    """
+    if sampler is greedy:
+        return sampler
+    state: int = seed
+
+    def sample(logprobs: mx.array) -> mx.array:
+        nonlocal state
+        others = _random_state()
+        mx.random.seed(state)
+        try:
+            return sampler(logprobs)
+        finally:
+            state = _random_state()
+            mx.random.seed(others)
+
+    return sample
+
+
+def _random_state() -> int:
+    high, low = mx.random.state[0].tolist()
+    return int(high << 32 | low)
 
 
 def _sampler_of(

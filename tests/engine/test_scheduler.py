@@ -85,6 +85,20 @@ def test_answers_are_those_of_single_runs(
     assert all(each.ends == [None] for each in heard)
 
 
+def test_seeds_are_each_requests_own(make_requests: Callable[..., Requests]) -> None:
+    requests = make_requests()
+    prompt = ids(40)
+    seeds = (7, 8, None, 7, 2**64 - 1)
+    heard = [requests.submit(prompt, 20, temp=1.0, seed=seed)[1] for seed in seeds]
+    requests.scheduler.run_all()
+
+    for seed, each in zip(seeds, heard, strict=True):
+        if seed is not None:
+            alone = cold(requests.generator, prompt, max_tokens=20, temp=1.0, seed=seed)
+            assert each.tokens == alone.tokens
+    assert len({tuple(each.tokens) for each in heard}) == 4
+
+
 @pytest.mark.parametrize(
     "options",
     [
