@@ -47,7 +47,7 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def sampling_of(options: SamplingOptions) -> tuple[Sampler, list[LogitsProcessor]]:
-    """Return what chooses the tokens. Raises UsageError if the options make no sense."""
+    """Return what chooses the tokens. Raises UsageError for senseless options."""
     sampler = options.get("sampler") or _sampler_of(
         options.get("temp"),
         options.get("top_p"),
