@@ -55,7 +55,10 @@ class Keeper:
         self._check_model()
         if state.has_answer:
             state.saver.finish(self._read.num_saved, self.answer())
-            self._prefixes.record_soon(self._read, state.fetched, **self._seconds())
+            on_recorded = self._request.on_recorded
+            self._prefixes.record_soon(
+                self._read, state.fetched, on_recorded, **self._seconds()
+            )
         else:
             state.saver.finish(state.num_pieced)
         self.give_away()

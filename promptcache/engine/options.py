@@ -50,6 +50,8 @@ class GenerateOptions(SamplingOptions, ReadOptions, total=False):
             and unless it depends on how it was computed (a draft model, exact mode,
             quantization that began with it).
         on_saved: Called with the key of what was saved at the end, also an early one.
+        on_recorded: With an `Engine`, called on another thread with how long it would
+            have taken to read what was cached.
         num_draft_tokens: See `mlx_lm.generate.speculative_generate_step`; 2 by default.
         input_embeddings: See `mlx_lm.generate.generate_step`; nothing is cached.
     """
@@ -58,6 +60,7 @@ class GenerateOptions(SamplingOptions, ReadOptions, total=False):
     reuse: bool | None
     save_answer: bool
     on_saved: Callable[[str], None]
+    on_recorded: Callable[[float], None]
     num_draft_tokens: int
     input_embeddings: mx.array | None
 

@@ -33,6 +33,8 @@ class Request:
         num_draft_tokens: How many tokens a draft model proposes at once.
         save_answer: Whether to save the answer with the prompt.
         on_saved: Called with the key of what was saved.
+        on_recorded: Called on the writer's thread with how long it would have taken to
+            read what was cached, when that was noted; not by `Generation.stream`.
         input_embeddings: What to read in place of the tokens' own embeddings, shape
             `(tokens, hidden)`; nothing is cached then.
     """
@@ -45,6 +47,7 @@ class Request:
     num_draft_tokens: int = DEFAULT_DRAFT_TOKENS
     save_answer: bool = False
     on_saved: Callable[[str], None] = lambda key: None
+    on_recorded: Callable[[float], None] = lambda seconds: None
     input_embeddings: mx.array | None = None
 
 

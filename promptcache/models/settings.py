@@ -28,6 +28,7 @@ class ReadOptions(TypedDict, total=False):
         store_bits: Store keys and values in 8 or 4 bits, and reuse what is stored so.
             It takes half or a quarter of 16 bits, and restores nearly the same values.
             What is stored exactly is used where it reaches as far.
+        namespace: Overrides the generator's namespace.
     """
 
     kv_bits: int | None
@@ -38,6 +39,7 @@ class ReadOptions(TypedDict, total=False):
     prefill_step_size: int
     draft_model: Any
     store_bits: int | None
+    namespace: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,14 +64,16 @@ class TextModel:
 
     def settings(self, **options: Unpack[ReadOptions]) -> Settings:
         """Return how prompts are read here with these options. Raises UsageError."""
-        return Settings.of(namespace=self.namespace, **options)
+        options.setdefault("namespace", self.namespace)
+        return Settings.of(**options)
 
     def fingerprint(self, settings: Settings = DEFAULT_SETTINGS) -> Fingerprint:
         """Return what KV values depend on now, besides the token ids.
 
         Raises ModelError if the model cannot be hashed.
         """
-        return self.loaded.fingerprint(replace(settings, namespace=self.namespace))
+        namespace = settings.namespace or self.namespace
+        return self.loaded.fingerprint(replace(settings, namespace=namespace))
 
     def load_draft(self, path_or_hf_repo: str | Path) -> Any:
         """Load a draft model for `build` and `stream_generate`.

@@ -6,7 +6,7 @@ API's form of the events that it results in.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from promptcache.prompts.chat import Message
 
@@ -72,8 +72,7 @@ class Usage:
     reasoning_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """A token with its log-probability.
 
     Attributes:

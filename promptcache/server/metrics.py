@@ -22,6 +22,7 @@ class Gauges(NamedTuple):
         queued_saves: Prefixes that wait for it.
         active: Requests that are being read or answered.
         waiting: Requests that wait for others which read the same prefix.
+        waits: Requests that had to wait so far.
     """
 
     nbytes: Mapping[str, int]
@@ -32,6 +33,7 @@ class Gauges(NamedTuple):
     queued_saves: int
     active: int
     waiting: int
+    waits: int = 0
 
 
 class ServingMetrics(Collector):
@@ -46,9 +48,6 @@ class ServingMetrics(Collector):
         self._prefilled = self._counter("tokens_prefilled", "Prompt tokens read")
         self._seconds = self._counter(
             "seconds_saved", "What reading the reused tokens would have taken"
-        )
-        self._waits = self._counter(
-            "single_flight_waits", "Prompts that waited for another with their prefix"
         )
         self._registry.register(self)
 
@@ -70,10 +69,6 @@ class ServingMetrics(Collector):
         """Count time that reading what was reused would have taken."""
         self._seconds.inc(seconds)
 
-    def wait(self) -> None:
-        """Count a prompt that waits for a different one."""
-        self._waits.inc()
-
     def collect(self) -> Iterator[Metric]:
         """Yield the levels; called by the registry."""
         levels = self._levels()
@@ -92,6 +87,11 @@ class ServingMetrics(Collector):
             ("waiting_requests", "Requests that wait for others", levels.waiting),
         ):
             yield GaugeMetricFamily(f"promptcache_{name}", text, value)
+        yield CounterMetricFamily(
+            "promptcache_single_flight_waits",
+            "Prompts that waited for another with their prefix",
+            levels.waits,
+        )
 
     def text(self) -> bytes:
         """Return all of it as Prometheus reads it."""

@@ -5,6 +5,7 @@ and `saver` put into both what was read. Another tier is fetched from here.
 """
 
 import contextlib
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -191,14 +192,33 @@ class PrefixCache:
     def saver(self, read: PromptRead, fetched: FetchedPrefix) -> PromptSaver:
         """Return what saves a prompt while it is read, or nothing if it is not due."""
         is_due = fetched.fingerprint is not None and read.is_due(fetched.match)
+        saver = self._saver if is_due and read.num_saved else None
+        if saver is not None and saver.is_paused:
+            saver = None
         return PromptSaver(
-            self._saver if is_due and read.num_saved else None,
+            saver,
             read,
             fetched.fingerprint,
             fetched.cache,
             num_tokens=read.num_saved,
             restored=fetched.restored,
         )
+
+    @property
+    def num_saves(self) -> dict[str, int]:
+        """Return how many saves were "stored", "failed" and "skipped"."""
+        return {} if self._saver is None else self._saver.num_jobs
+
+    @property
+    def num_queued(self) -> int:
+        """Return how many prefixes are on their way into the store."""
+        return 0 if self._saver is None else len(self._saver)
+
+    @property
+    def queued_nbytes(self) -> int:
+        """Return the bytes of what is on its way into the store."""
+        waiting = 0 if self._saver is None else self._saver.nbytes
+        return waiting + self._writer.queued_nbytes
 
     def advance(self) -> None:
         """Hand to the writer what it has room for of all that is to be saved."""
@@ -289,13 +309,18 @@ class PrefixCache:
         return nothing
 
     def record_soon(
-        self, read: PromptRead, fetched: FetchedPrefix, **seconds: Any
+        self,
+        read: PromptRead,
+        fetched: FetchedPrefix,
+        on_recorded: Callable[[float], None],
+        **seconds: Any,
     ) -> None:
-        """Note the same, on the thread that writes to the store."""
+        """Note the same on the writer's thread, and tell the seconds."""
         # It needs no arrays.
         plain = fetched._replace(cache=[], restored=None)
 
         def record() -> None:
-            self.record(read, plain, **seconds)
+            _, saved_seconds = self.record(read, plain, **seconds)
+            on_recorded(saved_seconds)
 
         self._writer.submit(record, 0)

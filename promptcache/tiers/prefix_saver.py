@@ -4,6 +4,7 @@ A job is encoded on the thread that generates, which owns the arrays, and stored
 writer's.
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -24,6 +25,8 @@ from promptcache.tiers.background_writer import BackgroundWriter
 
 # How often a job is encoded again because others changed its ancestors meanwhile.
 MAX_ATTEMPTS = 3
+# A disk that is full stays so for a while.
+PAUSE_SECONDS = 10.0
 
 
 class OvertakenError(StoreError):
@@ -145,6 +148,9 @@ class PrefixSaver:
         # To be encoded, and those together with what the writer has of others.
         self._waiting: deque[SaveJob] = deque()
         self._unfinished: list[SaveJob] = []
+        # By result, how many jobs there were.
+        self.num_jobs = {"stored": 0, "failed": 0, "skipped": 0}
+        self._paused_until = 0.0
 
     def __len__(self) -> int:
         return len(self._unfinished)
@@ -153,6 +159,14 @@ class PrefixSaver:
     def nbytes(self) -> int:
         """Return the bytes of the caches that wait to be encoded."""
         return sum(job.nbytes for job in [*self._waiting])
+
+    @property
+    def is_paused(self) -> bool:
+        """Return whether nothing is to be saved for a while, as the disk is in trouble.
+
+        Encoding for it would take time from generating.
+        """
+        return time.monotonic() < self._paused_until
 
     def submit(self, job: SaveJob) -> None:
         """Save a prefix when `advance` is called."""
@@ -173,6 +187,7 @@ class PrefixSaver:
 
     def _drop(self, job: SaveJob) -> None:
         self._unfinished.remove(job)
+        self.num_jobs["skipped"] += 1
         job.done.cancel()
 
     def advance(self) -> bool:
@@ -341,8 +356,12 @@ class PrefixSaver:
             if job.is_listed and job.origin is not None:
                 self._store.segments.set_origin(key, job.origin)
         except Exception as error:
+            self.num_jobs["failed"] += 1
+            if not isinstance(error, OvertakenError):
+                self._paused_until = time.monotonic() + PAUSE_SECONDS
             outcome = partial(job.done.set_exception, error)
         else:
+            self.num_jobs["stored"] += 1
             outcome = partial(job.done.set_result, key)
         # The arrays are no longer needed, whoever keeps the job.
         job.cache, job.snapshots = (), ()

@@ -42,9 +42,11 @@ server_options = option_group(
     ),
     option(
         "--allowed-origins",
-        default="*",
-        callback=lambda ctx, param, value: value.split(","),
-        help="Web pages that may ask, separated by commas",
+        default="",
+        show_default=False,
+        callback=lambda ctx, param, value: [*filter(None, value.split(","))],
+        help="Origins of web pages that may ask, separated by commas; * for all  "
+        "[default: none]",
     ),
     draft_option,
     option(
@@ -59,8 +61,8 @@ server_options = option_group(
     option(
         "--log-level",
         type=click.Choice(LOG_LEVELS, case_sensitive=False),
-        default="WARNING",
-        help="What to log on stderr; DEBUG logs prompts",
+        default="INFO",
+        help="What to log on stderr; INFO tells a line of each request",
     ),
     option(
         "--chat-template",
@@ -150,6 +152,13 @@ cache_options = option_group(
 )
 access_options = option_group(
     option(
+        "--allow-model",
+        "allowed_models",
+        multiple=True,
+        help="A pattern of other models, adapters and drafts that requests may name, "
+        "such as 'mlx-community/*'; repeatable",
+    ),
+    option(
         "--api-key",
         "api_keys",
         multiple=True,
@@ -186,7 +195,7 @@ access_options = option_group(
 # Arguments of `Server` that are not options of mlx-lm's server.
 OWN_ARGUMENTS = (
     *("memory_limit", "save_answers", "store_bits", "api_keys", "metrics_key"),
-    *("pin_quota", "insecure", "most_nbytes", "most_tokens"),
+    *("pin_quota", "insecure", "most_nbytes", "most_tokens", "allowed_models"),
 )
 
 
@@ -207,10 +216,10 @@ def serve(
 ) -> None:
     """Serve a model with the OpenAI API and the durable cache
 
-    This is mlx-lm's server, with its options, and a prompt cache that is in memory and
-    on disk: what was read once is not read again, even after a restart. System
-    prompts and the ends of prompts are stored at once, answers when they are done.
-    With --kv-bits, requests are not batched.
+    It takes the options of mlx-lm's server, and has a prompt cache in memory and on
+    disk: what was read once is not read again, even after a restart. Chats are stored
+    with their answers, other prompts if they are long. With --kv-bits or a draft model,
+    requests are not batched.
 
     GET /v1/cache lists what is stored, POST /v1/cache/explain says why a prompt hits
     or misses, POST /v1/cache/pin keeps a prefix; each API key is answered as if it
@@ -254,3 +263,5 @@ def _log(level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(output.LogFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    # It says when it starts and stops, which `serve` does.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)

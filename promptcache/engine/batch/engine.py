@@ -113,6 +113,16 @@ class Engine:
         """Return how many requests are being loaded, read or answered."""
         return self._scheduler.num_active
 
+    @property
+    def num_waits(self) -> int:
+        """Return how many requests had to wait for others so far."""
+        return self._scheduler.num_waits
+
+    @property
+    def prefixes(self) -> PrefixCache:
+        """Return where it fetches prompts from, and keeps them."""
+        return self._prefixes
+
     def step(self) -> bool:
         """Take every request a step further; return whether any is left."""
         return self._scheduler.step()

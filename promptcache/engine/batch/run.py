@@ -49,6 +49,7 @@ class Run:
         waited: How many pieces of others were read since one of its own.
         error: What its sampler or a logits processor has raised in a batch.
         has_answer: Whether a token of it has been handed out.
+        has_waited: Whether it had to wait for others.
         ends_at: When to tell that it has ended, whether it is saved by then or not.
         is_told: Whether that has been told.
     """
@@ -64,6 +65,7 @@ class Run:
     waited: int = 0
     error: Exception | None = None
     has_answer: bool = False
+    has_waited: bool = False
     ends_at: float = 0.0
     is_told: bool = False
 

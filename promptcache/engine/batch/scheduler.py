@@ -69,6 +69,8 @@ class Scheduler:
         is_independent = batch_dependence(model.model) is None
         self._can_batch = is_independent and model.length_dependence is None
         self._lock = threading.Lock()
+        # How many requests had to wait for others.
+        self.num_waits = 0
         self._submitted: list[Run] = []
         self._queue: list[Run] = []
         self._loading: list[Run] = []
@@ -222,6 +224,9 @@ class Scheduler:
                     ):
                         self._queue.remove(run)
                         self._load(run)
+                    elif not run.has_waited:
+                        run.has_waited = True
+                        self.num_waits += 1
         for run in [*self._loading]:
             assert run.loading is not None
             if run.loading.done():

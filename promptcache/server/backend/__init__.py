@@ -1,1 +1,0 @@
-"""The backend: mlx-lm's server loop, with prompts that know their request."""

@@ -1,1 +1,0 @@
-"""HTTP: requests, checked and authorized, and their answers."""
