@@ -71,7 +71,7 @@ oldest: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade \
 		--target $(VENV)/oldest 'mlx-lm==$(OLDEST_MLX_LM)'
 	PYTHONPATH="$(CURDIR)/$(VENV)/oldest" $(RUN) python -m pytest -q \
-		tests/server/test_compat.py tests/server/test_serve.py \
+		tests/engine/test_mlx_lm.py tests/server/test_serve.py \
 		-m 'long or not long' -k 'mlx_lm or restart or read_once or options or draft'
 
 soak: $(VENV)/.installed

@@ -8,6 +8,7 @@ import json
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -210,12 +211,11 @@ class AnswerParser:
         values = step.logprobs[mx.array(ids)].astype(mx.float32).tolist()
         chosen, *others = map(self._logprob, ids, values)
         others.sort(key=lambda other: -other.logprob)
-        return (TokenLogprob(*chosen[:4], tuple(others)),)
+        return (replace(chosen, top=tuple(others)),)
 
     def _logprob(self, token_id: int, logprob: float) -> TokenLogprob:
         text = self._tokenizer.decode([token_id])
-        # JSON has no infinity.
-        return TokenLogprob(text, token_id, max(logprob, -9999.0), text.encode())
+        return TokenLogprob(text, token_id, logprob, text.encode())
 
 
 def _initial_state(tokenizer: Any, prompt_ids: Sequence[int]) -> str:

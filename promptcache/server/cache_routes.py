@@ -8,23 +8,23 @@ from pydantic import Field
 
 from promptcache.errors import PromptCacheError
 from promptcache.explain.explain import explain_prompt
-from promptcache.server.api.chat_completions import ChatRequest
-from promptcache.server.api.fields import Name, Part
-from promptcache.server.api.text_completions import TextRequest
+from promptcache.server.api import chat_completions, text_completions
+from promptcache.server.api.fields import Body, Name
+from promptcache.server.completion import Completion
 from promptcache.server.models import Models
 from promptcache.server.service import CompletionService
 from promptcache.store import PrefixStore
 from promptcache.store.reports import PinQuota, Prefix
 
 
-class PinRequest(Part):
+class PinRequest(Body):
     """The body of `POST /v1/cache/pin`."""
 
     key: Name
     name: Annotated[str, Field(min_length=1)]
 
 
-class UnpinRequest(Part):
+class UnpinRequest(Body):
     """The body of `POST /v1/cache/unpin`."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -61,8 +61,7 @@ class CacheApi:
             UnavailableError: Its model is not loaded.
             StoreError: The store cannot be read.
         """
-        kind = ChatRequest if "messages" in body else TextRequest
-        completion = kind.model_validate(body).completion()
+        completion = _completion_of(body)
         served = self._models.loaded(completion)
         rendered = self._service.render(served, completion)
         generator = served.generator
@@ -96,6 +95,15 @@ class CacheApi:
         if self._store is None:
             raise PromptCacheError("this server has no store")
         return self._store
+
+
+def _completion_of(body: Mapping[str, Any]) -> Completion:
+    """Return what a request for a chat or text completion asks for."""
+    if "messages" in body:
+        chat = chat_completions.ChatRequest.model_validate(body)
+        return chat_completions.completion_of(chat)
+    text = text_completions.TextRequest.model_validate(body)
+    return text_completions.completion_of(text)
 
 
 def _as_json(prefix: Prefix) -> dict[str, Any]:

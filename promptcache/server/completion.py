@@ -6,7 +6,7 @@ API's form of the events that it results in.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from promptcache.prompts.chat import Message
 
@@ -36,6 +36,8 @@ class Completion:
         chat_template_config: Further arguments of the chat template.
         adapter: The name of a LoRA adapter, or None.
         draft_model: The name of a draft model, or None for the server's.
+        num_draft_tokens: Tokens that a draft model proposes at a time, None for the
+            server's default.
     """
 
     model: str
@@ -53,6 +55,7 @@ class Completion:
     chat_template_config: Mapping[str, Any] = field(default_factory=dict)
     adapter: str | None = None
     draft_model: str | None = None
+    num_draft_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,8 @@ class Usage:
     reasoning_tokens: int = 0
 
 
-class TokenLogprob(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
     """A token with its log-probability.
 
     Attributes:

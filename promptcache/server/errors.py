@@ -1,6 +1,4 @@
-"""API errors: what went wrong, as a status with a code and one sentence."""
-
-from typing import Any, NamedTuple
+"""Errors of the server, and what each is as an answer."""
 
 from pydantic import ValidationError
 
@@ -12,6 +10,7 @@ from promptcache.errors import (
     StoreError,
     UsageError,
 )
+from promptcache.server.api.errors import INVALID, ApiError, validation_error
 from promptcache.server.models import UnavailableError
 from promptcache.server.service import PromptTooLongError
 
@@ -36,36 +35,10 @@ class TooSlowError(PromptCacheError):
     """A client sends its request too slowly."""
 
 
-class ApiError(NamedTuple):
-    """An error as the answer to a request.
-
-    Attributes:
-        status: The HTTP status.
-        kind: OpenAI's type of it.
-        code: Its code, or None.
-        message: One sentence.
-        param: The field that is wrong, or None.
-    """
-
-    status: int
-    kind: str
-    code: str | None
-    message: str
-    param: str | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Return it in OpenAI's format."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.kind,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+class MalformedError(UsageError):
+    """A body is no JSON object."""
 
 
-INVALID = "invalid_request_error"
 # The first that fits.
 KINDS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (UnauthorizedError, 401, INVALID, "invalid_api_key"),
@@ -85,31 +58,15 @@ KINDS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
 
 
 def api_error(error: Exception) -> ApiError:
-    """Return the answer for an error, without anything of the code it came from."""
+    """Return an error as an answer, without anything of the code it came from."""
     if isinstance(error, ValidationError):
-        return _invalid(error)
+        return validation_error(error)
     for cls, status, kind, code in KINDS:
         if isinstance(error, cls):
             param = getattr(error, "param", None)
-            return ApiError(status, kind, code, _line(error), param)
-    return ApiError(500, "server_error", None, f"{type(error).__name__} in the server")
-
-
-def _invalid(error: ValidationError) -> ApiError:
-    """Return what is wrong with the first field that is."""
-    [first, *_] = error.errors(include_url=False, include_context=False)
-    # Of a union, the names of its members are no part of the path.
-    place = first["loc"]
-    path = "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part}"
-        for part in place
-        if isinstance(part, int) or part.isidentifier()
-    ).lstrip(".")
-    if first["type"] == "extra_forbidden":
-        message = f"{path} is not supported"
-    else:
-        message = f"{path or 'the body'}: {first['msg'].splitlines()[0].lower()}"
-    return ApiError(400, INVALID, None, message, path or None)
+            return ApiError(status, kind, code, param, _line(error))
+    message = f"{type(error).__name__} in the server"
+    return ApiError(500, "server_error", None, None, message)
 
 
 def _line(error: BaseException) -> str:

@@ -5,18 +5,19 @@ import ipaddress
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from promptcache.printable import printable
-from promptcache.server.api.fields import BadRequestError
+from promptcache.server.api.errors import ApiError, openai_error
 from promptcache.server.auth import is_loopback
-from promptcache.server.completion import Event, Progress
+from promptcache.server.completion import Event
 from promptcache.server.errors import (
     ForbiddenError,
+    MalformedError,
     TooLargeError,
     TooSlowError,
     api_error,
@@ -27,6 +28,19 @@ IDLE_SECONDS = 60.0
 BODY_SECONDS = 600.0
 # Larger bodies are parsed beside the event loop.
 SMALL_NBYTES = 10**5
+
+
+class Answer(Protocol):
+    """An answer in the form of one of the APIs."""
+
+    def encode(self, event: Event) -> list[bytes]:
+        """Return the messages of a stream that tell of an event."""
+
+    def encode_error(self, error: ApiError) -> list[bytes]:
+        """Return the messages that end a stream with an error."""
+
+    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
+        """Return the answer of all its events."""
 
 
 class Doorkeeper:
@@ -77,16 +91,19 @@ def _is_this_machine(host: str) -> bool:
         return False
 
 
-def error_response(error: Exception) -> Response:
-    """Return the answer for an error."""
+ErrorForm = Callable[[ApiError], dict[str, Any]]
+
+
+def error_response(error: Exception, form: ErrorForm = openai_error) -> Response:
+    """Return the answer for an error, in the form of an API."""
     failure = api_error(error)
-    return JSONResponse(failure.as_json(), status_code=failure.status)
+    return JSONResponse(form(failure), status_code=failure.status)
 
 
 def handled(
-    endpoint: Callable[[Request], Awaitable[Response]],
+    endpoint: Callable[[Request], Awaitable[Response]], form: ErrorForm
 ) -> Callable[[Request], Awaitable[Response]]:
-    """Return an endpoint whose errors are answers."""
+    """Return an endpoint whose errors are answers in the form of an API."""
 
     async def answer(request: Request) -> Response:
         try:
@@ -94,7 +111,7 @@ def handled(
         except ClientDisconnect:
             return Response(status_code=499)
         except Exception as error:
-            response = error_response(error)
+            response = error_response(error, form)
             if response.status_code >= 500:
                 line = f"{request.method} {request.url.path}"
                 logging.error("%s: %s", printable(line), printable(repr(error)))
@@ -107,7 +124,7 @@ async def body_of(request: Request, most_nbytes: int) -> dict[str, Any]:
     """Return the JSON object that is a request's body.
 
     Raises:
-        BadRequestError: It is none.
+        MalformedError: It is none.
         TooLargeError: It has more bytes.
         TooSlowError: It comes too slowly.
         ClientDisconnect: The client is gone.
@@ -136,11 +153,11 @@ def _parsed(raw: bytes | bytearray) -> dict[str, Any]:
     try:
         body = json.loads(raw.decode())
     except RecursionError as error:
-        raise BadRequestError("the body is nested too deeply") from error
+        raise MalformedError("the body is nested too deeply") from error
     except ValueError as error:
-        raise BadRequestError(f"the body is not JSON: {error}") from error
+        raise MalformedError(f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
-        raise BadRequestError("the body must be a JSON object")
+        raise MalformedError("the body must be a JSON object")
     return body
 
 
@@ -175,28 +192,16 @@ async def _disconnected(request: Request) -> None:
 
 
 async def whole(
-    request: Request,
-    events: AsyncIterator[Event],
-    encode: Callable[[Sequence[Event]], dict[str, Any]],
-) -> Response:
+    request: Request, events: AsyncIterator[Event], answer: Answer
+) -> dict[str, Any]:
     """Return the whole answer when it is complete."""
-    happened = [event async for event in while_connected(request, events)]
-    return JSONResponse(encode(happened))
+    return answer.whole([event async for event in while_connected(request, events)])
 
 
 async def streamed(
-    request: Request,
-    events: AsyncIterator[Event],
-    encode: Callable[[Event], Any],
-    last: str | None = None,
+    request: Request, events: AsyncIterator[Event], answer: Answer
 ) -> Response:
     """Return an answer that is sent as it comes, as server-sent events.
-
-    Args:
-        request: The request.
-        events: What happens to it.
-        encode: Yields what to send for an event: JSON objects.
-        last: What is sent at the end, besides.
 
     Raises what goes wrong before anything could be sent.
     """
@@ -205,31 +210,22 @@ async def streamed(
 
     async def messages() -> AsyncIterator[bytes]:
         try:
-            for chunk in encode(first):
-                yield sse(chunk)
+            for message in answer.encode(first):
+                yield message
             async for event in connected:
-                if isinstance(event, Progress):
-                    # Keeps the connection alive, and says how far it is.
-                    yield b": keepalive %d/%d\n\n" % (event.done, event.total)
-                for chunk in encode(event):
-                    yield sse(chunk)
-            if last is not None:
-                yield f"data: {last}\n\n".encode()
+                for message in answer.encode(event):
+                    yield message
         except ClientDisconnect:
             return
         except Exception as error:
             failure = api_error(error)
             if failure.status >= 500:
                 logging.error("%s: %s", request.url.path, printable(repr(error)))
-            yield sse(failure.as_json())
+            for message in answer.encode_error(failure):
+                yield message
 
     return StreamingResponse(
         messages(),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-cache"},
     )
-
-
-def sse(value: Any) -> bytes:
-    """Return a JSON value as a server-sent event."""
-    return f"data: {json.dumps(value)}\n\n".encode()

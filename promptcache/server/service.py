@@ -18,7 +18,6 @@ from promptcache.errors import UsageError
 from promptcache.printable import printable
 from promptcache.prompts.render import RenderedPrompt
 from promptcache.server.answer import AnswerParser
-from promptcache.server.api.fields import BadRequestError
 from promptcache.server.completion import (
     Completion,
     Event,
@@ -36,6 +35,18 @@ MOST_CHARACTERS_PER_TOKEN = 16
 # Names of `Completion.sampling` by what makes use of them.
 SAMPLER_NAMES = ("temp", "top_p", "top_k", "min_p", "xtc_probability", "xtc_threshold")
 REQUESTS = logging.getLogger("promptcache.requests")
+
+
+class BadRequestError(UsageError):
+    """A request asks for what this model or this server cannot do.
+
+    Attributes:
+        param: The field that is wrong.
+    """
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class PromptTooLongError(UsageError):
@@ -145,6 +156,12 @@ class CompletionService:
                     yield event
         finally:
             self._log(client, completion, tally)
+
+    async def num_tokens(self, completion: Completion) -> int:
+        """Return how many tokens a completion's prompt has; raises as `events` does."""
+        async with self._models.use(completion) as served, self._rendering:
+            prompt = await asyncio.to_thread(self.render, served, completion)
+        return len(prompt.token_ids)
 
     async def _run(
         self,
@@ -257,16 +274,15 @@ class CompletionService:
         self, served: ServedModel, completion: Completion, namespace: str, index: int
     ) -> dict[str, Any]:
         """Return how to read and to answer. Raises UsageError."""
-        given = completion.sampling
         is_chat = completion.messages is not None
         return {
             **served.read_options,
             "namespace": namespace,
             "sampler": self._sampler(served, completion, index),
             "logits_processors": _logits_processors(served, completion),
-            "num_draft_tokens": given.get(
-                "num_draft_tokens", self._options.num_draft_tokens
-            ),
+            "num_draft_tokens": self._options.num_draft_tokens
+            if completion.num_draft_tokens is None
+            else completion.num_draft_tokens,
             # Chats go on; other short prompts cost less to read than to keep.
             "save": is_chat or "auto",
             "save_answer": self._save_answers and is_chat,

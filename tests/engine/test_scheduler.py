@@ -264,6 +264,29 @@ def test_listener_that_has_enough_ends_its_request(
         assert each.ends == [None]
 
 
+@pytest.mark.filterwarnings("ignore:the prompt is not saved")
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_model_that_changes_under_a_request_leaves_nothing(
+    make_requests: Callable[..., Requests], is_alone: bool
+) -> None:
+    requests = make_requests()
+    prompt = ids(300)
+    _, heard = requests.submit(prompt, 30, prefill_step_size=100)
+    if not is_alone:
+        requests.submit(ids(50, seed=2), 60)
+    while len(heard.tokens) < 5:
+        requests.scheduler.step()
+    requests.generator.model.set_dtype(mx.bfloat16)
+    requests.scheduler.run_all()
+
+    for _ in range(2):
+        _, again = requests.submit(prompt, 5)
+        requests.scheduler.run_all()
+        assert again.tokens == cold(requests.generator, prompt, max_tokens=5).tokens
+        requests.generator.model.set_dtype(mx.float32)
+    assert again.cached_tokens == 0
+
+
 # Errors
 
 

@@ -150,7 +150,7 @@ class _Client:
             "model": "default_model",
             "messages": [{"role": "system", "content": SYSTEM}, self._question()],
             "max_tokens": 5000,
-            "logit_bias": {END_ID: -1000},
+            "logit_bias": {END_ID: -100},
             "stream": self._random.random() < 0.5,
         }
         raw = json.dumps(body).encode()

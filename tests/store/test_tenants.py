@@ -27,7 +27,7 @@ from promptcache import (
 from promptcache.errors import PromptCacheError
 from promptcache.segments.fingerprint import Fingerprint, make_fingerprint
 from promptcache.segments.types import PromptOrigin
-from promptcache.server.http.auth import ApiKeys
+from promptcache.server.auth import ApiKeys
 from promptcache.store import PrefixStore
 from promptcache.store.index import events
 from promptcache.store.reports import MAX_NAME_LENGTH, Prefix, PrunePolicy

@@ -27,7 +27,7 @@ from promptcache_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from promptcache.server.app import Server
+    from promptcache.server.server import Server
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -231,7 +231,7 @@ def serve(
         promptcache serve -m mlx-community/Qwen3-4B-4bit --port 8080
         promptcache serve --host 0.0.0.0 --api-key "$KEY"
     """
-    from promptcache.server.app import Server
+    from promptcache.server.server import Server
 
     console = output.Console(quiet=quiet)
     _log(options["log_level"])

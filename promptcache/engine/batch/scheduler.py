@@ -6,13 +6,13 @@ the others one after the other. Prefixes are loaded beside it, on a thread of th
 """
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from promptcache.engine.batch.admission import Admission
 from promptcache.engine.batch.decode_batch import DecodeBatch
+from promptcache.engine.batch.endings import Endings
 from promptcache.engine.batch.run import (
     Run,
     guarded_processor,
@@ -30,9 +30,6 @@ MAX_READING = 8
 # The shortest rest of a prompt is read first; one that has waited for so many pieces of
 # others goes before them.
 MAX_WAITED_PIECES = 4
-# What the end of an answer waits for its prompt to be stored: it has been told by then,
-# and a disk that takes longer shall not keep who waits for it.
-SAVE_SECONDS = 0.5
 # How often to look after what the writer does.
 POLL_SECONDS = 0.01
 
@@ -77,7 +74,7 @@ class Scheduler:
         self._reading: list[Run] = []
         self._alone: list[Run] = []
         self._batch: DecodeBatch[Run] = DecodeBatch(model.model)
-        self._saving: list[Run] = []
+        self._endings = Endings()
         # Whether a request that waits may be able to go on.
         self._has_changed = False
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="promptcache-loader")
@@ -130,12 +127,13 @@ class Scheduler:
         self._admit()
         self._decode()
         self._read()
-        self._settle()
+        self._prefixes.advance()
+        self._endings.advance()
         own = [*self._reading, *self._alone]
         self._admission.hold_limit(own, self._batch.nbytes)
         if own or len(self._batch):
             return True
-        is_waiting = bool(self._queue or self._loading or self._saving)
+        is_waiting = bool(self._queue or self._loading or self._endings)
         if is_waiting:
             self._wake.wait(POLL_SECONDS)
         return is_waiting
@@ -162,7 +160,7 @@ class Scheduler:
             yield
         except Exception as error:
             self._remove(run)
-            self._end(run, error)
+            self._endings.add(run, error)
 
     def _remove(self, run: Run) -> None:
         for runs in (self._queue, self._loading, self._reading, self._alone):
@@ -170,31 +168,6 @@ class Scheduler:
                 runs.remove(run)
         self._batch.leave(run)
         self._has_changed = True
-
-    def _end(self, run: Run, error: Exception | None = None) -> None:
-        """Save what was read of a request, and tell that it has ended.
-
-        Without an error that is told when it is saved, or when that takes long.
-        """
-        run.pieces = run.steps = None
-        run.ends_at = time.monotonic() + SAVE_SECONDS
-        if error is not None:
-            self._tell_end(run, error)
-        if hasattr(run.generation, "state"):
-            try:
-                run.generation.keeper.finish()
-            except Exception as failure:
-                warn(f"a prompt is not kept: {failure}")
-        self._saving.append(run)
-
-    def _tell_end(self, run: Run, error: Exception | None = None) -> None:
-        if run.is_told:
-            return
-        run.is_told = True
-        try:
-            run.listener.on_end(error)
-        except Exception as failure:
-            warn(f"nobody takes the end of a request: {failure}")
 
     def _drop_cancelled(self) -> None:
         for run in [*self._queue, *self._running()]:
@@ -282,7 +255,7 @@ class Scheduler:
         for run, step in self._step_batch():
             if run.error is not None:
                 self._remove(run)
-                self._end(run, run.error)
+                self._endings.add(run, run.error)
             else:
                 self._deliver(run, step)
         for run in [*self._alone]:
@@ -314,7 +287,7 @@ class Scheduler:
             run.generation.adopt(*self._batch.cache_of(run))
         self._admission.note_size(run)
         self._remove(run)
-        self._end(run)
+        self._endings.add(run)
 
     # The batch
 
@@ -377,28 +350,3 @@ class Scheduler:
         run.generation = run.generation.continued()
         run.__dict__.pop("data", None)
         self._load(run)
-
-    # Saving
-
-    def _settle(self) -> None:
-        """Hand to the writer what it has room for, and end what is saved."""
-        self._prefixes.advance()
-        now = time.monotonic()
-        for run in [*self._saving]:
-            is_settled = self._is_settled(run)
-            if is_settled or now >= run.ends_at:
-                self._tell_end(run)
-            if is_settled:
-                self._saving.remove(run)
-
-    def _is_settled(self, run: Run) -> bool:
-        """Return whether nothing of a request is to be saved any more."""
-        if not hasattr(run.generation, "state"):
-            return True
-        if not run.generation.keeper.is_settled:
-            return False
-        try:
-            run.generation.keeper.settle()
-        except Exception as failure:
-            warn(f"a prompt is not saved: {failure}")
-        return True

@@ -1,5 +1,5 @@
-"""The APIs: requests as each one's clients send them, and answers in its form.
+"""The forms of four APIs: a request's body to a `Completion`, its events to an answer.
 
-Nothing here knows of an engine or of HTTP: a body becomes a `Completion`, and its
-events become JSON.
+Pure translation without an engine or HTTP: each module has the models of an API's
+requests, `completion_of` and a class that encodes the answer, streamed or whole.
 """

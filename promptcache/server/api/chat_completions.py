@@ -1,406 +1,322 @@
-"""OpenAI's chat completions, with the further fields of mlx-lm's server."""
+"""Chat completions: OpenAI's API of that name, with mlx-lm's own fields."""
 
-import time
-import uuid
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from promptcache.prompts.chat import Message
+from promptcache.server.api import ignored
+from promptcache.server.api.choices import (
+    ChoicesAnswer,
+    ChoicesRequest,
+    sampling_of,
+)
+from promptcache.server.api.content import (
+    Arguments,
+    Texts,
+    call_of,
+    called_names,
+    reasoning_of,
+)
 from promptcache.server.api.fields import (
-    MAX_ANSWERS,
     MAX_MESSAGES,
     MAX_TOOLS,
-    MAX_TOP_LOGPROBS,
-    BadRequestError,
-    Bias,
-    ContextSize,
+    MaxTokens,
     Name,
+    NumLogprobs,
     Object,
     Part,
-    Penalty,
-    Probability,
-    Seed,
-    Stop,
-    Temperature,
-    Text,
-    TokenCount,
-    arguments_of,
-    bias_of,
-    stops_of,
-    template_arguments,
+    TemplateConfig,
+    refused,
+)
+from promptcache.server.api.logprobs import chat_logprobs
+from promptcache.server.api.tools import (
+    AUTO,
+    CHOICE_SCHEMA,
+    Function,
+    ToolChoice,
+    check_choice,
+    format_schema,
+    function_of,
+    parse_nested_choice,
 )
 from promptcache.server.completion import (
     AnswerEnd,
     Completion,
     Event,
-    Finished,
     ReasoningDelta,
     Started,
     TextDelta,
     TokenLogprob,
     ToolCall,
-    Usage,
 )
 
-# By the names of the API, those of sampling.
-SAMPLING_NAMES = {
-    "temperature": "temp",
-    **{name: name for name in ("top_p", "top_k", "min_p", "seed")},
-    **{name: name for name in ("xtc_probability", "xtc_threshold")},
-    **{
-        f"{kind}_{what}": f"{kind}_{what}"
-        for kind in ("repetition", "presence", "frequency")
-        for what in ("penalty", "context_size")
-    },
-    "num_draft_tokens": "num_draft_tokens",
-}
 
-
-class TextPart(Part):
-    """A part of a message's text."""
-
-    type: Literal["text", "input_text", "output_text", "refusal"]
-    text: Text = ""
-    refusal: Text = ""
-    # Anthropic's, which some clients send to every server.
-    cache_control: Object | None = None
-
-
-class Function(Part):
-    """A call of a function, in a message of the assistant's."""
+class CalledFunction(Part):
+    """The function that was called, with what."""
 
     name: Name
-    arguments: Text | Object = ""
+    arguments: Arguments = Field(default_factory=dict)
 
 
 class Call(Part):
-    """A call of a tool, in a message of the assistant's."""
+    """A call in a message of the assistant."""
 
-    id: Text = ""
+    id: Name | None = None
     type: Literal["function"] = "function"
-    function: Function
-    index: int | None = None
+    function: CalledFunction
 
 
 class ChatMessage(Part):
     """A message of a chat."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Text | list[TextPart] | None = None
-    name: Text | None = None
-    tool_calls: list[Call] | None = None
-    tool_call_id: Text | None = None
-    # What servers answered, and clients send back.
-    reasoning: Text | None = None
-    reasoning_content: Text | None = None
-    refusal: Text | None = None
-    annotations: list[Object] | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Texts = Field(default=[])
+    name: Name | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Call] = Field(default=[])
+    tool_call_id: Name | None = None
 
-    def message(self) -> Message:
-        """Return it in the form that chat templates take."""
-        content: Any = self.content if self.content is not None else ""
-        if not isinstance(content, str):
-            texts = [part.text or part.refusal for part in content]
-            content = [{"type": "text", "text": text} for text in texts]
-        role = "system" if self.role == "developer" else self.role
-        message: dict[str, Any] = {"role": role, "content": content}
-        thought = self.reasoning or self.reasoning_content
-        if thought is not None:
-            message["reasoning_content"] = thought
-        if self.name is not None:
-            message["name"] = self.name
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        if self.tool_calls:
-            message["tool_calls"] = [_call(call) for call in self.tool_calls]
-        return message
-
-
-def _call(call: Call) -> dict[str, Any]:
-    given = call.function.arguments
-    arguments = arguments_of(given) if isinstance(given, str) else given
-    function = {"name": call.function.name, "arguments": arguments}
-    return {"id": call.id, "type": "function", "function": function}
-
-
-class FunctionDefinition(Part):
-    """A function that may be called."""
-
-    name: Name
-    description: Text | None = None
-    parameters: Object | None = None
-    strict: bool | None = None
+    @model_validator(mode="before")
+    @classmethod
+    def _without_audio_and_old_calls(cls, values: Any) -> Any:
+        for name in ("audio", "function_call"):
+            if isinstance(values, dict) and values.get(name) is not None:
+                raise refused("is not supported", name)
+        return values
 
 
 class Tool(Part):
-    """A tool that may be called."""
+    """A function that the model may call."""
 
-    type: Literal["function"]
-    function: FunctionDefinition
-    cache_control: Object | None = None
-
-
-class NamedFunction(Part):
-    """The name of a function."""
-
-    name: Name
-
-
-class NamedTool(Part):
-    """The tool to call."""
-
-    type: Literal["function"]
-    function: NamedFunction
+    type: Literal["function"] = "function"
+    function: Function
 
 
 class JsonSchema(Part):
-    """What the answer has to match."""
+    """What an answer has to match."""
 
-    name: Text = ""
-    description: Text | None = None
-    schema_: Object = Field(default_factory=dict, alias="schema")
-    strict: bool | None = None
+    name: str | None = None
+    schema_: Object | None = Field(default=None, alias="schema")
 
 
 class ResponseFormat(Part):
-    """The form of the answer."""
+    """The format of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
-
-class StreamOptions(Part):
-    """What a stream tells besides."""
-
-    include_usage: bool = False
-    include_obfuscation: bool | None = None
-
-
-class SamplingFields(Part):
-    """How to choose tokens, in chat and in text completions."""
-
-    model: Text = "default_model"
-    max_tokens: TokenCount | None = None
-    temperature: Temperature | None = None
-    top_p: Probability | None = None
-    top_k: ContextSize | None = None
-    min_p: Probability | None = None
-    repetition_penalty: Annotated[float, Field(ge=0, le=100)] | None = None
-    repetition_context_size: ContextSize | None = None
-    presence_penalty: Penalty | None = None
-    presence_context_size: ContextSize | None = None
-    frequency_penalty: Penalty | None = None
-    frequency_context_size: ContextSize | None = None
-    xtc_probability: Probability | None = None
-    xtc_threshold: Annotated[float, Field(ge=0, le=0.5)] | None = None
-    logit_bias: Bias | None = None
-    seed: Seed | None = None
-    stop: Stop | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] = 1
-    adapters: Text | None = None
-    draft_model: Text | None = None
-    num_draft_tokens: Annotated[int, Field(ge=0, le=64)] | None = None
-    # What known clients send, and can do without.
-    user: Text | None = None
-    metadata: Object | None = None
-    service_tier: Text | None = None
-    store: bool | None = None
-    safety_identifier: Text | None = None
-    prompt_cache_key: Text | None = None
-    prompt_cache_retention: Text | None = None
-
-    def common(self) -> dict[str, Any]:
-        """Return the fields of a `Completion` that chat and text have in common."""
-        sampling = {new: getattr(self, old) for old, new in SAMPLING_NAMES.items()}
-        return {
-            "model": self.model,
-            "stop": stops_of(self.stop),
-            "sampling": {name: v for name, v in sampling.items() if v is not None},
-            "logit_bias": bias_of(self.logit_bias),
-            "num_answers": self.n,
-            "adapter": self.adapters,
-            "draft_model": self.draft_model,
-        }
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise refused("is missing", "json_schema")
+        return self
 
 
-class ChatRequest(SamplingFields):
-    """The body of `POST /v1/chat/completions`."""
+class ChatRequest(ChoicesRequest):
+    """A request for a chat completion."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: TokenCount | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
-    parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
+    ignored = ignored.CHAT
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=-1, le=MAX_TOP_LOGPROBS)] | None = None
-    chat_template_kwargs: Object | None = None
-    reasoning_effort: Text | None = None
-    verbosity: Text | None = None
-    modalities: list[Literal["text"]] | None = None
+    top_logprobs: NumLogprobs | None = None
+    tools: list[Tool] = Field(default=[], max_length=MAX_TOOLS)
+    tool_choice: Annotated[
+        ToolChoice, BeforeValidator(parse_nested_choice), CHOICE_SCHEMA
+    ] = AUTO
+    response_format: ResponseFormat | None = None
+    reasoning_effort: Name | None = None
+    chat_template_kwargs: TemplateConfig = Field(default={})
+    modalities: list[Literal["text"]] = Field(default=[])
 
-    def completion(self) -> Completion:
-        """Return what is asked for. Raises BadRequestError."""
-        choice = self.tool_choice
-        name = choice if isinstance(choice, str) else choice.function.name
-        tools = [
-            tool.model_dump(exclude_none=True, exclude={"cache_control"})
-            for tool in self.tools or ()
+    @model_validator(mode="after")
+    def _has_what_is_chosen(self) -> Self:
+        check_choice(self.tool_choice, [tool.function.name for tool in self.tools])
+        return self
+
+
+def completion_of(request: ChatRequest) -> Completion:
+    """Return what a request asks for."""
+    wanted = request.response_format
+    schema = wanted.json_schema.schema_ if wanted and wanted.json_schema else None
+    return Completion(
+        model=request.model,
+        messages=_messages_of(request.messages),
+        tools=[
+            function_of(f.name, f.description, f.parameters)
+            for f in (tool.function for tool in request.tools)
+        ],
+        tool_choice=request.tool_choice.name,
+        json_schema=format_schema(wanted.type, schema) if wanted else None,
+        max_tokens=request.max_completion_tokens or request.max_tokens,
+        stop=request.stop,
+        sampling=sampling_of(request),
+        logit_bias=request.logit_bias,
+        top_logprobs=_top_logprobs_of(request),
+        num_answers=request.n,
+        chat_template_config=_template_config_of(request),
+        adapter=request.adapters,
+        draft_model=request.named_draft_model,
+        num_draft_tokens=request.num_draft_tokens,
+    )
+
+
+def _top_logprobs_of(request: ChatRequest) -> int | None:
+    """As in mlx-lm's server, to ask for the likeliest tokens is enough."""
+    wanted = request.top_logprobs or 0
+    return wanted if request.logprobs or wanted else None
+
+
+def _template_config_of(request: ChatRequest) -> Object:
+    """Return arguments of the template; gpt-oss's has one for the effort."""
+    effort = request.reasoning_effort
+    told = {} if effort is None else {"reasoning_effort": effort}
+    return {**told, **request.chat_template_kwargs}
+
+
+def _messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
+    """Return messages in the form that chat templates take."""
+    plain = [_message_of(message) for message in messages]
+    names = called_names(plain)
+    return [
+        {**message, "name": names[message["tool_call_id"]]}
+        if "name" not in message and message.get("tool_call_id") in names
+        else message
+        for message in plain
+    ]
+
+
+def _message_of(message: ChatMessage) -> Message:
+    role = "system" if message.role == "developer" else message.role
+    plain: dict[str, Any] = {"role": role, "content": "".join(message.content)}
+    if message.name is not None:
+        plain["name"] = message.name
+    if role == "assistant":
+        plain |= reasoning_of(message.reasoning or message.reasoning_content or "")
+        if message.tool_calls:
+            plain["tool_calls"] = [
+                call_of(call.id, call.function.name, call.function.arguments)
+                for call in message.tool_calls
+            ]
+    elif role == "tool" and message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
+    return plain
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One of the answers.
+
+    Attributes:
+        pending: Log-probabilities that no chunk has told.
+    """
+
+    text: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    pending: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    has_begun: bool = False
+
+
+class ChatAnswer(ChoicesAnswer):
+    """The answer to a request for a chat completion, in OpenAI's form.
+
+    As in mlx-lm's server, what the model thinks is `reasoning` beside the content.
+    """
+
+    id_prefix = "chatcmpl"
+    object_type = "chat.completion"
+    chunk_type = "chat.completion.chunk"
+
+    def __init__(self, request: ChatRequest, **options: Any) -> None:
+        super().__init__(request, **options)
+        self._answers = [_Choice() for _ in range(request.n)]
+        self._tells_logprobs = _top_logprobs_of(request) is not None
+
+    def _chunks(self, event: Event) -> list[dict[str, Any]]:
+        if isinstance(event, Started):
+            return self._begin()
+        if not isinstance(event, TextDelta | ReasoningDelta | ToolCall | AnswerEnd):
+            return []
+        answer = self._answers[event.index]
+        if isinstance(event, TextDelta | ReasoningDelta):
+            answer.logprobs += event.logprobs
+            answer.pending += event.logprobs
+        delta = _delta_of(answer, event)
+        if isinstance(event, AnswerEnd):
+            answer.finish_reason = event.reason
+        elif not delta:
+            # Clients break on deltas with nothing in them.
+            return []
+        if not answer.has_begun:
+            answer.has_begun = True
+            delta = {"role": "assistant", **delta}
+        told, answer.pending = answer.pending, []
+        return [self._choice(event.index, "delta", delta, told)]
+
+    def _begin(self) -> list[dict[str, Any]]:
+        """Begin several answers in their order, as the client of OpenAI needs it."""
+        if len(self._answers) == 1:
+            return []
+        for answer in self._answers:
+            answer.has_begun = True
+        delta = {"role": "assistant"}
+        return [self._choice(i, "delta", delta, []) for i in range(len(self._answers))]
+
+    def _choices(self) -> list[dict[str, Any]]:
+        return [
+            self._choice(index, "message", _message(answer), answer.logprobs)
+            for index, answer in enumerate(self._answers)
         ]
-        arguments = template_arguments(self.chat_template_kwargs)
-        if self.reasoning_effort is not None:
-            arguments.setdefault("reasoning_effort", self.reasoning_effort)
-        top = max(self.top_logprobs or 0, 0)
-        return Completion(
-            messages=[message.message() for message in self.messages],
-            tools=tools,
-            tool_choice=name,
-            json_schema=_schema(self.response_format),
-            max_tokens=self.max_completion_tokens or self.max_tokens,
-            top_logprobs=top if self.logprobs or top else None,
-            chat_template_config=arguments,
-            **self.common(),
-        )
 
-
-def _schema(form: ResponseFormat | None) -> dict[str, Any] | None:
-    if form is None or form.type == "text":
-        return None
-    if form.type == "json_object":
-        return {}
-    if form.json_schema is None:
-        raise BadRequestError("response_format has no json_schema", "response_format")
-    return form.json_schema.schema_
-
-
-def usage_json(usage: Usage) -> dict[str, Any]:
-    """Return how many tokens were used."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-    }
-
-
-class ChatAnswer:
-    """Answers a chat completion."""
-
-    def __init__(self, request: ChatRequest) -> None:
-        self._request = request
-        self._common = {
-            "id": f"chatcmpl-{uuid.uuid4()}",
-            "created": int(time.time()),
-            "model": request.model,
-        }
-        self._num_calls: dict[int, int] = defaultdict(int)
-
-    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        """Yield the chunks of a stream for an event."""
-        match event:
-            case Started():
-                for index in range(self._request.n):
-                    yield self._chunk(index, {"role": "assistant", "content": ""})
-            case TextDelta(text, index, logprobs):
-                yield self._chunk(index, {"content": text}, logprobs)
-            case ReasoningDelta(text, index, logprobs):
-                yield self._chunk(index, {"reasoning": text}, logprobs)
-            case ToolCall():
-                number = self._num_calls[event.index]
-                self._num_calls[event.index] += 1
-                call = {"index": number, **call_json(event)}
-                yield self._chunk(event.index, {"tool_calls": [call]})
-            case AnswerEnd(reason, _, index):
-                yield self._chunk(index, {}, reason=reason)
-            case Finished(usage) if self._has_usage:
-                told = {"choices": [], "usage": usage_json(usage)}
-                yield {**self._common, "object": "chat.completion.chunk", **told}
-
-    @property
-    def _has_usage(self) -> bool:
-        options = self._request.stream_options
-        return options is not None and options.include_usage
-
-    def _chunk(
-        self,
-        index: int,
-        delta: dict[str, Any],
-        logprobs: Sequence[TokenLogprob] = (),
-        reason: str | None = None,
+    def _choice(
+        self, index: int, key: str, value: Message, logprobs: Sequence[TokenLogprob]
     ) -> dict[str, Any]:
-        choice: dict[str, Any] = {
+        told = self._tells_logprobs and (logprobs or key == "message")
+        return {
             "index": index,
-            "delta": delta,
-            "finish_reason": reason,
+            key: value,
+            "logprobs": {"content": chat_logprobs(logprobs), "refusal": None}
+            if told
+            else None,
+            "finish_reason": self._answers[index].finish_reason,
         }
-        if logprobs:
-            choice["logprobs"] = {"content": [*map(logprob_json, logprobs)]}
-        chunk: dict[str, Any] = {
-            **self._common,
-            "object": "chat.completion.chunk",
-            "choices": [choice],
-        }
-        return {**chunk, "usage": None} if self._has_usage else chunk
-
-    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
-        """Return the whole answer."""
-        choices = [_choice(index, events) for index in range(self._request.n)]
-        [usage] = [event.usage for event in events if isinstance(event, Finished)]
-        told = {"choices": choices, "usage": usage_json(usage)}
-        return {**self._common, "object": "chat.completion", **told}
 
 
-def _choice(index: int, events: Sequence[Event]) -> dict[str, Any]:
-    """Return one of the answers."""
-    text, thought, reason = "", "", "stop"
-    calls: list[dict[str, Any]] = []
-    logprobs: list[TokenLogprob] = []
-    for event in events:
-        if getattr(event, "index", None) != index:
-            continue
-        match event:
-            case TextDelta(more, _, told):
-                text += more
-                logprobs += told
-            case ReasoningDelta(more, _, told):
-                thought += more
-                logprobs += told
-            case ToolCall():
-                calls.append(call_json(event))
-            case AnswerEnd(why, _, _):
-                reason = why
-    content = None if calls and not text else text
-    message: dict[str, Any] = {"role": "assistant", "content": content}
-    if thought:
-        message["reasoning"] = thought
-    if calls:
-        message["tool_calls"] = calls
-    told_logprobs = {"content": [*map(logprob_json, logprobs)]} if logprobs else None
-    return {
-        "index": index,
-        "message": message,
-        "logprobs": told_logprobs,
-        "finish_reason": reason,
+def _delta_of(answer: _Choice, event: Event) -> dict[str, Any]:
+    """Add an event to an answer, and return what it adds to the message."""
+    match event:
+        case TextDelta(text) if text:
+            answer.text.append(text)
+            return {"content": text}
+        case ReasoningDelta(text) if text:
+            answer.reasoning.append(text)
+            return {"reasoning": text}
+        case ToolCall():
+            call = {
+                "id": event.id,
+                "type": "function",
+                "function": {"name": event.name, "arguments": event.arguments},
+            }
+            answer.calls.append(call)
+            return {"tool_calls": [{"index": len(answer.calls) - 1, **call}]}
+    return {}
+
+
+def _message(answer: _Choice) -> dict[str, Any]:
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": "".join(answer.text) or None,
     }
-
-
-def call_json(call: ToolCall) -> dict[str, Any]:
-    """Return a call of a tool."""
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": call.id, "type": "function", "function": function}
-
-
-def logprob_json(told: TokenLogprob) -> dict[str, Any]:
-    """Return a token with its log-probability."""
-    top = [_plain_logprob(other) for other in told.top]
-    return {**_plain_logprob(told), "top_logprobs": top}
-
-
-def _plain_logprob(told: TokenLogprob) -> dict[str, Any]:
-    return {"token": told.token, "logprob": told.logprob, "bytes": [*told.data]}
+    if answer.reasoning:
+        message["reasoning"] = "".join(answer.reasoning)
+    if answer.calls:
+        message["tool_calls"] = answer.calls
+    return message
