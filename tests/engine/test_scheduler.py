@@ -182,10 +182,10 @@ def test_short_prompt_does_not_wait_behind_a_long_one(
     while not short.tokens:
         requests.scheduler.step()
 
-    # Its own pass, and those read while its prefix was looked up.
-    assert model.shapes[-1][1] <= 20
+    # At most two pieces of the long one come first.
+    lengths = [length for _, length in model.shapes[before:]]
+    assert [length <= 20 for length in lengths].index(True) <= 2
     assert not long.tokens
-    assert len(model.shapes) - before <= 4
     requests.scheduler.run_all()
     assert long.ends == [None]
 

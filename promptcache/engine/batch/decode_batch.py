@@ -1,6 +1,7 @@
 """The batch: answers of several requests, decoded together on mlx-lm's batch."""
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
@@ -13,6 +14,27 @@ from promptcache.kvcache.classes import evaluate
 Member = TypeVar("Member", bound=Hashable)
 # Members end when they are told to.
 NO_END = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class Joining(Generic[Member]):
+    """What a batch has to know of a request that joins it.
+
+    Attributes:
+        member: Who it is.
+        cache: One mlx-lm cache object a layer, each of which can be merged.
+        token_ids: The tokens that the cache holds.
+        token: The one after them, which it has not read.
+        sampler: From log-probabilities, shape `(1, vocabulary)`, to a token.
+        logits_processors: Called with all tokens so far and the logits.
+    """
+
+    member: Member
+    cache: Sequence[Any]
+    token_ids: Sequence[int]
+    token: int
+    sampler: Sampler
+    logits_processors: Sequence[LogitsProcessor] = ()
 
 
 class DecodeBatch(Generic[Member]):
@@ -45,42 +67,25 @@ class DecodeBatch(Generic[Member]):
         """Return the size of its caches."""
         return sum(layer.nbytes for layer in self._batch.prompt_cache)
 
-    def join(
-        self,
-        member: Member,
-        cache: Sequence[Any],
-        token_ids: Sequence[int],
-        token: int,
-        *,
-        sampler: Sampler,
-        logits_processors: Sequence[LogitsProcessor] = (),
-    ) -> None:
-        """Take in a request; its next token comes with the next step.
-
-        Args:
-            member: Who it is.
-            cache: One mlx-lm cache object a layer, each of which can be merged.
-            token_ids: The tokens that the cache holds.
-            token: The one after them, which it has not read.
-            sampler: From log-probabilities, shape `(1, vocabulary)`, to a token.
-            logits_processors: Called with all tokens so far and the logits.
-        """
+    def join(self, joining: Sequence[Joining[Member]]) -> None:
+        """Take in requests; their next tokens come with the next step."""
         self._drop_those_who_left()
+        layers = zip(*(each.cache for each in joining), strict=True)
         with mx.stream(generation_stream):
-            joining = GenerationBatch(
+            batch = GenerationBatch(
                 self._model,
-                [0],
-                mx.array([token]),
-                [layer.merge([layer]) for layer in cache],
-                [[*token_ids]],
-                [sampler],
+                [0] * len(joining),
+                mx.array([each.token for each in joining]),
+                [layer[0].merge([*layer]) for layer in layers],
+                [[*each.token_ids] for each in joining],
+                [each.sampler for each in joining],
                 greedy,
-                [tuple(logits_processors)],
-                [StopSequences()],
-                [NO_END],
+                [tuple(each.logits_processors) for each in joining],
+                [StopSequences()] * len(joining),
+                [NO_END] * len(joining),
             )
-            self._batch.extend(joining)
-        self._members.append(member)
+            self._batch.extend(batch)
+        self._members += [each.member for each in joining]
 
     def step(self) -> list[tuple[Member, Step]]:
         """Return the next token of every member."""

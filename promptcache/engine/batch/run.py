@@ -9,6 +9,7 @@ from typing import Protocol, Self
 
 import mlx.core as mx
 
+from promptcache.engine.batch.decode_batch import Joining
 from promptcache.engine.decode import Step
 from promptcache.engine.generation import Generation
 from promptcache.engine.request import RequestState
@@ -114,7 +115,20 @@ class Run:
         return max(filter(plan.can_resume, ends), default=0)
 
 
-def guarded_sampler(run: Run, sampler: Sampler) -> Sampler:
+def joining_of(run: Run) -> Joining[Run]:
+    """Return a request as a batch takes it in, between two of its tokens."""
+    state, request = run.generation.state, run.generation.request
+    return Joining(
+        run,
+        state.fetched.cache,
+        [*run.read.token_ids, *state.answer[:-1]],
+        state.answer[-1],
+        _guarded_sampler(run, request.sampler),
+        [_guarded_processor(run, p) for p in request.logits_processors],
+    )
+
+
+def _guarded_sampler(run: Run, sampler: Sampler) -> Sampler:
     """Return a sampler whose errors are the request's, and not the batch's."""
     if sampler is greedy:
         # It cannot fail, and is called once for all that have it.
@@ -130,7 +144,7 @@ def guarded_sampler(run: Run, sampler: Sampler) -> Sampler:
     return sample
 
 
-def guarded_processor(run: Run, process: LogitsProcessor) -> LogitsProcessor:
+def _guarded_processor(run: Run, process: LogitsProcessor) -> LogitsProcessor:
     """Return a logits processor whose errors are the request's."""
 
     def processed(tokens: mx.array, logits: mx.array) -> mx.array:

@@ -13,11 +13,7 @@ from contextlib import contextmanager
 from promptcache.engine.batch.admission import Admission
 from promptcache.engine.batch.decode_batch import DecodeBatch
 from promptcache.engine.batch.endings import Endings
-from promptcache.engine.batch.run import (
-    Run,
-    guarded_processor,
-    guarded_sampler,
-)
+from promptcache.engine.batch.run import Run, joining_of
 from promptcache.engine.decode import Decoder, Step
 from promptcache.errors import warn
 from promptcache.kvcache.classes import evaluate
@@ -229,9 +225,22 @@ class Scheduler:
         self._reading.append(run)
 
     def _read(self) -> None:
-        """Read a piece of the prompt that is done first, or has waited for long."""
-        if not self._reading:
-            return
+        """Read pieces of prompts, as many tokens as one piece may have.
+
+        So answers wait for each other's prompts as long as for a piece of one, however
+        many there are.
+        """
+        num_left = min((run.read.plan.step_size for run in self._reading), default=0)
+        while self._reading and num_left > 0:
+            num_left -= self._read_piece()
+            # Those who wait for what was read now.
+            self._admit()
+
+    def _read_piece(self) -> int:
+        """Read a piece of the prompt that is done first, or has waited for long.
+
+        Return how many tokens it had.
+        """
         longest = max(self._reading, key=lambda run: run.waited)
         shortest = min(self._reading, key=lambda r: r.read.num_tokens - r.num_read)
         run = longest if longest.waited >= MAX_WAITED_PIECES else shortest
@@ -239,6 +248,7 @@ class Scheduler:
             other.waited += 1
         run.waited = 0
         assert run.pieces is not None
+        before = run.num_read
         with self._guard(run):
             is_read = next(run.pieces, run) is run
             self._has_changed = True
@@ -247,6 +257,7 @@ class Scheduler:
                 run.steps = run.generation.steps()
                 self._alone.append(run)
                 self._step_alone(run)
+        return max(run.num_read - before, 1)
 
     # Decoding
 
@@ -298,35 +309,27 @@ class Scheduler:
             return
         for run in joining:
             with self._guard(run):
-                self._join(run)
+                assert isinstance(run.steps, Decoder)
+                upcoming = run.steps.stop()
+                if upcoming is not None:
+                    self._deliver(run, upcoming)
+        self._join([run for run in joining if run in self._alone])
 
-    def _join(self, run: Run) -> None:
-        decoder, generation = run.steps, run.generation
-        assert isinstance(decoder, Decoder)
-        upcoming = decoder.stop()
-        if upcoming is not None:
-            self._deliver(run, upcoming)
-            if run not in self._alone:
-                return
-        self._alone.remove(run)
-        state, request = generation.state, generation.request
+    def _join(self, runs: list[Run]) -> None:
+        """Have requests decoded in the batch, of which nothing is begun."""
+        if not runs:
+            return
+        self._alone = [run for run in self._alone if run not in runs]
         try:
-            self._batch.join(
-                run,
-                state.fetched.cache,
-                [*run.read.token_ids, *state.answer[:-1]],
-                state.answer[-1],
-                sampler=guarded_sampler(run, request.sampler),
-                logits_processors=[
-                    guarded_processor(run, p) for p in request.logits_processors
-                ],
-            )
+            self._batch.join([joining_of(run) for run in runs])
         except Exception:
             self._can_batch = False
-            self._restart(run)
+            self._go_on_alone(runs)
             return
-        # What it has read of the prompt can be used by others meanwhile.
-        generation.keeper.give_away()
+        for run in runs:
+            with self._guard(run):
+                # What it has read of the prompt can be used by others meanwhile.
+                run.generation.keeper.give_away()
 
     def _step_batch(self) -> list[tuple[Run, Step]]:
         """Return the next tokens of the batch; where it fails, all go on alone."""
@@ -339,14 +342,14 @@ class Scheduler:
             self._can_batch = False
             members = self._batch.members
             self._batch.clear()
-            for run in members:
-                with self._guard(run):
-                    self._restart(run)
+            self._go_on_alone(members)
             return []
 
-    def _restart(self, run: Run) -> None:
-        """Have a request read again with its answer so far, and go on alone."""
-        run.generation.keeper.save_read()
-        run.generation = run.generation.continued()
-        run.__dict__.pop("data", None)
-        self._load(run)
+    def _go_on_alone(self, runs: list[Run]) -> None:
+        """Have requests read again with their answers so far, and go on one by one."""
+        for run in runs:
+            with self._guard(run):
+                run.generation.keeper.save_read()
+                run.generation = run.generation.continued()
+                run.__dict__.pop("data", None)
+                self._load(run)
