@@ -113,7 +113,7 @@ class AnswerParser:
         self._index = index
         self._make_id = make_id
         machine = make_text_state_machine(tokenizer) if is_chat else TextStateMachine()
-        initial = _initial_state(tokenizer, prompt_ids) if is_chat else "normal"
+        initial = initial_state(tokenizer, prompt_ids) if is_chat else "normal"
         self._machine = machine.make_state(initial)
         self._state = initial
         self._call = ""
@@ -218,7 +218,7 @@ class AnswerParser:
         return TokenLogprob(text, token_id, logprob, text.encode())
 
 
-def _initial_state(tokenizer: Any, prompt_ids: Sequence[int]) -> str:
+def initial_state(tokenizer: Any, prompt_ids: Sequence[int]) -> str:
     """Return whether an answer begins with text, or inside of reasoning."""
     initial = "normal"
     if tokenizer.has_thinking:

@@ -16,6 +16,7 @@ from promptcache.errors import ModelError, PromptCacheError
 from promptcache.generator import CachedGenerator
 from promptcache.models import load
 from promptcache.server.completion import Completion
+from promptcache.server.constraints import Constraints
 from promptcache.store import PrefixStore
 
 # What agents call the model that they were made for; here it is the one that is served.
@@ -42,6 +43,7 @@ class ServedModel:
         key: Which it is.
         generator: The model with its caches.
         engine: What runs requests on it.
+        constraints: Makes its answers match a schema.
         read_options: How it reads prompts; see `ReadOptions`.
         vocab_size: How many tokens it knows.
         most_tokens: How long a prompt may be, None for any length.
@@ -50,6 +52,7 @@ class ServedModel:
     key: ModelKey
     generator: CachedGenerator
     engine: Engine
+    constraints: Constraints
     read_options: dict[str, Any]
     vocab_size: int
     most_tokens: int | None
@@ -224,6 +227,7 @@ class Models:
             key,
             generator,
             engine,
+            Constraints(tokenizer, generator.loaded.vocab_size),
             self._read_options(draft),
             min(vocab_size, generator.loaded.vocab_size),
             limit or None,

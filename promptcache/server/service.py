@@ -17,7 +17,7 @@ from promptcache.engine.sampling import LogitsProcessor, Sampler, seeded
 from promptcache.errors import UsageError
 from promptcache.printable import printable
 from promptcache.prompts.render import RenderedPrompt
-from promptcache.server.answer import AnswerParser
+from promptcache.server.answer import REASONING, AnswerParser, initial_state
 from promptcache.server.completion import (
     Completion,
     Event,
@@ -197,7 +197,7 @@ class CompletionService:
                     completion.max_tokens or self._options.max_tokens,
                     listener,
                     prompt_progress_callback=on_progress,
-                    **self._options_of(served, completion, namespace, index),
+                    **self._options_of(served, completion, prompt, namespace, index),
                 )
                 for index, listener in enumerate(listeners)
             ]
@@ -254,8 +254,6 @@ class CompletionService:
         prompt: RenderedPrompt,
         index: int,
     ) -> AnswerParser:
-        if completion.json_schema is not None:
-            raise BadRequestError("response_format is not supported", "response_format")
         if completion.tool_choice not in ("auto", "none"):
             raise BadRequestError(
                 f"tool_choice {completion.tool_choice} is not supported", "tool_choice"
@@ -271,7 +269,12 @@ class CompletionService:
         )
 
     def _options_of(
-        self, served: ServedModel, completion: Completion, namespace: str, index: int
+        self,
+        served: ServedModel,
+        completion: Completion,
+        prompt: RenderedPrompt,
+        namespace: str,
+        index: int,
     ) -> dict[str, Any]:
         """Return how to read and to answer. Raises UsageError."""
         is_chat = completion.messages is not None
@@ -279,7 +282,10 @@ class CompletionService:
             **served.read_options,
             "namespace": namespace,
             "sampler": self._sampler(served, completion, index),
-            "logits_processors": _logits_processors(served, completion),
+            "logits_processors": [
+                *_logits_processors(served, completion),
+                *_constraints(served, completion, prompt),
+            ],
             "num_draft_tokens": self._options.num_draft_tokens
             if completion.num_draft_tokens is None
             else completion.num_draft_tokens,
@@ -350,3 +356,17 @@ def _logits_processors(
     bias = dict(completion.logit_bias) or None
     processors: list[LogitsProcessor] = make_logits_processors(bias, *arguments)
     return processors
+
+
+def _constraints(
+    served: ServedModel, completion: Completion, prompt: RenderedPrompt
+) -> list[LogitsProcessor]:
+    """Return what makes an answer match its schema. Raises UsageError."""
+    if completion.json_schema is None:
+        return []
+    state = initial_state(served.generator.tokenizer, prompt.token_ids)
+    is_thinking = state == REASONING
+    constraint = served.constraints.of_schema(
+        completion.json_schema, is_thinking=is_thinking
+    )
+    return [constraint]
