@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 from starlette.applications import Starlette
@@ -32,7 +34,7 @@ from promptcache.server.api.responses import ResponseRequest
 from promptcache.server.api.text_completions import TextAnswer, TextRequest
 from promptcache.server.auth import ApiKeys
 from promptcache.server.cache_routes import CacheApi
-from promptcache.server.completion import Completion
+from promptcache.server.completion import Completion, Event, Finished, Progress
 from promptcache.server.errors import (
     ForbiddenError,
     NotFoundError,
@@ -45,11 +47,14 @@ from promptcache.server.http import (
     error_response,
     handled,
     streamed,
+    while_connected,
     whole,
 )
+from promptcache.server.kept_responses import KeptResponses
 from promptcache.server.metrics import CONTENT_TYPE, ServingMetrics
 from promptcache.server.models import Models
-from promptcache.server.service import BadRequestError, CompletionService
+from promptcache.server.openapi import describe
+from promptcache.server.service import CompletionService
 
 
 class Application:
@@ -81,6 +86,7 @@ class Application:
         self._metrics = metrics
         self._most_nbytes = most_nbytes
         self._created_at = int(time.time())
+        self._responses = KeptResponses()
 
     def asgi(self, host: str, origins: Sequence[str]) -> Starlette:
         """Return it as an ASGI application.
@@ -102,6 +108,7 @@ class Application:
             "/v1/models": self._list_models,
             "/v1/models/{name:path}": self._show_model,
             "/v1/cache": self._list_prefixes,
+            "/openapi.json": _describe,
             "/metrics": self._tell_metrics,
             "/health": _tell_health,
         }
@@ -154,28 +161,48 @@ class Application:
     async def _respond(self, request: Request) -> Response:
         body = ResponseRequest.model_validate(await self._body(request))
         _log_left_out(body.left_out_tools)
-        if body.previous_response_id is not None:
-            raise BadRequestError(
-                "previous_response_id is not supported, send the whole input",
-                "previous_response_id",
-            )
+        namespace, before = request.state.namespace, body.previous_response_id
+        if before is not None:
+            items = self._responses.find(namespace, before)
+            if items is None:
+                raise NotFoundError(f"response {before} is not kept here")
+            body = responses.joined(body, items)
+        answer = ResponseAnswer(body)
+
+        def keep(events: Sequence[Event]) -> None:
+            if body.store:
+                # What was streamed is told again as a whole.
+                response = ResponseAnswer(body, response_id=answer.id).whole(events)
+                items = responses.conversation_items(body, response)
+                self._responses.keep(namespace, answer.id, items)
+
         completion = responses.completion_of(body)
         return await self._complete(
-            request, completion, ResponseAnswer(body), stream=body.stream
+            request, completion, answer, stream=body.stream, on_end=keep
         )
 
     async def _complete(
-        self, request: Request, completion: Completion, answer: Answer, *, stream: bool
+        self,
+        request: Request,
+        completion: Completion,
+        answer: Answer,
+        *,
+        stream: bool,
+        on_end: Callable[[Sequence[Event]], None] | None = None,
     ) -> Response:
         client = request.client.host if request.client else "-"
         namespace = request.state.namespace
         events = self._service.events(completion, namespace, client)
+        if on_end is not None:
+            events = _noted(events, on_end)
         if stream:
             return await streamed(request, events, answer)
         return JSONResponse(await whole(request, events, answer))
 
     async def _ask_cache(self, request: Request) -> Response:
         body = await self._body(request)
+        if request.path_params["question"] == "warm":
+            return await self._warm(request, body)
         answers = {
             "explain": self._cache.explain,
             "pin": self._cache.pin,
@@ -185,6 +212,23 @@ class Application:
         if question is None:
             raise NotFoundError(f"there is nothing to post to at {request.url.path}")
         told = await asyncio.to_thread(question, request.state.namespace, body)
+        return JSONResponse(told)
+
+    async def _warm(self, request: Request, body: dict[str, Any]) -> Response:
+        """Read and keep a prompt, and answer nothing."""
+        chat = ChatRequest.model_validate(body)
+        completion = replace(
+            chat_completions.completion_of(chat), max_tokens=1, num_answers=1
+        )
+        client = request.client.host if request.client else "-"
+        events = self._service.events(completion, request.state.namespace, client)
+        async for event in while_connected(request, events):
+            if isinstance(event, Finished):
+                usage = event.usage
+        told = {
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+        }
         return JSONResponse(told)
 
     async def _list_prefixes(self, request: Request) -> Response:
@@ -243,9 +287,26 @@ def _error_form(path: str) -> Callable[[ApiError], dict[str, Any]]:
     return anthropic_error if path.startswith("/v1/messages") else openai_error
 
 
+async def _noted(
+    events: AsyncIterator[Event], on_end: Callable[[Sequence[Event]], None]
+) -> AsyncIterator[Event]:
+    """Yield events, and hand over all of them with the last, before it is told."""
+    happened: list[Event] = []
+    async for event in events:
+        if not isinstance(event, Progress):
+            happened.append(event)
+        if isinstance(event, Finished):
+            on_end(happened)
+        yield event
+
+
 def _log_left_out(tools: Sequence[str]) -> None:
     if tools:
         logging.info("left out, as they are not functions: %s", ", ".join(tools))
+
+
+async def _describe(request: Request) -> Response:
+    return JSONResponse(describe(version("promptcache")))
 
 
 async def _tell_health(request: Request) -> Response:

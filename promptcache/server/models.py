@@ -20,7 +20,7 @@ from promptcache.server.constraints import Constraints
 from promptcache.store import PrefixStore
 
 # What agents call the model that they were made for; here it is the one that is served.
-MEANS_DEFAULT = ("default_model", "claude-*", "gpt-*", "o[1-9]*", "codex-*")
+MEANS_DEFAULT = ("default_model", "claude*", "gpt-*", "o[1-9]*", "codex-*")
 
 
 class UnavailableError(PromptCacheError):
