@@ -93,11 +93,13 @@ def test_message_counts_what_was_read_and_what_was_not(server: Server) -> None:
         "/v1/messages/count_tokens", {"model": "claude", "messages": HELLO, **body}
     )
 
-    assert first["usage"]["cache_read_input_tokens"] == 0
+    sizes = [
+        usage["input_tokens"] + usage["cache_read_input_tokens"]
+        for usage in (first["usage"], again["usage"])
+    ]
+    assert sizes == [counted["input_tokens"]] * 2
+    assert first["usage"]["cache_read_input_tokens"] < 10
     assert again["usage"]["input_tokens"] == 1
-    usage = again["usage"]
-    whole = usage["input_tokens"] + usage["cache_read_input_tokens"]
-    assert whole == first["usage"]["input_tokens"] == counted["input_tokens"]
     assert again["content"] == first["content"]
 
 
