@@ -7,6 +7,7 @@ import click
 
 from promptcache import PromptCacheError, __version__
 from promptcache_cli import INTERRUPTED, output
+from promptcache_cli.commands.batch import batch
 from promptcache_cli.commands.build import build
 from promptcache_cli.commands.chat import chat
 from promptcache_cli.commands.explain import explain
@@ -78,6 +79,7 @@ COMMANDS = (
     build,
     sync,
     generate,
+    batch,
     chat,
     ls,
     show,
