@@ -65,7 +65,7 @@ def test_line_that_fails_is_a_line_with_its_error(run: Any) -> None:
         {"prompt": "a", "temperature": 1},
         {"prompt": "a", "max_tokens": "many"},
         {"prompt": "a", "max_tokens": 0},
-        {"messages": [{"role": "user"}]},
+        {"messages": 7},
         {"prompt": "Bye", "max_tokens": 3},
     ]
 
