@@ -21,6 +21,7 @@ from tests.helpers.blobs import write_blob
 from tests.helpers.commands import assert_fails, invoke, ok, start, tree_hash
 
 COMMANDS = [
+    "batch",
     "build",
     "chat",
     "explain",
