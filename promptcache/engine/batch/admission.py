@@ -47,23 +47,23 @@ class Admission:
         """
         if not self._has_room_for(run, [*loading, *reading, *answering, *in_batch]):
             return False
-        if any(other.shareable(run) >= MIN_SHARED_TOKENS for other in loading):
-            # What memory has of it may be taken away this moment.
-            return False
-        sources = [*reading, *answering]
-        source = max(sources, key=lambda other: other.shareable(run), default=None)
-        if source is None or run.fingerprint is None:
+        if run.fingerprint is None:
             return True
-        end = source.shareable(run)
-        num_cached = 0
-        if end >= MIN_SHARED_TOKENS:
-            num_cached = self._prefixes.num_cached(run.read, run.fingerprint)
+        sources = [*loading, *reading, *answering]
+        source = max(sources, key=lambda other: other.shareable(run), default=None)
+        end = 0 if source is None else source.shareable(run)
+        if source is None or end < MIN_SHARED_TOKENS:
+            return True
+        if any(other.takes_away(run) for other in loading):
+            # What memory has of it may be gone this moment.
+            return False
+        num_cached = self._prefixes.num_cached(run.read, run.fingerprint)
         if end - num_cached < MIN_SHARED_TOKENS:
             return True
-        if source.num_read >= end:
-            source.generation.keeper.share(end)
-            return True
-        return source not in reading
+        if source in loading or source.num_read < end:
+            return source in answering
+        source.generation.keeper.share(end)
+        return True
 
     def _has_room_for(self, run: Run, running: Sequence[Run]) -> bool:
         """Return whether one more request fits into memory, by what others took."""

@@ -44,6 +44,7 @@ class Run:
         fingerprint: What its KV values depend on, None if nothing is cached.
         is_sliceable: Whether its cache can be taken over at any token.
         is_cancelled: Whether nobody waits for it any more; may be set on any thread.
+        is_sharing: Whether what it loads stays in memory for others.
         loading: Done when what is cached of it has been loaded.
         pieces: Its prompt's pieces, while it is read.
         steps: Its tokens, while it is decoded alone.
@@ -60,6 +61,7 @@ class Run:
     fingerprint: Fingerprint | None
     is_sliceable: bool
     is_cancelled: bool = False
+    is_sharing: bool = False
     loading: "Future[None] | None" = None
     pieces: Iterator[None] | None = None
     steps: Iterator[Step] | None = None
@@ -95,6 +97,10 @@ class Run:
         """Return up to where its prompt has been read, 0 before it is loaded."""
         state = getattr(self.generation, "state", None)
         return max(state.num_read, state.fetched.cached_tokens) if state else 0
+
+    def takes_away(self, other: "Run") -> bool:
+        """Return whether it is loading what another prompt could have from memory."""
+        return not self.is_sharing and bool(self.shareable(other))
 
     def shareable(self, other: "Run") -> int:
         """Return how much of another prompt it is going to have read.

@@ -206,10 +206,10 @@ class Scheduler:
 
     def _load(self, run: Run) -> None:
         # Those who wait may need it, too.
-        is_shared = bool(self._queue)
+        run.is_sharing = bool(self._queue)
 
         def load() -> None:
-            run.generation.load(is_shared=is_shared)
+            run.generation.load(is_shared=run.is_sharing)
             evaluate(run.generation.state.fetched.cache)
 
         self._loading.append(run)
