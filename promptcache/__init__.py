@@ -24,6 +24,7 @@ from promptcache.segments.fingerprint import Fingerprint
 from promptcache.segments.types import Match
 
 if TYPE_CHECKING:
+    from promptcache.aio import AsyncCachedGenerator
     from promptcache.chat.conversation import Conversation
     from promptcache.engine.batch.engine import Engine
     from promptcache.engine.batch.results import BatchResponse, BatchResult
@@ -56,6 +57,7 @@ __version__ = "0.1.0"
 
 # Imported on first use: the generator imports mlx_lm, which takes a second.
 _NAMES_BY_MODULE = {
+    "aio": ["AsyncCachedGenerator"],
     "chat.conversation": ["Conversation"],
     "engine.batch.engine": ["Engine"],
     "engine.batch.results": ["BatchResponse", "BatchResult"],
@@ -82,6 +84,7 @@ _MODULE_BY_NAME = {
 }
 
 __all__ = [
+    "AsyncCachedGenerator",
     "BatchResponse",
     "BatchResult",
     "BuiltPrefix",

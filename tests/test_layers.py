@@ -35,7 +35,7 @@ LAYERS = {name: int(n) for n, names in ROWS for name in re.findall(r"\w+", names
 LOWEST = 1
 
 # Where tensors live.
-TENSOR_PARTS = {"engine", "kvcache", "models", "parity", "server", "tiers"}
+TENSOR_PARTS = {"aio", "engine", "kvcache", "models", "parity", "server", "tiers"}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
