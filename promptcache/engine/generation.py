@@ -228,11 +228,14 @@ class Generation:
     def adopt(self, cache: list[Any], num_tokens: int) -> None:
         """Go on with a cache that a batch has read on, up to so many tokens."""
         state = self.state
-        state.fetched = state.fetched._replace(cache=cache)
         state.saver.use(cache)
-        state.num_answered = num_tokens - self._read.num_tokens
-        if not has_rows_since(cache, self._read.num_saved):
-            # Of an answer that is longer than a window, the first rows are gone.
+        if has_rows_since(cache, self._read.num_saved):
+            state.fetched = state.fetched._replace(cache=cache)
+            state.num_answered = num_tokens - self._read.num_tokens
+        else:
+            # Of an answer that is longer than a window, the first rows are gone: the
+            # prompt can be saved, but the cache is of no use to others.
+            state.fetched = state.fetched._replace(cache=[])
             state.num_answered = 0
 
     def continued(self) -> "Generation":

@@ -26,7 +26,7 @@ from promptcache.kvcache.classes import (
     copied_rows,
     has_only_rows,
     parts_of,
-    row_parts,
+    positions_of,
     shared_rows,
     trim,
 )
@@ -287,7 +287,7 @@ class MemoryTier:
             return
         if not num_good:
             return
-        if any(part.offset != num_good for part in row_parts(cache)):
+        if any(position != num_good for position in positions_of(cache)):
             return
         try:
             nbytes = sum(layer.nbytes for layer in cache)

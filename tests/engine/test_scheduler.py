@@ -7,8 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx_lm.utils import load_tokenizer
 
 from promptcache import CachedGenerator, UsageError
+from tests.architectures import architectures
+from tests.helpers import tiny
 from tests.helpers.listening import Requests
 from tests.helpers.marks import all_but
 from tests.helpers.runs import cold, ids
@@ -97,6 +100,25 @@ def test_seeds_are_each_requests_own(make_requests: Callable[..., Requests]) -> 
             alone = cold(requests.generator, prompt, max_tokens=20, temp=1.0, seed=seed)
             assert each.tokens == alone.tokens
     assert len({tuple(each.tokens) for each in heard}) == 4
+
+
+def test_answer_longer_than_a_window_misleads_nobody(tmp_path: Path) -> None:
+    # It has no other rows than those of its windows, of 32 tokens.
+    model = architectures.build("recurrent_gemma")
+    tokenizer = load_tokenizer(tiny.save_model(tmp_path / "tiny", tiny.LLAMA))
+    with CachedGenerator(
+        model, tokenizer, store=tmp_path / "store", memory_limit=MEMORY_LIMIT, save=True
+    ) as generator:
+        requests = Requests(generator)
+        prompts = [ids(40, seed=n) for n in range(3)]
+        heard = [requests.submit(prompt, 80, save_answer=True)[1] for prompt in prompts]
+        requests.scheduler.run_all()
+
+        for prompt, each in zip(prompts, heard, strict=True):
+            for longer in ([*prompt, *ids(5, seed=9)], [*prompt, *each.tokens, 7]):
+                _, again = requests.submit(longer, 12, save=False)
+                requests.scheduler.run_all()
+                assert again.tokens == cold(generator, longer, max_tokens=12).tokens
 
 
 @pytest.mark.parametrize(
