@@ -320,13 +320,6 @@ def row_parts(cache: Sequence[Any]) -> Iterator[Any]:
             yield part
 
 
-def positions_of(cache: Sequence[Any]) -> Iterator[int]:
-    """Yield how many tokens each part has read that has read some, and says so."""
-    for _, part in parts_of(cache):
-        if hasattr(part, "offset") and not part.empty():
-            yield int(part.offset)
-
-
 def has_only_rows(cache: Sequence[Any]) -> bool:
     """Return whether a cache is nothing but plain rows of the same tokens."""
     parts = [part for _, part in parts_of(cache)]

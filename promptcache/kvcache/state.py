@@ -5,11 +5,12 @@ object that the loaded model made: its classes and its attributes' names are the
 allow-list.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from promptcache.errors import DamagedBlobError, UnsupportedCacheError
+from promptcache.kvcache.classes import parts_of
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -115,3 +116,10 @@ def _put_object(
     for key, value in attributes.items():
         setattr(filled, key, _put(getattr(fresh, key), value, arrays))
     return filled
+
+
+def positions_of(cache: Sequence[Any]) -> Iterator[int]:
+    """Yield how many tokens each part has read that has read some, and says so."""
+    for _, part in parts_of(cache):
+        if hasattr(part, "offset") and not part.empty():
+            yield int(part.offset)

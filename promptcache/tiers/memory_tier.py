@@ -26,10 +26,10 @@ from promptcache.kvcache.classes import (
     copied_rows,
     has_only_rows,
     parts_of,
-    positions_of,
     shared_rows,
     trim,
 )
+from promptcache.kvcache.state import positions_of
 from promptcache.segments.chain import TOKEN_NBYTES, common_length, pack
 
 # A prefix of more pieces than this is merged into one.

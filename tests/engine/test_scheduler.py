@@ -228,7 +228,7 @@ def test_long_prompt_is_not_kept_waiting_by_short_ones(
 # Cancelling
 
 
-@pytest.mark.parametrize("num_steps", all_but([0, 3, 12], range(16)))
+@pytest.mark.parametrize("num_steps", all_but([0, 3, 12], range(0, 16, 3)))
 def test_cancelled_request_ends_at_its_next_step_and_disturbs_no_other(
     make_requests: Callable[..., Requests], num_steps: int
 ) -> None:
@@ -358,7 +358,7 @@ def test_error_of_a_request_is_its_own(
 
 
 @pytest.mark.filterwarnings("ignore:a batch has failed")
-@pytest.mark.parametrize("fail_at", all_but([1, 6, 12], range(20)))
+@pytest.mark.parametrize("fail_at", all_but([1, 6, 12], range(0, 20, 3)))
 def test_failing_pass_ends_at_most_one_request(
     make_requests: Callable[..., Requests], fail_at: int
 ) -> None:
@@ -380,7 +380,7 @@ def test_failing_pass_ends_at_most_one_request(
 
 
 @pytest.mark.filterwarnings("ignore::promptcache.PromptCacheWarning")
-@pytest.mark.parametrize("seed", all_but(range(3), range(30)))
+@pytest.mark.parametrize("seed", all_but(range(2), range(12)))
 def test_nothing_that_some_do_changes_what_others_get(
     make_requests: Callable[..., Requests], seed: int
 ) -> None:

@@ -69,7 +69,7 @@ VALUES = st.recursive(
 
 
 @pytest.mark.parametrize("api", APIS)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(data=st.data())
 def test_any_request_is_translated_or_refused_in_a_line(
     api: str, data: st.DataObject
@@ -91,7 +91,7 @@ def test_any_request_is_translated_or_refused_in_a_line(
 
 
 @pytest.mark.parametrize("api", APIS)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(data=st.data())
 def test_null_is_as_good_as_nothing(api: str, data: st.DataObject) -> None:
     model, valid, _ = APIS[api]

@@ -432,7 +432,7 @@ def joined_choices(chunks: list[Any], num_answers: int) -> list[Any]:
     return choices
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(completions(num_answers=2, has_logprobs=True))
 def test_streamed_answers_say_what_whole_ones_say(events: list[Event]) -> None:
     options = {"n": 2, "stream_options": {"include_usage": True}, "logprobs": True}
@@ -452,7 +452,7 @@ def test_streamed_answers_say_what_whole_ones_say(events: list[Event]) -> None:
         assert unknown_fields(known) <= {"reasoning"}
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(completions(num_answers=2))
 def test_openais_client_reads_streams(events: list[Event]) -> None:
     state: ChatCompletionStreamState[None] = ChatCompletionStreamState()
@@ -474,7 +474,7 @@ def test_openais_client_reads_streams(events: list[Event]) -> None:
         assert {"content": None, **message} == expected["message"]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(completions(num_answers=3, has_logprobs=True))
 def test_whole_answers_have_openais_form(events: list[Event]) -> None:
     whole = answer_to(n=3, logprobs=True).whole(events)

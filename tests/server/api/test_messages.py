@@ -391,7 +391,7 @@ def joined_message(messages: list[tuple[str | None, Any]]) -> dict[str, Any]:
     return message
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(completions(has_logprobs=True))
 def test_streamed_messages_say_what_whole_ones_say(events: list[Event]) -> None:
     messages = read_stream(encoded(answer().encode, events))

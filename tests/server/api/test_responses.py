@@ -333,7 +333,7 @@ def test_what_is_wrong_is_told_in_a_line(fields: Any, message: str) -> None:
     assert refusal(ResponseRequest, {"input": "Hi", **fields}).message == message
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(completions())
 def test_a_kept_conversation_goes_on(events: list[Event]) -> None:
     first = parsed(instructions="Not kept", store=True)
@@ -354,7 +354,7 @@ def test_a_kept_conversation_goes_on(events: list[Event]) -> None:
     )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(completions(has_logprobs=True))
 def test_streamed_responses_say_what_whole_ones_say(events: list[Event]) -> None:
     messages = streamed(events, top_logprobs=1)
@@ -397,7 +397,7 @@ def test_streamed_responses_say_what_whole_ones_say(events: list[Event]) -> None
     ]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(completions(has_logprobs=True))
 def test_events_have_openais_form(events: list[Event]) -> None:
     for message in streamed(events, top_logprobs=1, tools=[LOOK]):
@@ -405,7 +405,7 @@ def test_events_have_openais_form(events: list[Event]) -> None:
         assert unknown_fields(event) == set()
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(completions(has_logprobs=True))
 def test_whole_responses_have_openais_form(events: list[Event]) -> None:
     choice = {"type": "function", "name": "look"}

@@ -100,7 +100,7 @@ def test_what_is_wrong_is_told_in_a_line(fields: Any, message: str) -> None:
     assert refusal(TextRequest, {"prompt": "Once", **fields}).message == message
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(completions(num_answers=2, has_logprobs=True))
 def test_streamed_answers_say_what_whole_ones_say(events: list[Event]) -> None:
     options = {"n": 2, "stream_options": {"include_usage": True}, "logprobs": 1}
@@ -132,7 +132,7 @@ def test_streamed_answers_say_what_whole_ones_say(events: list[Event]) -> None:
     assert streamed[-1][1]["usage"] == whole["usage"]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(completions(num_answers=2, has_logprobs=True))
 def test_whole_answers_have_openais_form(events: list[Event]) -> None:
     whole = answer_to(n=2, logprobs=1).whole(events)
