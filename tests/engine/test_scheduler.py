@@ -102,9 +102,11 @@ def test_seeds_are_each_requests_own(make_requests: Callable[..., Requests]) -> 
     assert len({tuple(each.tokens) for each in heard}) == 4
 
 
-def test_answer_longer_than_a_window_misleads_nobody(tmp_path: Path) -> None:
-    # It has no other rows than those of its windows, of 32 tokens.
-    model = architectures.build("recurrent_gemma")
+# The first has no other rows than those of its windows, of 32 tokens; the second has
+# layers that keep nothing.
+@pytest.mark.parametrize("name", ["recurrent_gemma", "nemotron-nas"])
+def test_answer_longer_than_a_window_misleads_nobody(tmp_path: Path, name: str) -> None:
+    model = architectures.build(name)
     tokenizer = load_tokenizer(tiny.save_model(tmp_path / "tiny", tiny.LLAMA))
     with CachedGenerator(
         model, tokenizer, store=tmp_path / "store", memory_limit=MEMORY_LIMIT, save=True
@@ -115,6 +117,7 @@ def test_answer_longer_than_a_window_misleads_nobody(tmp_path: Path) -> None:
         requests.scheduler.run_all()
 
         for prompt, each in zip(prompts, heard, strict=True):
+            assert each.ends == [None]
             for longer in ([*prompt, *ids(5, seed=9)], [*prompt, *each.tokens, 7]):
                 _, again = requests.submit(longer, 12, save=False)
                 requests.scheduler.run_all()

@@ -8,7 +8,7 @@ the others one after the other. Prefixes are loaded beside it, on a thread of th
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from promptcache.engine.batch.admission import Admission
 from promptcache.engine.batch.decode_batch import DecodeBatch
@@ -295,7 +295,10 @@ class Scheduler:
     def _finish(self, run: Run) -> None:
         """End a request after a whole token."""
         if run in self._batch:
-            run.generation.adopt(*self._batch.cache_of(run))
+            # Some of mlx-lm's classes cannot be taken out of a batch: of a layer that
+            # is not used, for one. The answer is complete without.
+            with suppress(Exception):
+                run.generation.adopt(*self._batch.cache_of(run))
         self._admission.note_size(run)
         self._remove(run)
         self._endings.add(run)
