@@ -77,6 +77,14 @@ class StoreFolder:
         except DamagedIndexError:
             with self.locked("index"):
                 self._recover_index(database)
+        except StoreError:
+            if not database.is_missing():
+                raise
+            # Another process puts a new one in its place this moment.
+            with self.locked("index"):
+                if database.is_missing():
+                    rebuild.create_index(database, self._blobs)
+                database.attempt()
 
     def _create_folders(self) -> None:
         try:

@@ -220,8 +220,14 @@ class IndexFile:
             identity = identity_of(self.path)
             if identity is None:
                 raise StoreError(f"the index {self.path} is not there")
-            with translated():
-                connection = self._opened()
+            try:
+                with translated():
+                    connection = self._opened()
+            except StoreError:
+                if identity_of(self.path) in (identity, None):
+                    raise
+                # It was replaced before it could be opened.
+                continue
             if identity == identity_of(self.path):
                 return connection, identity
             connection.close()
